@@ -1,0 +1,47 @@
+# Needs Python 3.10 or newer and make. The first target that needs it creates .venv.
+#
+# On Linux pip may choose the CUDA build of torch, a download of gigabytes. To get the CPU build,
+# set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels before the first `make`.
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint venv clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  DEMO_ARGS and TEST_ARGS are passed on; PYTHON chooses the interpreter for .venv."
+
+demo: $(STAMP) ## run the demo, e.g. make demo DEMO_ARGS="--tiny"
+	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests, e.g. make test TEST_ARGS="-m 'not slow'"
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mec_embed
+
+venv: $(STAMP) ## create or refresh .venv
+
+# torch goes in first and alone: with its version settled, the second call keeps the build that
+# the first one chose.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("mec_embed needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,examples,dev]'
+	@touch $@
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mec_embed tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""A small CTR harness: click data, DeepFM and DNN in plain PyTorch, training and evaluation."""

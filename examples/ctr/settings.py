@@ -1,0 +1,40 @@
+"""Base-model settings of each data set, chosen on its validation split."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model and how to train it.
+
+    Attributes:
+        hidden: widths of the MLP's hidden layers.
+        l2: L2 penalty on the embedding tables, see `examples.ctr.training.train`.
+        dim: embedding dimension.
+        dropout: dropout probability of the MLP.
+        batch_norm: batch normalisation in the MLP.
+        lr: Adam's learning rate.
+        batch_size: examples a step.
+        epochs: most epochs to train.
+        patience: epochs without a better validation AUC before training stops.
+        min_count: training occurrences an id needs to get a row of its own.
+    """
+
+    hidden: tuple[int, ...]
+    l2: float
+    dim: int = 40
+    dropout: float = 0.0
+    batch_norm: bool = False
+    lr: float = 1e-3
+    batch_size: int = 8192
+    epochs: int = 20
+    patience: int = 2
+    min_count: int = 2
+
+
+SETTINGS = {
+    "amazonbook_kgat": Settings(hidden=(200, 100), l2=3e-5, lr=5e-3),
+    "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3),
+    "criteo_dac80k": Settings(hidden=(200, 100), l2=1e-3),
+    "generator": Settings(hidden=(200, 100), l2=1e-5),
+}

@@ -1,0 +1,29 @@
+"""Compress the embedding tables of trained CTR models into codes and small trainable codebooks."""
+
+from ._version import __version__
+from .compress import compress, decompress, plan
+from .config import CompressionConfig
+from .distill import distill
+from .frequency import FrequencyStats
+from .layout import CodeLayout
+from .modules import CompressedEmbedding, CompressedEmbeddingBag
+from .report import CompressionReport, TableReport
+from .storage import FormatError, load, save
+
+__all__ = [
+    "CodeLayout",
+    "CompressedEmbedding",
+    "CompressedEmbeddingBag",
+    "CompressionConfig",
+    "CompressionReport",
+    "FormatError",
+    "FrequencyStats",
+    "TableReport",
+    "__version__",
+    "compress",
+    "decompress",
+    "distill",
+    "load",
+    "plan",
+    "save",
+]

@@ -1,0 +1,471 @@
+"""How many bits each table gets under a byte budget, by predicted weighted distortion.
+
+Nothing is learned here. The distortion of a code of R bits is predicted by reverse water-filling
+(Cover and Thomas, Elements of Information Theory, 10.3.3) over the spectrum of the weighted
+covariance of the rows, measured on a sample.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import CompressionConfig
+from .layout import CodeKind, CodeLayout, packed_bytes
+from .tables import Table
+
+#: Rows sampled (by weight) for the covariance of a table.
+_SAMPLE = 4096
+#: Largest number of codewords in all codebooks together: the least-squares problem has this side.
+_MOST_WORDS = 2048
+_MOST_CODEBOOKS = 32
+#: Part of a code of b bits that is lost against an ideal quantizer of many dimensions at once.
+_LOSS_PER_CODE = 0.25
+#: Rounding error of a row in each storage dtype, relative to its square.
+_ROUNDING = {torch.int8: 2e-5, torch.float16: 2e-8, torch.bfloat16: 1e-6}
+
+
+#: Kind, num_subvectors and codebook_size of the codes of a group.
+Shape = tuple[CodeKind, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A table, perhaps with the first-order (dim 1) table of the same ids, which can use its codes.
+
+    Attributes:
+        table: the vector table, or any table on its own.
+        partner: the first-order table, or None.
+        weights: popularity weights (rows,) float32; their sum is the number of lookups.
+    """
+
+    table: Table
+    partner: Table | None
+    weights: Tensor
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The table and its partner."""
+        return (self.table,) if self.partner is None else (self.table, self.partner)
+
+    @property
+    def dim(self) -> int:
+        """Columns of both."""
+        return sum(table.dim for table in self.tables)
+
+    def read(self, ids: Tensor, device: torch.device) -> Tensor:
+        """Rows (n, dim) float32 of ``ids``, the partner's column last."""
+        parts = [
+            table.weight.detach()[ids.to(table.weight.device)].to(device, torch.float32)
+            for table in self.tables
+        ]
+        return torch.cat(parts, dim=1)
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted mean (dim,) and covariance (dim, dim) of the rows, from a sample by weight."""
+        rows = len(self.weights)
+        if rows <= _SAMPLE:
+            ids, mass = torch.arange(rows), self.weights.double()
+        else:
+            bounds = self.weights.double().cumsum(0)
+            places = (torch.arange(_SAMPLE, dtype=torch.float64) + 0.5) / _SAMPLE * bounds[-1]
+            ids = torch.searchsorted(bounds, places).clamp(max=rows - 1)
+            mass = torch.ones(_SAMPLE, dtype=torch.float64)
+        x = self.read(ids, torch.device("cpu")).double()
+        share = (mass / mass.sum())[:, None]
+        mean = (share * x).sum(0)
+        centred = x - mean
+        return mean.numpy(), (centred.T @ (share * centred)).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Fields that share one set of codebooks (most hold one field)."""
+
+    fields: tuple[Field, ...]
+
+    @property
+    def first(self) -> Field:
+        """The field that stands for the layout of all."""
+        return self.fields[0]
+
+    @cached_property
+    def mass(self) -> float:
+        """Number of lookups that reach the group."""
+        return float(sum(float(field.weights.double().sum()) for field in self.fields))
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of all fields."""
+        return sum(field.table.rows for field in self.fields)
+
+    @cached_property
+    def spectrum(self) -> np.ndarray:
+        """Eigenvalues of the pooled covariance, descending, and the pooled mean square."""
+        shares = [float(field.weights.double().sum()) / self.mass for field in self.fields]
+        moments = [field.moments for field in self.fields]
+        mean = sum(share * m for share, (m, _) in zip(shares, moments, strict=True))
+        pooled = sum(
+            share * (cov + np.outer(m - mean, m - mean))
+            for share, (m, cov) in zip(shares, moments, strict=True)
+        )
+        return np.clip(np.linalg.eigvalsh(pooled)[::-1], 0, None)
+
+    def layouts(self, shape: Shape, config: CompressionConfig) -> list[list[CodeLayout]]:
+        """For each field, the layout of its table and of its partner."""
+        kind, subvectors, size = shape
+        return [
+            [
+                CodeLayout(
+                    kind if table is field.table else "additive",
+                    table.rows,
+                    table.dim,
+                    subvectors,
+                    table.rows if kind == "rows" else size,
+                    config.codebook_dtype_for(table.weight.dtype),
+                )
+                for table in field.tables
+            ]
+            for field in self.fields
+        ]
+
+    def layout_bytes(self, shape: Shape, config: CompressionConfig) -> int:
+        """Bytes of all codes and of the one set of codebooks in this shape."""
+        layouts = self.layouts(shape, config)
+        codes = sum(field[0].code_bytes for field in layouts)
+        return codes + sum(layout.codebook_bytes for layout in layouts[0])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a group.
+
+    Attributes:
+        shape: of the codes; None keeps the tables as they are.
+        nbytes: of all its tensors.
+        distortion: predicted weighted squared error, summed over lookups.
+    """
+
+    shape: Shape | None
+    nbytes: int
+    distortion: float
+
+
+def make_fields(
+    tables: Sequence[Table], weights: Sequence[Tensor], popularity: Sequence[Hashable], pair: bool
+) -> list[Field]:
+    """Tables as fields; with ``pair``, first-order tables join the vector table of their ids.
+
+    A first-order table joins if exactly one vector table has as many rows and the same popularity
+    and, of several, the same last part of the name.
+
+    Args:
+        tables: to compress.
+        weights: popularity weights (rows,) of each.
+        popularity: equal for tables whose rows are equally popular; None where it is not known.
+        pair: whether to pair at all.
+    """
+    partners: dict[int, int] = {}
+    if pair:
+        vectors = [i for i, table in enumerate(tables) if table.dim > 1]
+        for i, table in enumerate(tables):
+            if table.dim > 1:
+                continue
+            same = [
+                j
+                for j in vectors
+                if j not in partners
+                and tables[j].rows == table.rows
+                and tables[j].weight.device == table.weight.device
+                and popularity[i] in (None, popularity[j])
+            ]
+            if len(same) > 1:
+                last = table.name.rpartition(".")[2]
+                same = [j for j in same if tables[j].name.rpartition(".")[2] == last]
+            if len(same) == 1:
+                partners[same[0]] = i
+    taken = set(partners.values())
+    return [
+        Field(table, tables[partners[i]] if i in partners else None, weights[i])
+        for i, table in enumerate(tables)
+        if i not in taken
+    ]
+
+
+def predicted_error(spectrum: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Least squared error of codes of ``bits`` bits a row for a Gaussian source.
+
+    Args:
+        spectrum: (dim,) eigenvalues of its covariance, descending.
+        bits: (n,) rates.
+
+    Returns:
+        (n,) squared errors, summed over columns.
+    """
+    positive = spectrum[spectrum > 1e-12 * spectrum[0]]
+    if not len(positive):
+        return np.zeros(len(bits))
+    logs = np.log2(positive)
+    counts = np.arange(1, len(positive) + 1)
+    # With the k largest eigenvalues above the water, log2(level) = (sum of their logs - 2R) / k;
+    # k is the largest for which the smallest of them still is above it.
+    levels = (np.cumsum(logs) - 2 * np.asarray(bits, float)[:, None]) / counts
+    active = len(positive) - 1 - np.argmax((levels < logs)[:, ::-1], axis=1)
+    below = np.append(np.cumsum(positive[::-1])[::-1], 0.0)[active + 1]
+    return (active + 1) * 2 ** levels[np.arange(len(levels)), active] + below
+
+
+def code_shapes(group: Group, config: CompressionConfig) -> list[Shape]:
+    """Every shape of codes that a group may take."""
+    kind: CodeKind = config.codes  # type: ignore[assignment]
+    if group.first.dim == 1:
+        return [("additive", 1, 1 << bits) for bits in range(1, 9) if 1 << bits < group.rows]
+    return [
+        (kind, subvectors, 1 << bits)
+        for bits in range(1, 12)
+        if 1 << bits < group.rows
+        for subvectors in range(1, min(_MOST_CODEBOOKS, _MOST_WORDS >> bits) + 1)
+        if kind == "additive" or group.first.table.dim % subvectors == 0
+    ]
+
+
+def choices(group: Group, config: CompressionConfig) -> list[Choice]:
+    """The ways to store a group that are best at their bytes, by rising bytes."""
+    before = sum(table.nbytes for field in group.fields for table in field.tables)
+    found = [Choice(None, before, 0.0)]
+    shapes = code_shapes(group, config)
+    if shapes:
+        sizes, errors = _sizes(group, shapes, config), _distortions(group, shapes)
+        found += [
+            Choice(*choice)
+            for choice in zip(shapes, sizes.tolist(), errors.tolist(), strict=True)
+            if choice[1] < before
+        ]
+    found += _row_choices(group, config)
+    found.sort(key=lambda choice: (choice.nbytes, choice.distortion))
+    front: list[Choice] = []
+    for choice in found:
+        if not front or choice.distortion < front[-1].distortion:
+            front.append(choice)
+    return front
+
+
+def _sizes(group: Group, shapes: Sequence[Shape], config: CompressionConfig) -> np.ndarray:
+    """Bytes (shapes,), as :meth:`Group.layout_bytes` counts them, for many shapes at once."""
+    subvectors, sizes = np.array([shape[1:] for shape in shapes]).T
+    row_bits = subvectors * np.ceil(np.log2(sizes)).astype(np.int64)
+    codes = sum(packed_bytes(field.table.rows, row_bits) for field in group.fields)
+    unit = CodeLayout("additive", 1, group.first.table.dim, 1, 1, _dtype(group, config))
+    books = subvectors * sizes * unit.codebook_bytes
+    if shapes[0][0] == "product":
+        books = sizes * unit.codebook_bytes + (subvectors - 1) * sizes * _scale_bytes(unit)
+    if group.first.partner is not None:
+        scalar = CodeLayout("additive", 1, 1, 1, 1, _dtype(group, config))
+        books = books + subvectors * sizes * scalar.codebook_bytes
+    return codes + books
+
+
+def _dtype(group: Group, config: CompressionConfig) -> torch.dtype:
+    return config.codebook_dtype_for(group.first.table.weight.dtype)
+
+
+def _scale_bytes(codeword: CodeLayout) -> int:
+    return codeword.codebook_bytes - codeword.embedding_dim * codeword.codebook_dtype.itemsize
+
+
+def _row_choices(group: Group, config: CompressionConfig) -> list[Choice]:
+    """Rows in a narrower dtype, where the configuration allows one."""
+    table, dtype = group.first.table, _dtype(group, config)
+    alone = len(group.fields) == 1 and group.first.partner is None
+    if not alone or dtype.itemsize >= table.weight.element_size():
+        return []
+    shape: Shape = ("rows", 1, table.rows)
+    error = _ROUNDING[dtype] * float(group.spectrum.sum())
+    return [Choice(shape, group.layout_bytes(shape, config), error * group.mass)]
+
+
+def _distortions(group: Group, shapes: Sequence[Shape]) -> np.ndarray:
+    """Predicted weighted squared error (shapes,), summed over lookups."""
+    subvectors, sizes = np.array([shape[1:] for shape in shapes]).T
+    bits_of_code = np.log2(sizes)
+    efficiency = 1 - _LOSS_PER_CODE / bits_of_code
+    errors = predicted_error(group.spectrum, subvectors * bits_of_code * efficiency)
+    # Each codeword is free: with as many codewords as rows nothing would be lost.
+    free = np.minimum(1.0, subvectors * sizes / group.rows)
+    return errors * (1 - free) * group.mass
+
+
+def explicit_choice(group: Group, config: CompressionConfig) -> Choice:
+    """The shape that the configuration names, or the table as it is where that takes less."""
+    shape: Shape = (config.codes, config.num_subvectors, config.codebook_size)  # type: ignore[assignment]
+    if group.first.dim == 1:
+        shape = ("additive", 1, shape[2])
+    elif shape[0] == "product" and group.first.table.dim % shape[1]:
+        raise ValueError(
+            f"table {group.first.table.name!r}: num_subvectors={shape[1]} must divide "
+            f"embedding_dim={group.first.table.dim} for product codes; use a divisor or "
+            "codes='additive'"
+        )
+    before = sum(table.nbytes for field in group.fields for table in field.tables)
+    after = group.layout_bytes(shape, config)
+    if after >= before:
+        return Choice(None, before, 0.0)
+    return Choice(shape, after, float(_distortions(group, [shape])[0]))
+
+
+def allocate(options: Sequence[Sequence[Choice]], budget: int) -> list[Choice] | None:
+    """One choice for each group, of least total distortion within ``budget`` bytes.
+
+    Lagrangian relaxation by bisection on the price of a byte, then the budget that is left goes,
+    step by step, where it lowers the distortion most. None if even the smallest choices are too
+    large.
+    """
+    cheapest = [front[0] for front in options]
+    if sum(choice.nbytes for choice in cheapest) > budget:
+        return None
+    arrays = [
+        (np.array([c.nbytes for c in front], float), np.array([c.distortion for c in front]))
+        for front in options
+    ]
+
+    def at(price: float) -> list[int]:
+        return [int(np.argmin(distortion + price * size)) for size, distortion in arrays]
+
+    low, high = 0.0, max(1e-30, max(float(d.max()) for _, d in arrays))
+    picked = at(low)
+    if _size(arrays, picked) > budget:
+        for _ in range(80):
+            middle = np.sqrt(max(low, high * 1e-24) * high)
+            if _size(arrays, at(middle)) > budget:
+                low = middle
+            else:
+                high = middle
+        picked = at(high)
+        if _size(arrays, picked) > budget:
+            picked = [0] * len(options)
+    _spend(arrays, picked, budget)
+    return [front[i] for front, i in zip(options, picked, strict=True)]
+
+
+def _size(arrays: list[tuple[np.ndarray, np.ndarray]], picked: list[int]) -> float:
+    return sum(size[i] for (size, _), i in zip(arrays, picked, strict=True))
+
+
+def _spend(arrays: list[tuple[np.ndarray, np.ndarray]], picked: list[int], budget: int) -> None:
+    """Take the best upgrades that still fit, one at a time."""
+    left = budget - _size(arrays, picked)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for group, (size, distortion) in enumerate(arrays):
+            now = picked[group]
+            extra = size[now + 1 :] - size[now]
+            fits = np.flatnonzero(extra <= left)
+            if len(fits):
+                gains = (distortion[now] - distortion[now + 1 :][fits]) / extra[fits]
+                top = int(gains.argmax())
+                if best is None or gains[top] > best[0]:
+                    best = (float(gains[top]), group, now + 1 + int(fits[top]))
+        if best is None or best[0] <= 0:
+            return
+        _, group, chosen = best
+        left -= arrays[group][0][chosen] - arrays[group][0][picked[group]]
+        picked[group] = chosen
+
+
+def partitions(fields: Sequence[Field], keys: Sequence[Hashable]) -> Iterator[list[Group]]:
+    """Ways to share codebooks: those of equal key and between two sizes share, the others do not.
+
+    Args:
+        fields: to group.
+        keys: fields share only where these are equal (dim, dtype, device, optimizer group ...).
+    """
+    yield [Group((field,)) for field in fields]
+    by_key: dict[Hashable, list[Field]] = defaultdict(list)
+    for field, key in zip(fields, keys, strict=True):
+        by_key[key].append(field)
+    if all(len(members) < 2 for members in by_key.values()):
+        return
+    sizes = sorted({field.table.rows for field in fields})
+    lows = sorted({0, *(size for size in (256, 1024, 4096) if size < sizes[-1])})
+    highs = [*(size for size in (10_000, 40_000, 160_000, 640_000) if size < sizes[-1]), sizes[-1]]
+    for low in lows:
+        for high in highs:
+            groups = []
+            for members in by_key.values():
+                shared = tuple(f for f in members if low < f.table.rows <= high)
+                groups += [Group((f,)) for f in members if not low < f.table.rows <= high]
+                groups += [Group(shared)] if shared else []
+            if any(len(group.fields) > 1 for group in groups):
+                yield groups
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The groups of a plan and what each becomes."""
+
+    groups: list[Group]
+    chosen: list[Choice]
+
+
+def assign(
+    tables: Sequence[Table],
+    weights: Sequence[Tensor],
+    popularity: Sequence[Hashable],
+    keys: Mapping[Table, Hashable],
+    config: CompressionConfig,
+    budget: int | None,
+) -> Assignment:
+    """Group the tables and choose the layout of each group.
+
+    Args:
+        tables: to compress.
+        weights: popularity weights (rows,) of each; sums are numbers of lookups.
+        popularity: see :func:`make_fields`.
+        keys: only tables of equal key share codebooks.
+        config: kinds of codes, dtype, explicit shape.
+        budget: bytes that ``tables`` may take; None uses the explicit shape.
+
+    Raises:
+        ValueError: the budget cannot be met; the least possible is named.
+    """
+    may_pair = config.codes == "additive"
+    if budget is None:
+        fields = make_fields(tables, weights, popularity, may_pair)
+        groups = [Group((field,)) for field in fields]
+        return Assignment(groups, [explicit_choice(group, config) for group in groups])
+    best: Assignment | None = None
+    least: int | None = None
+    for pair in (True, False) if may_pair else (False,):
+        fields = make_fields(tables, weights, popularity, pair)
+        share = [tuple(keys[table] for table in field.tables) for field in fields]
+        fronts: dict[tuple[int, ...], list[Choice]] = {}
+        for groups in partitions(fields, share):
+            options = []
+            for group in groups:
+                members = tuple(id(field) for field in group.fields)
+                if members not in fronts:
+                    fronts[members] = choices(group, config)
+                options.append(fronts[members])
+            smallest = sum(front[0].nbytes for front in options)
+            least = smallest if least is None else min(least, smallest)
+            chosen = allocate(options, budget)
+            if chosen and (best is None or _total(chosen) < _total(best.chosen)):
+                best = Assignment(groups, chosen)
+    if best is None:
+        raise ValueError(
+            f"the tables to compress cannot fit in {budget:,} bytes; the least possible is "
+            f"{least:,} bytes: lower ratio (or raise max_bytes), use codebook_dtype='int8', or "
+            "compress more tables (min_rows, include, exclude)"
+        )
+    return best
+
+
+def _total(chosen: Sequence[Choice]) -> float:
+    return sum(choice.distortion for choice in chosen)

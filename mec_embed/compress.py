@@ -1,0 +1,446 @@
+"""``compress()``, ``plan()`` and ``decompress()``: find, count, plan, learn, swap, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .budget import Assignment, Field, Group, Shape, assign
+from .config import POPULARITY, CompressionConfig
+from .frequency import FrequencyStats, counts_for_tables
+from .layout import CodeLayout, dtype_name
+from .learning.fit import CodeShape, FittedCodes, Rows, fit_codes
+from .learning.kmeans import require_faiss
+from .modules import (
+    DECODE_ROWS,
+    CodebookSet,
+    CodeTable,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+)
+from .report import CompressionReport, TableReport
+from .tables import (
+    EMBEDDINGS,
+    SkippedTable,
+    Table,
+    check_finite,
+    check_model,
+    find_modules,
+    find_tables,
+    optimizer_groups,
+    replace_modules,
+    untouched,
+)
+
+logger = logging.getLogger("mec_embed")
+
+Counts = FrequencyStats | Mapping[str, Any] | None
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+Compressed = CompressedEmbedding | CompressedEmbeddingBag
+
+#: A row that never occurs counts as this many occurrences: little, but it gets a code.
+_UNSEEN = 0.1
+
+
+def compress(
+    model: nn.Module,
+    freq_stats: Counts,
+    config: CompressionConfig | None = None,
+    *,
+    optimizer: Optimizers = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> CompressionReport:
+    """Replace the embedding tables of a trained model by codes and codebooks, in place.
+
+    Everything is checked and learned before the first module is replaced: an error or Ctrl-C
+    leaves model and optimizer as they were.
+
+    Args:
+        model: any module that holds ``nn.Embedding`` or ``nn.EmbeddingBag`` modules.
+        freq_stats: how often each row is used: a :class:`~mec_embed.FrequencyStats`, a mapping
+            from table name (qualified, or the last part where unambiguous) to counts (rows,), or
+            None for uniform weights.
+        config: what to aim for; ``CompressionConfig()`` (ratio 50) by default.
+        optimizer: of a training that shall go on (or several): the codebooks take the place of the
+            old tables in their groups, and the state of the old tables is dropped.
+        device: to learn on; by default where the table is.
+        progress: show a progress bar.
+
+    Returns:
+        Every table with its bytes and errors.
+
+    Raises:
+        ValueError: no table to compress, a budget that cannot be met, counts that do not fit,
+            NaN or infinite rows; the table is named.
+        TypeError: an argument of another type.
+        RuntimeError: faiss is not installed.
+
+    Example:
+        >>> report = compress(model, stats, CompressionConfig(ratio=50))  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    groups_of = optimizer_groups(optimizer)
+    draft = _draft(model, freq_stats, config, groups_of)
+    require_faiss()
+    check_finite(draft.tables)
+    outcome = _Outcome(draft)
+    for group, shape in _bar(draft.groups_to_learn(), progress):
+        outcome.learn(group, shape, device)
+    report = outcome.report(time.perf_counter() - started)
+    replace_modules(
+        [(t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules],
+        optimizer,
+    )
+    return report
+
+
+def plan(
+    model: nn.Module, freq_stats: Counts, config: CompressionConfig | None = None
+) -> CompressionReport:
+    """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
+
+    Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
+    """
+    return _Outcome(_draft(model, freq_stats, config, optimizer_groups(None))).report(None)
+
+
+def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
+    """Put dense ``nn.Embedding`` and ``nn.EmbeddingBag`` back, in place.
+
+    Args:
+        model: a compressed model.
+        optimizer: as in :func:`compress`; the dense tables take the place of the codebooks.
+
+    Returns:
+        Number of tables put back.
+
+    Raises:
+        ValueError: the model holds no compressed table.
+    """
+    check_model(model)
+    found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
+    if not found:
+        raise ValueError("the model holds no compressed table; nothing to decompress")
+    replace_modules([(aliases, old, _dense(old)) for old, aliases in found], optimizer)
+    return len(found)
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """The dense module that decodes as ``module`` does."""
+    if not isinstance(module, (CompressedEmbedding, CompressedEmbeddingBag)):
+        raise TypeError(f"expected a compressed module, got {type(module).__name__}")
+    table = module.dequantize()
+    options: dict[str, Any] = {"padding_idx": module.padding_idx, "sparse": module.sparse}
+    kind: type[nn.Module] = nn.Embedding
+    if isinstance(module, CompressedEmbeddingBag):
+        kind = nn.EmbeddingBag
+        options |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+    dense = kind(*table.shape, **options, _weight=table)
+    dense.weight.requires_grad_(module.trainable)
+    return dense
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is known before anything is learned."""
+
+    config: CompressionConfig
+    order: list[str]
+    tables: list[Table]
+    skipped: list[SkippedTable]
+    weights: list[Tensor]
+    lookups: list[float | None]
+    assignment: Assignment
+    notes: list[str]
+
+    def groups_to_learn(self) -> list[tuple[Group, Shape]]:
+        """Groups that change, with their shape."""
+        pairs = zip(self.assignment.groups, self.assignment.chosen, strict=True)
+        return [(group, choice.shape) for group, choice in pairs if choice.shape]
+
+
+def _draft(
+    model: nn.Module,
+    freq_stats: Counts,
+    config: CompressionConfig | None,
+    groups_of: Mapping[int, Hashable],
+) -> _Draft:
+    if config is None:
+        config = CompressionConfig()
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
+    tables, skipped = find_tables(model, config)
+    counts = counts_for_tables(
+        freq_stats,
+        [(table.names, table.rows) for table in tables],
+        [table.name for table in skipped],
+    )
+    totals = [None if c is None else float(c.sum()) for c in counts]
+    known = [total for total in totals if total is not None]
+    # A table without counts is looked up as often as the others are on average.
+    usual = sum(known) / len(known) if known else 1.0
+    weights = [
+        _row_weights(table.rows, c, config.popularity, usual)
+        for table, c in zip(tables, counts, strict=True)
+    ]
+    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
+    before = sum(table.nbytes for table in [*tables, *skipped])
+    budget = config.budget(before)
+    if budget is not None:
+        alone = sum(table.nbytes for table in skipped)
+        if alone > budget:
+            raise ValueError(
+                f"the tables left alone take {alone:,} bytes, more than the budget of {budget:,}; "
+                "lower ratio (or raise max_bytes) or compress more tables (min_rows, include, "
+                "exclude)"
+            )
+        budget -= alone
+    keys = {table: _share_key(table, groups_of) for table in tables}
+    assignment = assign(tables, weights, popularity, keys, config, budget)
+    missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
+    order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
+    return _Draft(
+        config, order, tables, skipped, weights, totals, assignment, _notes(freq_stats, missing)
+    )
+
+
+def _notes(freq_stats: Counts, missing: list[str]) -> list[str]:
+    if freq_stats is None:
+        return ["no freq_stats: all rows weigh the same; counts of training ids give better codes"]
+    if missing:
+        return [f"no counts for {', '.join(missing)}: their rows weigh the same"]
+    return []
+
+
+def _row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:
+    """Popularity weights (rows,) float32 whose sum is the number of lookups of the table."""
+    if counts is None:
+        return torch.full((rows,), usual / rows)
+    occurrences = torch.from_numpy(counts)
+    weights = POPULARITY[popularity](occurrences.clamp(min=_UNSEEN))
+    return (weights * (max(float(occurrences.sum()), 1.0) / weights.sum())).float()
+
+
+def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> Hashable:
+    """Equal for tables whose codebooks may be one parameter."""
+    weight = table.weight
+    return (
+        table.dim,
+        weight.dtype,
+        weight.device,
+        weight.requires_grad,
+        table.module.sparse,
+        groups_of.get(id(weight)),
+    )
+
+
+def _bar(groups: list[tuple[Group, Shape]], show: bool) -> Iterator[tuple[Group, Shape]]:
+    yield from tqdm(groups, desc="compressing", unit="table", disable=not show)
+
+
+class _Outcome:
+    """The replacements and what the report says of each table, filled group by group."""
+
+    def __init__(self, draft: _Draft) -> None:
+        self.draft = draft
+        self.modules: dict[Table, Compressed] = {}
+        self.rows: dict[str, TableReport] = {}
+        for skipped in draft.skipped:
+            self.rows[skipped.name] = _untouched(skipped)
+        pairs = zip(draft.assignment.groups, draft.assignment.chosen, strict=True)
+        for group, choice in pairs:
+            self._plan_group(group, choice.shape)
+
+    def _plan_group(self, group: Group, shape: Shape | None) -> None:
+        if shape is None:
+            for field in group.fields:
+                for table in field.tables:
+                    reason = "fits the budget as it is, or codes would take more"
+                    self.rows[table.name] = _untouched(
+                        untouched(table.module, table.aliases, reason)
+                    )
+            return
+        first = group.first
+        for field, layouts in zip(
+            group.fields, group.layouts(shape, self.draft.config), strict=True
+        ):
+            for place, (table, layout) in enumerate(zip(field.tables, layouts, strict=True)):
+                owner = first.tables[place]
+                self.rows[table.name] = self._planned(
+                    table,
+                    layout,
+                    field.table.name if place else None,
+                    owner.name if owner is not table else None,
+                )
+
+    def _planned(
+        self, table: Table, layout: CodeLayout, codes_of: str | None, books_of: str | None
+    ) -> TableReport:
+        index = self.draft.tables.index(table)
+        lookups = self.draft.lookups[index]
+        return TableReport(
+            name=table.name,
+            aliases=table.names[1:],
+            rows=table.rows,
+            dim=table.dim,
+            dtype=dtype_name(table.weight.dtype),
+            layout=layout.describe(),
+            row_bits=layout.row_bits,
+            bytes_before=table.nbytes,
+            code_bytes=0 if codes_of else layout.code_bytes,
+            codebook_bytes=0 if books_of else layout.codebook_bytes,
+            other_bytes=0,
+            shares_codes_with=codes_of,
+            shares_codebooks_with=books_of,
+            popularity="uniform" if lookups is None else self.draft.config.popularity,
+            lookups=lookups,
+            codewords=layout.num_subvectors * layout.codebook_size if layout.bits else None,
+        )
+
+    def learn(self, group: Group, shape: Shape, device: torch.device | str | None) -> None:
+        """Learn one group: its modules, and its lines of the report."""
+        started = time.perf_counter()
+        layouts = group.layouts(shape, self.draft.config)
+        if shape[0] == "rows":
+            self._keep_rows(group.first.table, layouts[0][0])
+        else:
+            self._learn_codes(group, shape, layouts, device)
+        for field in group.fields:
+            for table in field.tables:
+                error = weighted_error(self.modules[table], table.weight, field.weights)
+                self._update(table, weighted_error=error)
+        self._update(group.first.table, seconds=time.perf_counter() - started)
+
+    def _keep_rows(self, table: Table, layout: CodeLayout) -> None:
+        books = CodebookSet(layout, table.weight.requires_grad)
+        books.store(table.weight.detach()[None].cpu())
+        self.modules[table] = _module(table, layout, CodeTable(layout), books)
+
+    def _learn_codes(
+        self,
+        group: Group,
+        shape: Shape,
+        layouts: list[list[CodeLayout]],
+        device: torch.device | str | None,
+    ) -> None:
+        place = torch.device(device) if device is not None else group.first.table.weight.device
+        fitted = fit_codes(
+            [Rows(_reader(field, place), field.weights) for field in group.fields],
+            CodeShape(*shape, layouts[0][0].codebook_dtype, _widths(group.first)),
+            self.draft.config,
+            lambda stage, error: logger.debug(
+                "%s: %s, weighted error %.4f", group.first.table.name, stage, error
+            ),
+        )
+        widths = (
+            _widths(group.first) if len(_widths(group.first)) > 1 else fitted.codebooks.shape[2]
+        )
+        books = []
+        for table, layout, values in zip(
+            group.first.tables, layouts[0], fitted.codebooks.split(widths, dim=2), strict=True
+        ):
+            books.append(CodebookSet(layout, table.weight.requires_grad))
+            books[-1].store(values.cpu())
+        for number, field in enumerate(group.fields):
+            codes = CodeTable(layouts[number][0])
+            codes.codes.copy_(fitted.encoded[number].packed)
+            for table, layout, book in zip(field.tables, layouts[number], books, strict=True):
+                self.modules[table] = _module(table, layout, codes, book)
+                self._describe(table, fitted, number)
+
+    def _describe(self, table: Table, fitted: FittedCodes, number: int) -> None:
+        encoded = fitted.encoded[number]
+        self._update(
+            table,
+            start_error=fitted.start_error,
+            learned_error=fitted.error,
+            perplexity=sum(encoded.perplexity) / len(encoded.perplexity),
+            dead_codes=encoded.dead_codes,
+            objective=fitted.history[-1] if fitted.history else {},
+        )
+
+    def _update(self, table: Table, **values: Any) -> None:
+        self.rows[table.name] = replace(self.rows[table.name], **values)
+
+    def report(self, seconds: float | None) -> CompressionReport:
+        """All tables in the order of the model."""
+        rows = tuple(self.rows[name] for name in self.draft.order)
+        return CompressionReport(rows, self.draft.config, tuple(self.draft.notes), seconds)
+
+
+def _untouched(table: SkippedTable) -> TableReport:
+    return TableReport(
+        name=table.name,
+        aliases=table.aliases,
+        rows=table.rows,
+        dim=table.dim,
+        dtype=table.dtype,
+        layout="as it was",
+        row_bits=0,
+        bytes_before=table.nbytes,
+        code_bytes=0,
+        codebook_bytes=0,
+        other_bytes=table.nbytes,
+        reason=table.reason,
+    )
+
+
+def _widths(field: Field) -> tuple[int, ...]:
+    return tuple(table.dim for table in field.tables)
+
+
+def _reader(field: Field, device: torch.device) -> Any:
+    return lambda ids: field.read(ids, device)
+
+
+def _module(table: Table, layout: CodeLayout, codes: CodeTable, books: CodebookSet) -> Compressed:
+    """The replacement of a table, on its device, around its codes and codebooks."""
+    old = table.module
+    options: dict[str, Any] = {
+        "padding_idx": old.padding_idx,
+        "zero_padding": table.zero_padding,
+        "sparse": old.sparse,
+        "dtype": table.weight.dtype,
+        "requires_grad": table.weight.requires_grad,
+        "name": table.name,
+        "code_table": codes,
+        "codebook_set": books,
+    }
+    device = table.weight.device
+    if isinstance(old, nn.EmbeddingBag):
+        options |= {"mode": old.mode, "include_last_offset": old.include_last_offset}
+        return CompressedEmbeddingBag(layout, **options).to(device)
+    return CompressedEmbedding(layout, **options).to(device)
+
+
+def weighted_error(module: Compressed, weight: Tensor, weights: Tensor) -> float:
+    """Weighted squared error of what ``module`` decodes / weighted variance of the dense rows.
+
+    Args:
+        module: the replacement.
+        weight: the dense table (rows, dim).
+        weights: (rows,) popularity weights.
+    """
+    error = square = mass = 0.0
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    with torch.no_grad():
+        for start in range(0, len(weight), DECODE_ROWS):
+            x = weight[start : start + DECODE_ROWS].double()
+            share = weights[start : start + DECODE_ROWS].to(x.device).double()
+            ids = torch.arange(start, start + len(x), device=x.device)
+            error += float(share @ (x - module.decode(ids).double()).square().sum(1))
+            square += float(share @ x.square().sum(1))
+            total += share @ x
+            mass += float(share.sum())
+    variance = square - float(total.square().sum()) / mass
+    # Of a table whose rows are all equal, the error relative to the rows themselves.
+    return error / variance if variance > 1e-12 * square else error / max(square, 1e-300)

@@ -1,0 +1,187 @@
+"""What a person may choose: one frozen, validated, JSON-able dataclass."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from .layout import dtype_from_name
+
+DEFAULT_RATIO = 50.0
+
+#: Popularity weightings: how much a row that occurs n times in training counts.
+POPULARITY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sqrt": torch.sqrt,
+    "linear": lambda counts: counts,
+    "log": lambda counts: torch.log2(counts.clamp(min=1)).floor().clamp(min=1),
+    "none": torch.ones_like,
+}
+
+_CODEBOOK_DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How :func:`mec_embed.compress` shall compress. Most people set only ``ratio``.
+
+    Args:
+        ratio: bytes of all embedding tables of the model before, divided by their bytes after;
+            codes, codebooks, padding and the tables left alone all count. The planner uses the
+            whole budget. 50 where no target is given.
+        max_bytes: the target as bytes after, instead of ``ratio``.
+        num_subvectors: number of codebooks M of every compressed table, instead of a target;
+            goes with ``codebook_size``.
+        codebook_size: codewords K in each codebook, 2 to 65,536.
+        codes: ``"additive"`` (a row is the sum of M codewords; better at equal bytes) or
+            ``"product"`` (their concatenation, as in the MEC paper).
+        codebook_dtype: ``None`` for the dtype of the table, so that codebooks train as the table
+            did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with one float16
+            scale a codeword, which leaves more bytes for codes and freezes the codebooks (only
+            :func:`mec_embed.distill` moves them).
+        min_rows: tables with fewer rows stay as they are.
+        include: shell-style patterns; a table is compressed if its qualified name matches one.
+        exclude: shell-style patterns; a table whose name matches one stays as it is.
+        popularity: weight of a row that occurs n times in training: ``"sqrt"``, ``"linear"``,
+            ``"log"`` (floor(log2 n), at least 1, as in MEC) or ``"none"``.
+        usage_weight: weight of the usage regularizer (even use of the codewords); 0 is off.
+        contrastive_weight: weight of the contrastive loss (a row against its own codes with one
+            of them replaced); 0 is off.
+        epochs: epochs of the MEC objective; 0 leaves the refined k-means codebooks.
+        seed: of every random choice; the same seed gives the same codes on the CPU.
+
+    Raises:
+        ValueError: a value outside its range, or targets that exclude each other.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> CompressionConfig(ratio=50).to_json() == CompressionConfig().to_json()
+        True
+    """
+
+    ratio: float | None = None
+    max_bytes: int | None = None
+    num_subvectors: int | None = None
+    codebook_size: int | None = None
+    codes: str = "additive"
+    codebook_dtype: str | None = None
+    min_rows: int = 128
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    popularity: str = "sqrt"
+    usage_weight: float = 1e-4
+    contrastive_weight: float = 2e-3
+    epochs: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        self._check_target()
+        _one_of("codes", self.codes, ("additive", "product"))
+        _one_of("popularity", self.popularity, tuple(POPULARITY))
+        if self.codebook_dtype is not None:
+            _one_of("codebook_dtype", self.codebook_dtype, _CODEBOOK_DTYPES)
+        _integer("min_rows", self.min_rows, low=1)
+        _integer("epochs", self.epochs, low=0)
+        _integer("seed", self.seed, low=0, high=2**31 - 1)
+        _number("usage_weight", self.usage_weight, low=0.0)
+        _number("contrastive_weight", self.contrastive_weight, low=0.0)
+
+    def _check_target(self) -> None:
+        explicit = (self.num_subvectors, self.codebook_size)
+        if any(value is not None for value in explicit):
+            if any(value is None for value in explicit):
+                raise ValueError(
+                    "num_subvectors and codebook_size go together, got "
+                    f"num_subvectors={self.num_subvectors}, codebook_size={self.codebook_size}"
+                )
+            _integer("num_subvectors", self.num_subvectors, low=1, high=256)
+            _integer("codebook_size", self.codebook_size, low=2, high=1 << 16)
+        targets = [self.ratio is not None, self.max_bytes is not None, explicit != (None, None)]
+        if sum(targets) > 1:
+            raise ValueError(
+                "give one of ratio, max_bytes, or num_subvectors with codebook_size, got "
+                f"ratio={self.ratio}, max_bytes={self.max_bytes}, "
+                f"num_subvectors={self.num_subvectors}, codebook_size={self.codebook_size}"
+            )
+        if not any(targets):
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        if self.ratio is not None:
+            _number("ratio", self.ratio, low=1.0)
+        if self.max_bytes is not None:
+            _integer("max_bytes", self.max_bytes, low=1)
+
+    def budget(self, bytes_before: int) -> int | None:
+        """Bytes that all tables may take after; ``None`` where the layout is explicit."""
+        if self.ratio is not None:
+            return math.floor(bytes_before / self.ratio)
+        return self.max_bytes
+
+    def codebook_dtype_for(self, table_dtype: torch.dtype) -> torch.dtype:
+        """The codebook dtype of a table whose rows are ``table_dtype``."""
+        return dtype_from_name(self.codebook_dtype) if self.codebook_dtype else table_dtype
+
+    def selects(self, name: str) -> bool:
+        """Whether the table's qualified name is included and not excluded."""
+        return any(fnmatchcase(name, pattern) for pattern in self.include) and not any(
+            fnmatchcase(name, pattern) for pattern in self.exclude
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` reverses it."""
+        return {**asdict(self), "include": list(self.include), "exclude": list(self.exclude)}
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompressionConfig:
+        """The configuration that :meth:`to_dict` wrote; ValueError for unknown names."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"CompressionConfig has no {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionConfig:
+        """The configuration that :meth:`to_json` wrote."""
+        return cls.from_dict(json.loads(text))
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of patterns, got the string {value!r}")
+    patterns = tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name} must hold strings, got {patterns!r}")
+    return patterns
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _number(name: str, value: Any, low: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < low:
+        raise ValueError(f"{name} must be finite and at least {low}, got {value}")

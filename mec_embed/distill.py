@@ -1,0 +1,200 @@
+"""Distillation: train codebooks and network to predict as the uncompressed model does.
+
+The labels of a click log over-fit within an epoch; the teacher's probabilities do not, and it can
+label combinations of ids that never occurred.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .frequency import Forward, default_forward
+from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag
+from .tables import find_modules
+
+logger = logging.getLogger("mec_embed")
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    epochs: int = 2,
+    lr: float = 1e-3,
+    mix: float = 0.5,
+    train_network: bool = True,
+    forward: Forward = default_forward,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Train a compressed model against the model it was made from, in place; codes stay.
+
+    The loss is the binary cross entropy against the teacher's probabilities. Both models run in
+    eval mode: no dropout, and batch-norm statistics stay as they are. Frozen int8 and half
+    precision codebooks are trained as float32 and rounded back at the end.
+
+    Args:
+        model: the compressed model.
+        teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing).
+        batches: iterated once an epoch: a DataLoader, a list. Labels are not used.
+        epochs: passes over ``batches``.
+        lr: Adam's learning rate; falls to zero by a cosine.
+        mix: part of each batch in which about one column in ten (at least one) is shuffled between
+            rows, so that the teacher also labels combinations that the data do not hold. Columns
+            are those of an integer tensor (batch, columns), or the entries of a mapping; other
+            batches are used as they are.
+        train_network: train every trainable parameter of the model, or the codebooks only.
+        forward: how to call a model on a batch, see :meth:`FrequencyStats.from_batches`. It
+            returns logits or probabilities (batch,) or (batch, 1).
+        seed: of the shuffling.
+        progress: show a progress bar.
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        ValueError: the model holds no compressed table, or there are no batches.
+        TypeError: a forward that returns no tensor.
+
+    Example:
+        >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
+        >>> compress(model, stats)  # doctest: +SKIP
+        >>> distill(model, teacher, train_batches, epochs=2)  # doctest: +SKIP
+    """
+    books = _codebook_sets(model)
+    generator = torch.Generator().manual_seed(seed)
+    history: list[float] = []
+    with _eval_mode(model), _eval_mode(teacher), _trainable(books) as codebooks:
+        network = [p for p in model.parameters() if p.requires_grad] if train_network else []
+        unique = {id(param): param for param in [*codebooks, *network]}
+        optimizer = torch.optim.Adam(unique.values(), lr=lr)
+        loss_of = _Loss(model, teacher, forward)
+        for epoch in range(epochs):
+            bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
+            total, seen = 0.0, 0
+            steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+            for step, batch in enumerate(bar):
+                share = step / steps if steps else 0.5
+                _set_rate(optimizer, lr, (epoch + share) / epochs)
+                loss = loss_of(mixed(batch, mix, generator))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total, seen = total + loss.item(), seen + 1
+                bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
+            if not seen:
+                raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
+            history.append(total / seen)
+    return history
+
+
+class _Loss:
+    """Cross entropy of the student against the teacher, in logits or probabilities."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, forward: Forward) -> None:
+        self.model, self.teacher, self.forward = model, teacher, forward
+        self.probabilities: bool | None = None
+
+    def __call__(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            target = _prediction(self.forward(self.teacher, batch))
+        output = _prediction(self.forward(self.model, batch))
+        if self.probabilities is None:
+            # Logits of a batch that all lie in [0, 1] would mean a model that knows nothing.
+            self.probabilities = bool(((target >= 0) & (target <= 1)).all())
+            logger.info(
+                "distill: outputs are %s", "probabilities" if self.probabilities else "logits"
+            )
+        if self.probabilities:
+            return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
+        return F.binary_cross_entropy_with_logits(output, target.sigmoid())
+
+
+def _prediction(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and "y_pred" in output:
+        output = output["y_pred"]
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned a {type(output).__name__}, expected a tensor of logits or "
+            "probabilities; pass forward= to pick it"
+        )
+    return output.reshape(-1).float()
+
+
+def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
+    """``batch`` with some columns shuffled between the rows of its first ``part``."""
+    if isinstance(batch, (tuple, list)):
+        return type(batch)([mixed(batch[0], part, generator), *batch[1:]])
+    if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
+        columns = list(batch.unbind(1))
+        return torch.stack(_shuffled(columns, part, generator), 1)
+    if isinstance(batch, Mapping):
+        names = [name for name, value in batch.items() if isinstance(value, Tensor)]
+        shuffled = _shuffled([batch[name] for name in names], part, generator)
+        return {**batch, **dict(zip(names, shuffled, strict=True))}
+    return batch
+
+
+def _shuffled(columns: list[Tensor], part: float, generator: torch.Generator) -> list[Tensor]:
+    """Columns with one in ten, at least one, permuted over the first ``part`` of the rows."""
+    if len(columns) < 2 or part <= 0:
+        return columns
+    columns = list(columns)
+    rows = int(part * len(columns[0]))
+    count = max(1, len(columns) // 10)
+    for column in torch.randperm(len(columns), generator=generator)[:count].tolist():
+        order = torch.randperm(rows, generator=generator).to(columns[column].device)
+        columns[column] = torch.cat([columns[column][order], columns[column][rows:]])
+    return columns
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
+    rate = 0.5 * lr * (1 + float(torch.cos(torch.tensor(min(progress, 1.0) * torch.pi))))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
+    """Codebooks of the tables that were trainable, each once."""
+    found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
+    if not found:
+        raise ValueError("the model holds no compressed table; call compress() first")
+    return list({id(m.codebook_set): m.codebook_set for m, _ in found if m.trainable}.values())
+
+
+@contextmanager
+def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
+    """The codebooks as trainable float parameters; rounded back on leaving, by error too."""
+    narrow = [
+        (book, book.codebooks, book.scales)
+        for book in books
+        if book.codebooks.dtype in (torch.int8, torch.float16, torch.bfloat16)
+    ]
+    for book, _, _ in narrow:
+        book.thaw()
+    try:
+        yield [book.codebooks for book in books]  # type: ignore[misc]
+    finally:
+        for book, codebooks, scales in narrow:
+            book.freeze(codebooks, scales)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,314 @@
+"""How often each row of each table is used in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .tables import EMBEDDINGS, find_modules
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` on a batch: a tensor or mapping as it is, of a tuple or list its first item."""
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+class FrequencyStats:
+    """Popularity: for each table, how often each of its rows occurs in the training data.
+
+    Make one with :meth:`from_batches`, :meth:`from_columns`, :meth:`from_parquet` or
+    :meth:`from_counts`; ``a + b`` adds partial counts.
+
+    Example:
+        >>> stats = FrequencyStats.from_counts({"user": [5, 0, 1]})
+        >>> stats["user"]
+        array([5., 0., 1.])
+    """
+
+    def __init__(self, counts: Mapping[str, np.ndarray]) -> None:
+        """Use the ``from_*`` constructors."""
+        self._counts = dict(counts)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Counts (rows,) of the table ``name``."""
+        return self._counts[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are counts under this name."""
+        return name in self._counts
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        """Number of tables with counts."""
+        return len(self._counts)
+
+    def __repr__(self) -> str:
+        """Names and total counts."""
+        totals = ", ".join(f"{name}: {counts.sum():.0f}" for name, counts in self._counts.items())
+        return f"FrequencyStats({totals})"
+
+    def __add__(self, other: FrequencyStats) -> FrequencyStats:
+        """Counts of both, added; ValueError where two tables of one name differ in rows."""
+        total = dict(self._counts)
+        for name, counts in other._counts.items():
+            if name in total and total[name].shape != counts.shape:
+                raise ValueError(
+                    f"table {name!r}: cannot add counts of {len(counts)} rows to counts of "
+                    f"{len(total[name])} rows"
+                )
+            total[name] = total[name] + counts if name in total else counts
+        return FrequencyStats(total)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, Any]) -> FrequencyStats:
+        """From counts (rows,) for each table name: arrays, tensors or lists.
+
+        Raises:
+            ValueError: counts that are not one-dimensional, negative, NaN or infinite.
+        """
+        return cls({name: _checked(name, values) for name, values in counts.items()})
+
+    @classmethod
+    def from_batches(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        forward: Forward = default_forward,
+    ) -> FrequencyStats:
+        """Count the ids that reach each table while ``model`` reads ``batches``.
+
+        The model runs in eval mode without gradient; padding ids count zero; tables looked up by
+        several features sum them.
+
+        Args:
+            model: any model; its weights are not changed.
+            batches: for instance a DataLoader.
+            forward: how to call the model on a batch. By default ``model(batch)``, and
+                ``model(batch[0])`` where a batch is a tuple or list such as ``(inputs, labels)``.
+
+        Raises:
+            ValueError: the model holds no embedding, or no batch reached one.
+        """
+        counts: dict[str, Tensor] = {}
+        with _counting(model, counts), torch.no_grad():
+            for batch in batches:
+                forward(model, batch)
+        if not any(bool(values.any()) for values in counts.values()):
+            raise ValueError("no ids were counted: batches is empty or reached no embedding")
+        return cls({name: values.double().numpy() for name, values in counts.items()})
+
+    @classmethod
+    def from_columns(cls, model: nn.Module, columns: Mapping[str, Any]) -> FrequencyStats:
+        """Count ids that are at hand as arrays.
+
+        Args:
+            model: names the tables and their rows.
+            columns: table name (or its unambiguous last part) -> integer ids of any shape.
+
+        Raises:
+            ValueError: an unknown table name. IndexError: an id that is no row of its table.
+        """
+        stats = cls({})
+        for name, values in columns.items():
+            stats = stats + cls(_count_column(model, name, values))
+        return stats
+
+    @classmethod
+    def from_parquet(
+        cls, model: nn.Module, path: str | Path, columns: Mapping[str, str]
+    ) -> FrequencyStats:
+        """Count encoded ids in a parquet file, read in pieces (needs pyarrow).
+
+        Args:
+            model: names the tables and their rows.
+            path: the file.
+            columns: column of the file -> table name; several columns may share a table. List
+                columns (sequences) are flattened, nulls left out.
+
+        Raises:
+            ValueError: an unknown table or column. IndexError: an id that is no row of its table.
+            RuntimeError: pyarrow is not installed.
+        """
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise RuntimeError("from_parquet needs pyarrow: pip install pyarrow") from error
+        stats = cls({})
+        with parquet.ParquetFile(path) as file:
+            missing = sorted(set(columns) - set(file.schema_arrow.names))
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {', '.join(missing)}; "
+                    f"it has {', '.join(file.schema_arrow.names)}"
+                )
+            for batch in file.iter_batches(batch_size=1 << 16, columns=list(columns)):
+                for column, name in columns.items():
+                    stats = stats + cls(_count_column(model, name, _flat_ids(batch[column])))
+        return stats
+
+
+def _flat_ids(array: Any) -> np.ndarray:
+    """Ids of an arrow column: lists flattened, nulls dropped."""
+    while hasattr(array, "flatten") and hasattr(array.type, "value_type"):
+        array = array.flatten()
+    return array.drop_null().to_numpy(zero_copy_only=False)
+
+
+def _checked(name: str, values: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    try:
+        counts = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"table {name!r}: counts must be numbers, got {values!r}") from error
+    if counts.ndim != 1:
+        raise ValueError(f"table {name!r}: counts must have shape (rows,), got {counts.shape}")
+    wrong = ~np.isfinite(counts) | (counts < 0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"table {name!r}: counts must be finite and not negative, got {counts[row]} in row "
+            f"{row}"
+        )
+    return counts
+
+
+def _rows_by_name(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Every accepted name of a table -> (qualified name, rows)."""
+    full: dict[str, tuple[str, int]] = {}
+    short: dict[str, list[tuple[str, int]]] = {}
+    for module, aliases in find_modules(model, EMBEDDINGS):
+        entry = (aliases[0].name, module.num_embeddings)
+        full.update({alias.name: entry for alias in aliases})
+        for last in {alias.name.rpartition(".")[2] for alias in aliases}:
+            short.setdefault(last, []).append(entry)
+    return {name: entries[0] for name, entries in short.items() if len(entries) == 1} | full
+
+
+def _count_column(model: nn.Module, name: str, values: Any) -> dict[str, np.ndarray]:
+    known = _rows_by_name(model)
+    if name not in known:
+        raise ValueError(f"no table is named {name!r}; the model has {', '.join(sorted(known))}")
+    qualified, rows = known[name]
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    ids = np.asarray(values).reshape(-1)
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"table {name!r}: ids must be integers, got {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        found = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"table {name!r}: id {found} is out of range, expected 0..{rows - 1}")
+    return {qualified: np.bincount(ids.astype(np.int64), minlength=rows).astype(np.float64)}
+
+
+@contextmanager
+def _counting(model: nn.Module, counts: dict[str, Tensor]) -> Iterator[None]:
+    """While open, every lookup adds to ``counts``; mode and hooks are put back after."""
+    handles = []
+    training = {module: module.training for module in model.modules()}
+    for module, aliases in find_modules(model, EMBEDDINGS):
+        counts[aliases[0].name] = torch.zeros(module.num_embeddings, dtype=torch.int64)
+        hook = _counter(counts[aliases[0].name], module.padding_idx)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    if not handles:
+        raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
+    model.eval()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _counter(total: Tensor, padding_idx: int | None) -> Callable[..., None]:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = (args[0] if args else kwargs["input"]).detach().reshape(-1).cpu()
+        total.add_(torch.bincount(ids, minlength=len(total)))
+        if padding_idx is not None:
+            total[padding_idx] = 0
+
+    return count
+
+
+def counts_for_tables(
+    freq_stats: FrequencyStats | Mapping[str, Any] | None,
+    tables: list[tuple[tuple[str, ...], int]],
+    other_names: list[str],
+) -> list[np.ndarray | None]:
+    """Counts (rows,) of each table, None where there are none.
+
+    Args:
+        freq_stats: as :func:`mec_embed.compress` takes it.
+        tables: (all qualified names, rows) of each table.
+        other_names: names of tables that are not compressed; counts for them are allowed.
+
+    Raises:
+        TypeError: another type. ValueError: an unknown or ambiguous name, a wrong length.
+    """
+    if freq_stats is None:
+        return [None] * len(tables)
+    if not isinstance(freq_stats, FrequencyStats):
+        if not isinstance(freq_stats, Mapping):
+            raise TypeError(
+                "freq_stats must be a FrequencyStats, a mapping from table name to counts, or "
+                f"None, got {type(freq_stats).__name__}"
+            )
+        freq_stats = FrequencyStats.from_counts(freq_stats)
+    owners = _owners([names for names, _ in tables], other_names)
+    found: list[np.ndarray | None] = [None] * len(tables)
+    for name in freq_stats:
+        index = _owner_of(name, owners)
+        if index is None:
+            continue
+        rows, counts = tables[index][1], freq_stats[name]
+        if len(counts) != rows:
+            raise ValueError(
+                f"table {tables[index][0][0]!r}: counts must have one entry a row, got "
+                f"{len(counts)} for {rows} rows; count the ids as the model sees them"
+            )
+        if found[index] is not None:
+            raise ValueError(
+                f"table {tables[index][0][0]!r}: counts are given twice, one under {name!r}"
+            )
+        found[index] = counts
+    return found
+
+
+def _owners(names: list[tuple[str, ...]], other_names: list[str]) -> dict[str, set[int | None]]:
+    """Accepted name -> tables (None: one that is not compressed) it may mean."""
+    owners: dict[str, set[int | None]] = {}
+    everything: list[tuple[int | None, str]] = [
+        (index, name) for index, group in enumerate(names) for name in group
+    ]
+    everything += [(None, name) for name in other_names]
+    for index, name in everything:
+        owners.setdefault(name.rpartition(".")[2], set()).add(index)
+    for index, name in everything:
+        owners[name] = {index}
+    return owners
+
+
+def _owner_of(name: str, owners: dict[str, set[int | None]]) -> int | None:
+    if name not in owners:
+        known = ", ".join(sorted(full for full in owners))
+        raise ValueError(f"freq_stats names {name!r}, which is no table of the model: {known}")
+    if len(owners[name]) > 1:
+        raise ValueError(
+            f"freq_stats names {name!r}, which is the last part of several tables; use the "
+            "qualified name"
+        )
+    return next(iter(owners[name]))

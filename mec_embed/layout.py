@@ -1,0 +1,147 @@
+"""How one table is stored, and how many bytes that takes: the one place that counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+CodeKind = Literal["additive", "product", "rows"]
+
+#: Bytes after the last code, so that a kernel may load 64 bits from where any row starts.
+PACKED_PADDING = 8
+
+#: One scale a codeword goes with int8 codebooks.
+SCALE_DTYPE = torch.float16
+
+
+def bits_for(codebook_size: int) -> int:
+    """Bits of a code that names one of ``codebook_size`` codewords."""
+    return max(1, (codebook_size - 1).bit_length())
+
+
+def packed_bytes(rows: int, row_bits: int) -> int:
+    """Bytes of ``rows`` rows of ``row_bits`` bits, packed without gaps, with the trailing padding."""
+    return (rows * row_bits + 7) // 8 + PACKED_PADDING
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """The shape of a compressed table.
+
+    ``kind`` is ``"additive"`` (a row is the sum of one codeword from each of ``num_subvectors``
+    codebooks), ``"product"`` (the concatenation: each codebook covers
+    ``embedding_dim / num_subvectors`` columns) or ``"rows"`` (no codes: row ``i`` is codeword
+    ``i`` of the only codebook, stored in ``codebook_dtype``).
+
+    Args:
+        kind: see above.
+        num_embeddings: rows of the table.
+        embedding_dim: columns of the table.
+        num_subvectors: number of codebooks, M.
+        codebook_size: codewords in each codebook, K; at most 65,536 except for ``"rows"``.
+        codebook_dtype: a floating dtype (trainable) or ``torch.int8`` (frozen, a float16 scale a
+            codeword).
+
+    Example:
+        >>> CodeLayout("additive", 100_000, 40, 5, 32, torch.float32).row_bits
+        25
+    """
+
+    kind: CodeKind
+    num_embeddings: int
+    embedding_dim: int
+    num_subvectors: int
+    codebook_size: int
+    codebook_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("additive", "product", "rows"):
+            raise ValueError(f"kind must be 'additive', 'product' or 'rows', got {self.kind!r}")
+        for name in ("num_embeddings", "embedding_dim", "num_subvectors", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kind == "product" and self.embedding_dim % self.num_subvectors:
+            raise ValueError(
+                f"product codes need num_subvectors to divide embedding_dim, got "
+                f"{self.num_subvectors} and {self.embedding_dim}; use a divisor or additive codes"
+            )
+        if self.kind == "rows" and (self.num_subvectors, self.codebook_size) != (
+            1,
+            self.num_embeddings,
+        ):
+            raise ValueError("a table kept as rows has one codebook of num_embeddings codewords")
+        if self.kind != "rows" and self.codebook_size > 1 << 16:
+            raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
+        if self.codebook_dtype is not torch.int8 and not self.codebook_dtype.is_floating_point:
+            raise ValueError(f"codebook_dtype must be floating or int8, got {self.codebook_dtype}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code; 0 where rows are stored as they are."""
+        return 0 if self.kind == "rows" else bits_for(self.codebook_size)
+
+    @property
+    def row_bits(self) -> int:
+        """Bits of all codes of one row."""
+        return self.bits * self.num_subvectors
+
+    @property
+    def subvector_dim(self) -> int:
+        """Columns of one codeword."""
+        if self.kind == "product":
+            return self.embedding_dim // self.num_subvectors
+        return self.embedding_dim
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the packed codes, trailing padding included."""
+        return packed_bytes(self.num_embeddings, self.row_bits) if self.bits else 0
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of the codebooks, scales included."""
+        codewords = self.num_subvectors * self.codebook_size
+        scales = codewords * SCALE_DTYPE.itemsize if self.codebook_dtype is torch.int8 else 0
+        return codewords * self.subvector_dim * self.codebook_dtype.itemsize + scales
+
+    def describe(self) -> str:
+        """Short text such as ``additive 5x32``."""
+        if self.kind == "rows":
+            return f"rows {dtype_name(self.codebook_dtype)}"
+        return f"{self.kind} {self.num_subvectors}x{self.codebook_size}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` reverses it."""
+        return {
+            "kind": self.kind,
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "num_subvectors": self.num_subvectors,
+            "codebook_size": self.codebook_size,
+            "codebook_dtype": dtype_name(self.codebook_dtype),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CodeLayout:
+        """The layout that :meth:`to_dict` wrote."""
+        return cls(**{**values, "codebook_dtype": dtype_from_name(values["codebook_dtype"])})
+
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """``"float32"`` -> ``torch.float32``; ValueError for a dtype no table can have."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

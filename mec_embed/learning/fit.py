@@ -1,0 +1,309 @@
+"""Learn the codes of one array of rows: k-means start, refinement, MEC objective, assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import CompressionConfig
+from ..layout import CodeKind, bits_for
+from ..modules import quantize_codebooks
+from ..packing import CHUNK_ROWS, empty_packed, pack_into
+from .objective import Weights, train_codebooks
+from .quantizers import Quantizer, flat_codes, quantizer_for
+
+#: Rows that codebooks are learned from; of larger arrays, a sample by weight.
+SAMPLE_ROWS = 1 << 17
+#: Alternations of encoding and least squares, at most.
+ROUNDS = 10
+#: Stop alternating when the error falls by less than this part of it.
+LEAST_GAIN = 2e-3
+#: Partial sums kept by the beam search while learning, and for the final codes.
+LEARNING_BEAM = 8
+FINAL_BEAM = 16
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class CodeShape:
+    """What is to be learned.
+
+    Attributes:
+        kind: ``"additive"`` or ``"product"``.
+        num_subvectors, codebook_size: M and K.
+        dtype: that codebooks are stored in.
+        widths: columns that are stored together; a scale of int8 codebooks covers one of them.
+    """
+
+    kind: CodeKind
+    num_subvectors: int
+    codebook_size: int
+    dtype: torch.dtype
+    widths: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return bits_for(self.codebook_size)
+
+    def round(self, codebooks: Tensor) -> Tensor:
+        """Float32 codebooks (M, K, S) as they will read after storing."""
+        if self.dtype is not torch.int8:
+            return codebooks.to(self.dtype).float()
+        widths = self.widths if len(self.widths) > 1 else codebooks.shape[2]
+        parts = []
+        for part in codebooks.split(widths, dim=2):
+            values, scales = quantize_codebooks(part)
+            parts.append(values.float() * scales.float()[:, :, None])
+        return torch.cat(parts, dim=2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array of rows that is read in pieces.
+
+    Attributes:
+        read: row numbers (n,) int64 -> rows (n, D) float32 on the computing device.
+        weights: popularity weight (rows,) float32, positive, of each row.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    weights: Tensor
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.weights)
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The codes of one array of rows.
+
+    Attributes:
+        packed: packed codes (bytes,) uint8.
+        perplexity: for each codebook, exp of the entropy of how often its codewords are used.
+        dead_codes: codewords that no row uses.
+    """
+
+    packed: Tensor
+    perplexity: tuple[float, ...]
+    dead_codes: int
+
+
+@dataclass(frozen=True)
+class FittedCodes:
+    """What :func:`fit_codes` found.
+
+    Attributes:
+        codebooks: (M, K, S) float32, rounded to what the codebook dtype can hold.
+        encoded: the codes of each array of rows.
+        start_error: relative weighted error right after the k-means start, on the rows learned
+            from.
+        error: the same at the end; never larger.
+        history: for each epoch of the MEC objective, the mean of each term.
+    """
+
+    codebooks: Tensor
+    encoded: tuple[EncodedRows, ...]
+    start_error: float
+    error: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def weighted_sample(
+    weights: Tensor, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """About ``size`` rows, and the weights that keep every weighted sum unbiased.
+
+    Poisson sampling with inclusion proportional to weight: heavy rows are always in, with their
+    own weight; light ones share one weight.
+
+    Args:
+        weights: (n,) positive.
+        size: rows wanted; all where there are no more.
+        generator: of the draw.
+
+    Returns:
+        Row numbers (m,) int64, ascending, and weights (m,).
+    """
+    rows = len(weights)
+    if rows <= size:
+        return torch.arange(rows), weights.clone()
+    level = weights.double().sum() / size
+    for _ in range(20):
+        # Rows at or above the level are certain; the others share what is left of the size.
+        light = weights < level
+        level = weights[light].double().sum() / max(1, size - int((~light).sum()))
+    chance = (weights / level).clamp(max=1)
+    chosen = (torch.rand(rows, generator=generator) < chance).nonzero()[:, 0]
+    return chosen, weights[chosen] / chance[chosen]
+
+
+def fit_codes(
+    arrays: Sequence[Rows],
+    shape: CodeShape,
+    config: CompressionConfig,
+    progress: Progress = lambda stage, error: None,
+) -> FittedCodes:
+    """Learn one set of codebooks for several arrays of rows, and the codes of each.
+
+    Args:
+        arrays: the rows, all of ``sum(shape.widths)`` columns.
+        shape: of the codebooks to learn.
+        config: loss weights, epochs and seed.
+        progress: told (stage, relative weighted error) after every stage.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    x, mass = _read_sample(arrays, generator)
+    scale = _weighted_variance(x, mass).sqrt()
+    if scale == 0:
+        scale = torch.ones_like(scale)
+    learner = _Learner(x / scale, mass, shape, config, progress)
+    codebooks = shape.round(learner.learn() * scale)
+    return FittedCodes(
+        codebooks=codebooks,
+        encoded=tuple(_encode_all(rows, codebooks, shape) for rows in arrays),
+        start_error=learner.start_error,
+        error=learner.error,
+        history=learner.history,
+    )
+
+
+def _read_sample(arrays: Sequence[Rows], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows (n, D) to learn from, and their weights (n,) of mean 1."""
+    chosen, mass = weighted_sample(
+        torch.cat([rows.weights for rows in arrays]), SAMPLE_ROWS, generator
+    )
+    parts, first = [], 0
+    for rows in arrays:
+        inside = chosen[(chosen >= first) & (chosen < first + len(rows))]
+        parts.append(rows.read(inside - first))
+        first += len(rows)
+    x = torch.cat(parts)
+    return x, (mass / mass.mean()).to(x.device)
+
+
+def _weighted_variance(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted variance of rows (n, D), summed over columns."""
+    share = (weights / weights.sum())[:, None]
+    return (share * (x - (share * x).sum(0)).square()).sum()
+
+
+class _Learner:
+    """The stages on the sample, and the best codebooks so far."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        shape: CodeShape,
+        config: CompressionConfig,
+        progress: Progress,
+    ) -> None:
+        self.x, self.weights, self.shape, self.config = x, weights, shape, config
+        self.progress = progress
+        self.quantizer: Quantizer = quantizer_for(shape.kind)
+        self.generator = torch.Generator().manual_seed(config.seed + 1)
+        self.history: list[dict[str, float]] = []
+        self.start_error = self.error = 0.0
+
+    def learn(self) -> Tensor:
+        """Codebooks (M, K, S) whose error is no larger than that of the k-means start."""
+        shape = self.shape
+        codebooks = self.quantizer.start(
+            self.x, self.weights, shape.num_subvectors, shape.codebook_size, self.config.seed
+        )
+        codes, self.start_error = self._encode(codebooks)
+        self.error = self.start_error
+        self.progress("k-means", self.error)
+        codebooks, codes = self._refine(codebooks, codes)
+        if self.config.epochs and self.error > 0:
+            codebooks = self._train(codebooks, codes)
+        return codebooks
+
+    def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
+        """Codes for the codebooks as they will be stored, and the weighted error."""
+        stored = self.shape.round(codebooks)
+        codes = self.quantizer.encode(self.x, stored, LEARNING_BEAM)
+        difference = self.x - self.quantizer.decode(codes, stored)
+        error = (self.weights * difference.square().sum(1)).sum() / self.weights.sum()
+        return codes, float(error)
+
+    def _refine(self, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Alternate least squares and encoding while the error falls."""
+        for _ in range(ROUNDS):
+            refitted = self.quantizer.refit(self.x, self.weights, codes, codebooks)
+            refitted = self._revive(refitted, codes)
+            new_codes, error = self._encode(refitted)
+            gain = self.error - error
+            if gain > 0:
+                codebooks, codes, self.error = refitted, new_codes, error
+            self.progress("refine", self.error)
+            if gain < LEAST_GAIN * self.error:
+                break
+        return codebooks, codes
+
+    def _revive(self, codebooks: Tensor, codes: Tensor) -> Tensor:
+        """Give codewords that no row uses to rows drawn by their weighted error."""
+        count, size, width = codebooks.shape
+        used = torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
+        dead = (used == 0).nonzero()[:, 0]
+        if not len(dead):
+            return codebooks
+        errors = self.x - self.quantizer.decode(codes, codebooks)
+        chance = (self.weights * errors.square().sum(1)).cpu().double() + 1e-30
+        drawn = torch.multinomial(chance, len(dead), replacement=True, generator=self.generator)
+        drawn = drawn.to(self.x.device)
+        targets = self.quantizer.targets(self.x[drawn], codes[drawn], codebooks)
+        revived = codebooks.flatten(0, 1).clone()
+        revived[dead] = targets[torch.arange(len(dead), device=dead.device), dead // size]
+        return revived.view_as(codebooks)
+
+    def _train(self, refined: Tensor, codes: Tensor) -> Tensor:
+        """The MEC objective; taken back towards ``refined`` as far as the start's error asks."""
+        config = self.config
+        trained, self.history = train_codebooks(
+            self.x,
+            self.weights,
+            codes.clone(),
+            refined,
+            self.quantizer,
+            Weights(config.usage_weight, config.contrastive_weight),
+            config.epochs,
+            config.seed,
+        )
+        share = 1.0
+        while share > 1e-3:
+            codebooks = torch.lerp(refined, trained, share)
+            _, error = self._encode(codebooks)
+            if error <= self.start_error:
+                self.error = error
+                self.progress("MEC", error)
+                return codebooks
+            share /= 2
+        return refined
+
+
+def _encode_all(rows: Rows, codebooks: Tensor, shape: CodeShape) -> EncodedRows:
+    """The codes of all rows, read in chunks."""
+    quantizer = quantizer_for(shape.kind)
+    count, size, _ = codebooks.shape
+    packed = empty_packed(len(rows), count, shape.bits)
+    used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = torch.arange(start, min(start + CHUNK_ROWS, len(rows)))
+        codes = quantizer.encode(rows.read(chunk), codebooks, FINAL_BEAM)
+        pack_into(packed, start, codes, shape.bits)
+        used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
+    used = used.view(count, size)
+    return EncodedRows(packed, _perplexity(used), int((used == 0).sum()))
+
+
+def _perplexity(used: Tensor) -> tuple[float, ...]:
+    share = used / used.sum(1, keepdim=True)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum(1)
+    return tuple(entropy.exp().tolist())

@@ -1,0 +1,167 @@
+"""The MEC objective (Wang et al., arXiv 2502.15355): reconstruction, usage and contrast.
+
+All distances are squared and relative to the weighted variance of the rows, so that the weights of
+the terms mean the same for every table. Codes are hard; gradients reach the codebooks directly
+through the codewords that each term names, so no straight-through estimator is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quantizers import Quantizer
+
+BATCH_ROWS = 8192
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms beside the reconstruction, whose weight is 1."""
+
+    usage: float
+    contrastive: float
+
+
+def code_distances(targets: Tensor, codebooks: Tensor) -> Tensor:
+    """Squared distances (n, M, K) of targets (n, M, S) to each codeword of their codebook."""
+    cross = torch.einsum("nms,mks->nmk", targets, codebooks)
+    return targets.square().sum(2, keepdim=True) - 2 * cross + codebooks.square().sum(2)
+
+
+def reconstruction_loss(x: Tensor, decoded: Tensor, weights: Tensor) -> Tensor:
+    """Popularity-weighted mean squared error of rows (n, D); weights (n,) have mean 1."""
+    return (weights * (x - decoded).square().sum(1)).mean()
+
+
+def usage_loss(distances: Tensor, weights: Tensor, temperature: Tensor) -> Tensor:
+    """How far the popularity-weighted use of the codewords is from even: 0 (even) to 1 (collapse).
+
+    ``1 - H(p) / log K`` averaged over codebooks, where p (K,) is the weighted mean over rows of
+    the soft assignment ``softmax(-distance / temperature)``. The authors' hard one-hots have no
+    gradient; soft ones do.
+
+    Args:
+        distances: (n, M, K) from :func:`code_distances`.
+        weights: (n,) popularity weights.
+        temperature: scalar, about the distance to the nearest codeword.
+    """
+    soft = F.softmax(-distances / temperature, dim=2)
+    use = torch.einsum("n,nmk->mk", weights / weights.sum(), soft)
+    entropy = -(use * use.clamp(min=1e-12).log()).sum(1)
+    return (1 - entropy / torch.log(torch.tensor(float(distances.shape[2])))).mean()
+
+
+def contrastive_loss(
+    x: Tensor,
+    decoded: Tensor,
+    codes: Tensor,
+    distances: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """A row against its own codes (positive) and the same with one replaced (negative).
+
+    ``-log sigmoid((d_negative - d_positive) / temperature)``: InfoNCE with one negative a row. In
+    the negative, one random position holds another random code; its squared distance is that of
+    the replaced codeword to the target, as the other codewords stay.
+
+    Args:
+        x: rows (n, D). decoded: rows (n, D) from the codes.
+        codes: (n, M). distances: (n, M, K) from :func:`code_distances`.
+        weights: (n,) popularity weights of mean 1. temperature: scalar.
+        generator: draws the positions and codes.
+    """
+    rows, count, size = distances.shape
+    place = torch.randint(count, (rows,), generator=generator).to(x.device)
+    shift = torch.randint(1, size, (rows,), generator=generator).to(x.device)
+    row = torch.arange(rows, device=x.device)
+    own = codes[row, place]
+    # d_negative - d_positive: all other codewords cancel out.
+    gap = distances[row, place, (own + shift) % size] - distances[row, place, own]
+    return (weights * F.softplus(-gap / temperature)).mean()
+
+
+def train_codebooks(
+    x: Tensor,
+    weights: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    quantizer: Quantizer,
+    terms: Weights,
+    epochs: int,
+    seed: int,
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """Minimise the objective by mini-batches from given codes and codebooks.
+
+    In each batch, the codes of one random position are chosen anew before the step, so that codes
+    follow the codebooks.
+
+    Args:
+        x: rows (n, D) float32 of weighted variance 1. weights: (n,) of mean 1.
+        codes: (n, M), changed in place. codebooks: (M, K, S).
+        quantizer: of these codes.
+        terms: weights of the terms.
+        epochs: passes over ``x``.
+        seed: of batches and negatives.
+
+    Returns:
+        Codebooks (M, K, S), and for each epoch the mean of each term that is on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameter = codebooks.clone().requires_grad_()
+    adam = torch.optim.Adam([parameter], lr=LEARNING_RATE)
+    steps = epochs * -(-len(x) // BATCH_ROWS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
+    history = []
+    for _ in range(epochs):
+        sums: dict[str, float] = {}
+        for batch in torch.randperm(len(x), generator=generator).split(BATCH_ROWS):
+            batch = batch.to(x.device)
+            losses = _batch_losses(
+                x[batch], weights[batch], codes, batch, parameter, quantizer, terms, generator
+            )
+            adam.zero_grad()
+            torch.stack([weight * loss for weight, loss in losses.values()]).sum().backward()
+            adam.step()
+            schedule.step()
+            for name, (_, loss) in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.item() * len(batch) / len(x)
+        history.append(sums)
+    return parameter.detach(), history
+
+
+def _batch_losses(
+    x: Tensor,
+    weights: Tensor,
+    codes: Tensor,
+    batch: Tensor,
+    codebooks: Tensor,
+    quantizer: Quantizer,
+    terms: Weights,
+    generator: torch.Generator,
+) -> dict[str, tuple[float, Tensor]]:
+    """Each term that is on: name -> (weight, loss); re-chooses ``codes[batch]`` at one position."""
+    place = int(torch.randint(codes.shape[1], (1,), generator=generator))
+    with torch.no_grad():
+        target = quantizer.targets(x, codes[batch], codebooks)[:, place, None]
+        codes[batch, place] = code_distances(target, codebooks[place, None]).argmin(2)[:, 0]
+    own = codes[batch]
+    decoded = quantizer.decode(own, codebooks)
+    losses = {"reconstruction": (1.0, reconstruction_loss(x, decoded, weights))}
+    if not (terms.usage or terms.contrastive):
+        return losses
+    targets = quantizer.targets(x, own, codebooks.detach())
+    distances = code_distances(targets, codebooks)
+    temperature = distances.detach().amin(2).mean().clamp(min=1e-12)
+    if terms.usage:
+        losses["usage"] = (terms.usage, usage_loss(distances, weights, temperature))
+    if terms.contrastive:
+        loss = contrastive_loss(x, decoded, own, distances, weights, temperature, generator)
+        losses["contrastive"] = (terms.contrastive, loss)
+    return losses

@@ -1,0 +1,182 @@
+"""Product and additive codes: start, encode, decode and refit, on plain arrays.
+
+Both work on rows ``x`` (n, D) float32, ``codes`` (n, M) int64 and ``codebooks`` (M, K, S) float32,
+where S = D / M for product codes and S = D for additive ones.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kmeans import weighted_kmeans
+
+#: Bytes of the largest temporary array while encoding.
+_WORK_BYTES = 8 << 20
+
+
+class Quantizer(Protocol):
+    """What learning needs to know of a kind of codes."""
+
+    def start(self, x: Tensor, weights: Tensor, count: int, size: int, seed: int) -> Tensor:
+        """Codebooks (count, size, S) from weighted k-means."""
+
+    def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+        """Codes (n, M) int64 of ``x`` (n, D)."""
+
+    def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """Rows (n, D) of ``codes`` (n, M); differentiable in the codebooks."""
+
+    def targets(self, x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """What each codeword stands for, (n, M, S): the row less all its other codewords."""
+
+    def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """Codebooks of least weighted squared error for given codes."""
+
+
+def flat_codes(codes: Tensor, size: int) -> Tensor:
+    """Codes (n, M) as positions among the M * size codewords of all codebooks."""
+    return codes + torch.arange(codes.shape[1], device=codes.device) * size
+
+
+class ProductQuantizer:
+    """A row is the concatenation of M codewords (Jegou et al., 2011)."""
+
+    def start(self, x: Tensor, weights: Tensor, count: int, size: int, seed: int) -> Tensor:
+        """See :class:`Quantizer`."""
+        parts = x.view(len(x), count, -1)
+        return torch.stack(
+            [weighted_kmeans(parts[:, m], weights, size, seed + m) for m in range(count)]
+        )
+
+    def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+        """Nearest codeword of each part; ``beam`` has no use here."""
+        parts = x.view(len(x), len(codebooks), -1).transpose(0, 1)
+        chunk = max(1, _WORK_BYTES // (codebooks.shape[0] * codebooks.shape[1] * 4))
+        norms = codebooks.square().sum(2)[:, None]
+        books = codebooks.transpose(1, 2)
+        codes = [
+            torch.baddbmm(norms, parts[:, i : i + chunk], books, alpha=-2).argmin(2).T
+            for i in range(0, len(x), chunk)
+        ]
+        return torch.cat(codes)
+
+    def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """See :class:`Quantizer`."""
+        return F.embedding(flat_codes(codes, codebooks.shape[1]), codebooks.flatten(0, 1)).flatten(
+            1
+        )
+
+    def targets(self, x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """See :class:`Quantizer`."""
+        return x.view(len(x), len(codebooks), -1)
+
+    def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """Weighted means; an unused codeword stays."""
+        count, size, width = codebooks.shape
+        flat = flat_codes(codes, size)
+        mass = x.new_zeros(count * size)
+        total = x.new_zeros(count * size, width)
+        parts = (x * weights[:, None]).view(len(x), count, width)
+        for m in range(count):
+            mass.index_add_(0, flat[:, m], weights)
+            total.index_add_(0, flat[:, m], parts[:, m])
+        used = mass > 0
+        means = total / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
+        return torch.where(used[:, None], means, codebooks.flatten(0, 1)).view_as(codebooks)
+
+
+class AdditiveQuantizer:
+    """A row is the sum of M codewords (Babenko and Lempitsky, 2014).
+
+    Codes are found by beam search, codebooks by weighted least squares over all of them at once
+    (Martinez et al., LSQ++, 2018).
+    """
+
+    #: Pull of the least-squares solution to the codebooks before, relative to the mean mass of a
+    #: codeword: settles what the data leave open (unused codewords, constants between codebooks).
+    ridge = 1e-3
+
+    def start(self, x: Tensor, weights: Tensor, count: int, size: int, seed: int) -> Tensor:
+        """Greedy residual k-means: each codebook quantizes what the ones before left."""
+        residual, codebooks = x, []
+        for m in range(count):
+            book = weighted_kmeans(residual, weights, size, seed + m)
+            codebooks.append(book)
+            nearest = ProductQuantizer().encode(residual, book[None], 1)
+            residual = residual - book[nearest[:, 0]]
+        return torch.stack(codebooks)
+
+    def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+        """Beam search over the codebooks in order, ``beam`` partial sums kept for each row."""
+        size = codebooks.shape[1]
+        gram = codebooks.flatten(0, 1) @ codebooks.flatten(0, 1).T
+        chunk = max(1, _WORK_BYTES // (beam * size * 4))
+        codes = [
+            _beam_search(x[i : i + chunk], codebooks, gram, beam) for i in range(0, len(x), chunk)
+        ]
+        return torch.cat(codes)
+
+    def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """See :class:`Quantizer`."""
+        flat = flat_codes(codes, codebooks.shape[1])
+        return F.embedding_bag(flat, codebooks.flatten(0, 1), mode="sum")
+
+    def targets(self, x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """See :class:`Quantizer`."""
+        words = F.embedding(flat_codes(codes, codebooks.shape[1]), codebooks.flatten(0, 1))
+        return (x - words.sum(1))[:, None] + words
+
+    def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """Weighted least squares for all codebooks, by the normal equations in float64."""
+        count, size, width = codebooks.shape
+        flat = flat_codes(codes, size)
+        words = count * size
+        normal = torch.zeros(words * words, dtype=torch.float64, device=x.device)
+        right = torch.zeros(words, width, dtype=torch.float64, device=x.device)
+        for start in range(0, len(x), 1 << 16):
+            part = slice(start, start + (1 << 16))
+            mass = weights[part].double()
+            rows = x[part].double() * mass[:, None]
+            for m in range(count):
+                right.index_add_(0, flat[part, m], rows)
+                for other in range(m + 1):
+                    normal.index_add_(0, flat[part, m] * words + flat[part, other], mass)
+        lower = normal.view(words, words)
+        diagonal = lower.diagonal().clone()
+        symmetric = lower + lower.T
+        pull = self.ridge * diagonal.mean()
+        symmetric.diagonal().copy_(diagonal + pull)
+        right += pull * codebooks.flatten(0, 1).double()
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(symmetric))
+        return solution.float().view_as(codebooks)
+
+
+def _beam_search(x: Tensor, codebooks: Tensor, gram: Tensor, beam: int) -> Tensor:
+    """Codes (n, M) of ``x`` (n, D): the best of ``beam`` partial sums kept after each codebook."""
+    count, size, _ = codebooks.shape
+    rows = len(x)
+    # ||x - sum c||^2 grows, when codeword k joins, by ||c_k||^2 - 2 x.c_k + 2 sum_j c_j.c_k.
+    alone = gram.diagonal() - 2 * (x @ codebooks.flatten(0, 1).T)
+    error, codes = alone[:, :size].topk(min(beam, size), dim=1, largest=False)
+    codes = codes[:, :, None]
+    for m in range(1, count):
+        own = slice(m * size, (m + 1) * size)
+        flat = flat_codes(codes.flatten(0, 1), size)
+        cross = F.embedding_bag(flat, gram[: m * size, own].contiguous(), mode="sum")
+        total = cross.view(rows, -1, size).mul_(2)
+        total += error[:, :, None]
+        total += alone[:, None, own]
+        kept = 1 if m == count - 1 else min(beam, total.shape[1] * size)
+        error, best = total.flatten(1).topk(kept, dim=1, largest=False)
+        parent = (best // size)[:, :, None].expand(-1, -1, m)
+        codes = torch.cat([codes.gather(1, parent), (best % size)[:, :, None]], dim=2)
+    return codes[:, 0]
+
+
+def quantizer_for(kind: str) -> Quantizer:
+    """The quantizer of a code layout's kind."""
+    return {"product": ProductQuantizer(), "additive": AdditiveQuantizer()}[kind]

@@ -1,0 +1,281 @@
+"""The modules that take the place of ``nn.Embedding`` and ``nn.EmbeddingBag``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .layout import SCALE_DTYPE, CodeLayout, dtype_name
+
+#: Rows decoded at once where a whole table is decoded.
+DECODE_ROWS = 1 << 16
+
+
+class CodeTable(nn.Module):
+    """The packed codes of one or more tables: a module, so that sharing survives ``.to()``."""
+
+    codes: Tensor
+
+    def __init__(self, layout: CodeLayout) -> None:
+        """Zeroed codes for ``layout``."""
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(layout.code_bytes, dtype=torch.uint8))
+
+
+class CodebookSet(nn.Module):
+    """The codebooks of one or more tables: trainable floats, or int8 with a scale a codeword."""
+
+    codebooks: Tensor
+    scales: Tensor | None
+
+    def __init__(self, layout: CodeLayout, requires_grad: bool = True) -> None:
+        """Zeroed codebooks for ``layout``."""
+        super().__init__()
+        shape = (layout.num_subvectors, layout.codebook_size, layout.subvector_dim)
+        codebooks = torch.zeros(shape, dtype=layout.codebook_dtype)
+        if layout.codebook_dtype is torch.int8:
+            self.register_buffer("codebooks", codebooks)
+            self.register_buffer("scales", torch.zeros(shape[:2], dtype=SCALE_DTYPE))
+        else:
+            self.register_parameter("codebooks", nn.Parameter(codebooks, requires_grad))
+            self.register_buffer("scales", None)
+
+    def store(self, values: Tensor) -> None:
+        """Put float codebooks (M, K, subvector_dim) in, rounded to the dtype of this set."""
+        with torch.no_grad():
+            if self.scales is None:
+                self.codebooks.copy_(values)
+            else:
+                codebooks, scales = quantize_codebooks(values)
+                self.codebooks.copy_(codebooks)
+                self.scales.copy_(scales)
+
+    def thaw(self) -> nn.Parameter:
+        """Hold the codebooks as a trainable float32 parameter until :meth:`freeze`."""
+        values = self.codebooks.detach().float()
+        if self.scales is not None:
+            values = values * self.scales.float()[:, :, None]
+        del self.codebooks
+        self.scales = None
+        self.register_parameter("codebooks", nn.Parameter(values))
+        return self.codebooks  # type: ignore[return-value]
+
+    def freeze(self, codebooks: Tensor, scales: Tensor | None) -> None:
+        """Store what :meth:`thaw` made trainable into the tensors held before."""
+        values = self.codebooks.detach()
+        del self.codebooks
+        if isinstance(codebooks, nn.Parameter):
+            self.register_parameter("codebooks", codebooks)
+        else:
+            self.register_buffer("codebooks", codebooks)
+        self.scales = scales
+        self.store(values)
+
+
+def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round codebooks (M, K, D) to int8 with one float16 scale (M, K) a codeword."""
+    peak = values.abs().amax(2).float()
+    # The scale is rounded first, up where needed, so that no entry is clipped by more than its step.
+    scales = (peak / 127).clamp(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+    steps = values.float() / scales.float()[:, :, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scales
+
+
+class _Compressed(nn.Module):
+    """What both modules share: the stores, the lookup and the dense view."""
+
+    def __init__(
+        self,
+        layout: CodeLayout,
+        *,
+        padding_idx: int | None = None,
+        zero_padding: bool = True,
+        sparse: bool = False,
+        dtype: torch.dtype = torch.float32,
+        requires_grad: bool = True,
+        name: str = "embedding",
+        code_table: CodeTable | None = None,
+        codebook_set: CodebookSet | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.padding_idx = padding_idx
+        self.zero_padding = zero_padding
+        self.sparse = sparse
+        #: Whether the table was trainable; int8 codebooks are not, but remember it.
+        self.trainable = requires_grad
+        self.name = name
+        self.code_table = CodeTable(layout) if code_table is None else code_table
+        self.codebook_set = (
+            CodebookSet(layout, requires_grad) if codebook_set is None else codebook_set
+        )
+        # Holds no bytes: it follows .half() and .to(dtype), and is so the dtype of the output.
+        self.register_buffer("output_dtype", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table."""
+        return self.layout.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the table."""
+        return self.layout.embedding_dim
+
+    @property
+    def codes(self) -> Tensor:
+        """Packed codes, uint8 (bytes,)."""
+        return self.code_table.codes
+
+    @property
+    def codebooks(self) -> Tensor:
+        """Codebooks (num_subvectors, codebook_size, subvector_dim); an ``nn.Parameter`` if float."""
+        return self.codebook_set.codebooks
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim): decoded, differentiable, read-only."""
+        return self.decode(torch.arange(self.num_embeddings, device=self.codes.device))
+
+    def dequantize(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim), decoded in chunks, without gradient."""
+        device, dtype = self.codes.device, self.output_dtype.dtype
+        table = torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype, device=device)
+        with torch.no_grad():
+            for start in range(0, self.num_embeddings, DECODE_ROWS):
+                rows = table[start : start + DECODE_ROWS]
+                rows.copy_(self.decode(torch.arange(start, start + len(rows), device=device)))
+        return table
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+        layout, books = self.layout, self.codebook_set
+        return ops.lookup(
+            ids,
+            self.code_table.codes,
+            books.codebooks,
+            books.scales,
+            layout.num_embeddings,
+            layout.embedding_dim,
+            layout.bits,
+            -1 if self.padding_idx is None else self.padding_idx,
+            self.zero_padding,
+            self.sparse,
+            self.output_dtype.dtype,
+            self.name,
+        )
+
+    def extra_repr(self) -> str:
+        """Shape, layout and options, as ``repr`` shows them."""
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}", self.layout.describe()]
+        parts.append(f"codebook_dtype={dtype_name(self.codebooks.dtype)}")
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        if self.sparse:
+            parts.append("sparse=True")
+        return ", ".join(parts)
+
+
+class CompressedEmbedding(_Compressed):
+    """A drop-in for ``nn.Embedding`` that holds bit-packed codes and small codebooks.
+
+    :func:`mec_embed.compress` makes these; by hand, a fresh one decodes to zeros.
+
+    Args:
+        layout: rows, dim and code shape, see :class:`mec_embed.layout.CodeLayout`.
+        padding_idx: row that passes no gradient.
+        zero_padding: whether that row decodes to exact zeros.
+        sparse: give the codebooks a sparse gradient.
+        dtype: of the output; later ``.to(dtype)`` moves it as it moves any module.
+        requires_grad: whether float codebooks are trainable.
+        name: the table's name, for errors.
+        code_table: codes to share with another module.
+        codebook_set: codebooks to share with another module.
+
+    Shape:
+        - input: int32 or int64, any shape.
+        - output: ``(*input.shape, embedding_dim)`` of ``dtype``.
+
+    Raises:
+        IndexError: an id outside ``0..num_embeddings - 1`` (checked on the CPU).
+        TypeError: ids of another dtype.
+
+    Example:
+        >>> layout = CodeLayout("additive", 1000, 8, num_subvectors=2, codebook_size=16)
+        >>> CompressedEmbedding(layout)(torch.tensor([[1, 2, 999]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Decode the rows ``input``."""
+        return self.decode(input)
+
+
+class CompressedEmbeddingBag(_Compressed):
+    """A drop-in for ``nn.EmbeddingBag``; arguments as :class:`CompressedEmbedding`, and:
+
+    Args:
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether ``offsets`` ends with the number of ids.
+
+    Shape:
+        - input: int32 or int64, ``(bags, ids)``, or ``(ids,)`` with offsets ``(bags,)``.
+        - per_sample_weights: as input (mode ``"sum"`` only).
+        - output: ``(bags, embedding_dim)``.
+
+    Raises:
+        IndexError, TypeError: as :class:`CompressedEmbedding`.
+        ValueError: offsets that do not fit, as ``nn.EmbeddingBag``.
+
+    Example:
+        >>> layout = CodeLayout("additive", 1000, 8, num_subvectors=2, codebook_size=16)
+        >>> CompressedEmbeddingBag(layout, mode="sum")(torch.tensor([[1, 2], [3, 4]])).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        layout: CodeLayout,
+        *,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(layout, **options)
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Decode the rows ``input`` and reduce each bag."""
+        rows = self.decode(input.reshape(-1))
+        place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
+        padding = None
+        if self.padding_idx is not None or not input.numel():
+            # Padding ids are left out of a bag, so they point at one extra row that is skipped.
+            rows = F.pad(rows, (0, 0, 0, 1))
+            padding = input.numel()
+        if self.padding_idx is not None:
+            place = torch.where(input.reshape(-1) == self.padding_idx, padding, place)
+        return F.embedding_bag(
+            place.view(input.shape),
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+    def extra_repr(self) -> str:
+        """Shape, layout and options, as ``repr`` shows them."""
+        return f"{super().extra_repr()}, mode={self.mode}"

@@ -1,0 +1,110 @@
+"""The operators in plain torch: any device, any dtype; what faster backends are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import unpack
+from .schema import LIBRARY
+
+
+def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
+    """Raise for ids that are no row of the table.
+
+    Off the CPU the range is not checked: that would make the host wait for the device.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"table {name!r}: ids must be int32 or int64, got {ids.dtype}")
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= num_embeddings:
+        found = int(low) if low < 0 else int(high)
+        raise IndexError(
+            f"table {name!r}: id {found} is out of range, expected 0..{num_embeddings - 1}; "
+            "map unknown ids to a row of the table before the lookup"
+        )
+
+
+def _flat_codes(ids: Tensor, codes: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """Positions (n, M) of each id's codewords among the M * K codewords of all codebooks."""
+    if bits == 0:
+        return ids[:, None]
+    num_subvectors, codebook_size, _ = shape
+    first = torch.arange(num_subvectors, device=ids.device) * codebook_size
+    return unpack(codes, num_subvectors, bits, ids) + first
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are made in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def lookup(
+    input: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.lookup`."""
+    check_ids(input, num_embeddings, name)
+    ids = input.reshape(-1).long()
+    flat = _flat_codes(ids, codes, bits, codebooks.shape)
+    compute = _compute_dtype(dtype)
+    if bits == 0:
+        # A table kept as rows may be large: decode only what is asked for.
+        rows = codebooks[0][ids].to(compute)
+        if scales is not None:
+            rows = rows * scales[0][ids].to(compute)[:, None]
+    else:
+        words = codebooks.flatten(0, 1).to(compute)
+        if scales is not None:
+            words = words * scales.flatten().to(compute)[:, None]
+        if words.shape[1] == embedding_dim:
+            rows = F.embedding_bag(flat, words, mode="sum")
+        else:
+            rows = F.embedding(flat, words).flatten(1)
+    if padding_idx >= 0 and zero_padding:
+        rows = rows.masked_fill((ids == padding_idx)[:, None], 0)
+    return rows.to(dtype).view(*input.shape, embedding_dim)
+
+
+def lookup_backward(
+    grad: Tensor,
+    input: Tensor,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
+    ids = input.reshape(-1).long()
+    shape = torch.Size((num_subvectors, codebook_size, subvector_dim))
+    flat = _flat_codes(ids, codes, bits, shape)
+    rows = grad.reshape(-1, embedding_dim).to(_compute_dtype(dtype))
+    if padding_idx >= 0:
+        rows = rows.masked_fill((ids == padding_idx)[:, None], 0)
+    total = rows.new_zeros(num_subvectors * codebook_size, subvector_dim)
+    parts = rows.view(len(ids), embedding_dim // subvector_dim, subvector_dim)
+    for m in range(num_subvectors):
+        total.index_add_(0, flat[:, m], parts[:, m if parts.shape[1] > 1 else 0])
+    return total.view(shape).to(dtype)
+
+
+LIBRARY.impl("lookup", lookup, "CompositeExplicitAutograd")
+LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")

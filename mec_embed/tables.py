@@ -1,0 +1,365 @@
+"""Find the tables of any model; put replacements in, under every alias, all or nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import CompressionConfig
+from .layout import dtype_name
+
+#: Rows looked at in one go while checking.
+CHECK_ROWS = 1 << 16
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "DataParallel",
+)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One place that holds a module: ``parent._modules[attribute]``."""
+
+    parent: nn.Module
+    attribute: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One embedding table of a model, under every name it has."""
+
+    module: nn.Embedding | nn.EmbeddingBag
+    aliases: tuple[Alias, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the first alias."""
+        return self.aliases[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of all aliases."""
+        return tuple(alias.name for alias in self.aliases)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (rows, dim)."""
+        return self.module.weight
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return self.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Columns of the table."""
+        return self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense table."""
+        return self.weight.nbytes
+
+    @property
+    def zero_padding(self) -> bool:
+        """Whether the padding row exists and is exactly zero."""
+        padding_idx = self.module.padding_idx
+        return padding_idx is not None and not bool(self.weight[padding_idx].any())
+
+
+@dataclass(frozen=True)
+class SkippedTable:
+    """A table that stays as it is, and why."""
+
+    name: str
+    rows: int
+    dim: int
+    nbytes: int
+    reason: str
+    dtype: str = "none"
+    aliases: tuple[str, ...] = ()
+
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def find_modules(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[Any, tuple[Alias, ...]]]:
+    """Every module of these kinds (subclasses too) once, with all places that hold it."""
+    places: dict[int, list[Alias]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        for attribute, child in parent._modules.items():
+            if isinstance(child, kinds):
+                alias = Alias(parent, attribute, f"{prefix}.{attribute}" if prefix else attribute)
+                modules[id(child)] = child
+                places[id(child)].append(alias)
+    for key, module in modules.items():
+        yield module, tuple(places[key])
+
+
+def check_model(model: Any) -> None:
+    """Raise for what no table can be replaced in."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, EMBEDDINGS):
+        raise ValueError(
+            f"model is itself an {type(model).__name__} and cannot be replaced in place; pass the "
+            "module that holds it, for instance nn.Sequential(embedding)"
+        )
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            where = f"{name!r}" if name else "model"
+            raise ValueError(
+                f"{where} is a {type(module).__name__}, which has taken hold of the parameters; "
+                "compress the module inside it and wrap the result again"
+            )
+
+
+def find_tables(
+    model: nn.Module, config: CompressionConfig
+) -> tuple[list[Table], list[SkippedTable]]:
+    """The tables to compress, and those that stay as they are with the reason.
+
+    Raises:
+        ValueError: a table on the meta device, or no table to compress (all seen are listed).
+    """
+    check_model(model)
+    tables, skipped = [], []
+    holders = _storage_holders(model)
+    for module, aliases in find_modules(model, EMBEDDINGS):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            skipped.append(SkippedTable(aliases[0].name, 0, 0, 0, "has no weight tensor"))
+            continue
+        if weight.is_meta:
+            raise ValueError(
+                f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
+                "trained weights before compressing"
+            )
+        reason = _reason_to_skip(module, aliases, holders, config)
+        if reason:
+            skipped.append(untouched(module, aliases, reason))
+        else:
+            tables.append(Table(module, aliases))
+    if not tables:
+        raise ValueError(_nothing_matched(model, skipped))
+    return tables, skipped
+
+
+def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> SkippedTable:
+    """A table that stays as it is, for this reason."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    names = tuple(alias.name for alias in aliases)
+    return SkippedTable(
+        names[0],
+        module.num_embeddings,  # type: ignore[arg-type]
+        module.embedding_dim,  # type: ignore[arg-type]
+        weight.nbytes,
+        reason,
+        dtype_name(weight.dtype),
+        names[1:],
+    )
+
+
+def _nothing_matched(model: nn.Module, skipped: list[SkippedTable]) -> str:
+    if not skipped:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        return (
+            "no table to compress: the model holds no nn.Embedding or nn.EmbeddingBag, only "
+            f"{', '.join(kinds)}"
+        )
+    seen = "; ".join(
+        f"{table.name} ({table.rows} x {table.dim}): {table.reason}" for table in skipped
+    )
+    return f"no table to compress; seen and skipped: {seen}"
+
+
+def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
+    """For each parameter storage, the (module, attribute) places that hold it."""
+    holders: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    for module in model.modules():
+        for attribute, tensor in module._parameters.items():
+            if tensor is not None and not tensor.is_meta:
+                holders[_storage(tensor)].add((id(module), attribute))
+        for attribute, tensor in module._buffers.items():
+            if tensor is not None and tensor.layout is torch.strided and not tensor.is_meta:
+                holders[_storage(tensor)].add((id(module), attribute))
+    return holders
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _reason_to_skip(
+    module: nn.Module,
+    aliases: tuple[Alias, ...],
+    holders: Mapping[int, set[tuple[int, str]]],
+    config: CompressionConfig,
+) -> str | None:
+    """Why a table must stay as it is, or None."""
+    if type(module) not in (nn.Embedding, nn.EmbeddingBag):
+        return f"is a subclass of an embedding ({type(module).__name__})"
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (weight norm, pruning or the like)"
+    if not weight.numel():
+        return "is empty"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"has dtype {weight.dtype}"
+    if len(holders[_storage(weight)]) > 1:
+        return "its parameter is tied: another module holds the same tensor"
+    if module.max_norm is not None:
+        return "max_norm changes its rows at every lookup"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq scales gradients by row, which codes do not have"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight has gradient hooks"
+    if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):
+        return "it has state_dict hooks"
+    if not any(config.selects(alias.name) for alias in aliases):
+        return "its name is not selected by include and exclude"
+    if weight.shape[0] < config.min_rows:
+        return f"has fewer than min_rows={config.min_rows} rows"
+    return None
+
+
+def check_finite(tables: Sequence[Table]) -> None:
+    """ValueError for a table with a NaN or infinite entry, naming table and row."""
+    for table in tables:
+        weight = table.weight.detach()
+        for start in range(0, table.rows, CHECK_ROWS):
+            finite = weight[start : start + CHECK_ROWS].isfinite().all(1)
+            if not bool(finite.all()):
+                row = start + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"table {table.name!r}: row {row} holds NaN or infinity, expected finite "
+                    "values; repair the table before compressing"
+                )
+
+
+def replace_modules(
+    replacements: Sequence[tuple[tuple[Alias, ...], nn.Module, nn.Module]],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+) -> None:
+    """Put each new module in place of the old one under every alias; all or none.
+
+    Args:
+        replacements: (aliases, old module, new module).
+        optimizer: or several, in whose groups new parameters follow the old ones.
+    """
+    successors: dict[Tensor, list[nn.Parameter]] = {}
+    for _, old, new in replacements:
+        _carry_over(old, new)
+        following = [param for param in new.parameters() if param.requires_grad]
+        for param in old.parameters():
+            successors[param] = following
+    done: list[tuple[Alias, nn.Module]] = []
+    before = [(o, _groups(o), dict(o.state)) for o in _as_list(optimizer)]
+    try:
+        for aliases, old, new in replacements:
+            for alias in aliases:
+                done.append((alias, old))
+                alias.parent._modules[alias.attribute] = new
+        for one, _, _ in before:
+            _rebind(one, successors)
+    except BaseException:
+        for alias, old in done:
+            alias.parent._modules[alias.attribute] = old
+        for one, groups, state in before:
+            for group, params in zip(one.param_groups, groups, strict=True):
+                group["params"][:] = params
+            one.state.update(state)
+        raise
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def _as_list(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> list[torch.optim.Optimizer]:
+    """The optimizers; TypeError for anything else."""
+    if optimizer is None:
+        return []
+    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for one in several:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+    return several
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Training mode, hooks and attributes that a user has set on the old module."""
+    new.train(old.training)
+    for name in _HOOKS:
+        if hasattr(old, name):
+            getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    plain = vars(type(old)(1, 1))
+    for name, value in vars(old).items():
+        if name not in plain and not hasattr(new, name):
+            setattr(new, name, value)
+
+
+def _rebind(
+    optimizer: torch.optim.Optimizer, successors: Mapping[Tensor, list[nn.Parameter]]
+) -> None:
+    """Let new parameters follow old ones in their groups; the state of the old ones is dropped.
+
+    A successor that several old parameters share enters once.
+    """
+    entered: set[int] = set()
+    for group in optimizer.param_groups:
+        params: list[Tensor] = []
+        for param in group["params"]:
+            if param not in successors:
+                params.append(param)
+                continue
+            for successor in successors[param]:
+                if id(successor) not in entered:
+                    entered.add(id(successor))
+                    params.append(successor)
+            optimizer.state.pop(param, None)
+        group["params"][:] = params
+
+
+def optimizer_groups(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> dict[int, tuple[int, int]]:
+    """``id(parameter)`` -> (number of the optimizer, number of the group) that holds it."""
+    return {
+        id(param): (number, place)
+        for number, one in enumerate(_as_list(optimizer))
+        for place, group in enumerate(one.param_groups)
+        for param in group["params"]
+    }
