@@ -193,10 +193,10 @@ def _draft(
         for table, c in zip(tables, counts, strict=True)
     ]
     popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
-    before = sum(table.nbytes for table in [*tables, *skipped])
+    alone = sum(table.nbytes for table in skipped)
+    before = sum(table.nbytes for table in tables) + alone
     budget = config.budget(before)
     if budget is not None:
-        alone = sum(table.nbytes for table in skipped)
         if alone > budget:
             raise ValueError(
                 f"the tables left alone take {alone:,} bytes, more than the budget of {budget:,}; "

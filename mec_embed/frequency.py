@@ -17,7 +17,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` on a batch: a tensor or mapping as it is, of a tuple or list its first item."""
+    """``model(batch)`` for a tensor or mapping, ``model(batch[0])`` for a tuple or list."""
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 

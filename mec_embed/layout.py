@@ -22,7 +22,7 @@ def bits_for(codebook_size: int) -> int:
 
 
 def packed_bytes(rows: int, row_bits: int) -> int:
-    """Bytes of ``rows`` rows of ``row_bits`` bits, packed without gaps, with the trailing padding."""
+    """Bytes of ``rows`` rows of ``row_bits`` bits, packed without gaps, padding included."""
     return (rows * row_bits + 7) // 8 + PACKED_PADDING
 
 

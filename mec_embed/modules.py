@@ -79,7 +79,7 @@ class CodebookSet(nn.Module):
 def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     """Round codebooks (M, K, D) to int8 with one float16 scale (M, K) a codeword."""
     peak = values.abs().amax(2).float()
-    # The scale is rounded first, up where needed, so that no entry is clipped by more than its step.
+    # Steps are taken against the scale as it is stored, so its rounding is not added to the error.
     scales = (peak / 127).clamp(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
     steps = values.float() / scales.float()[:, :, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales
@@ -87,6 +87,8 @@ def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Compressed(nn.Module):
     """What both modules share: the stores, the lookup and the dense view."""
+
+    output_dtype: Tensor
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class _Compressed(nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        """Codebooks (num_subvectors, codebook_size, subvector_dim); an ``nn.Parameter`` if float."""
+        """Codebooks (num_subvectors, codebook_size, subvector_dim); a parameter if float."""
         return self.codebook_set.codebooks
 
     @property
@@ -216,7 +218,9 @@ class CompressedEmbedding(_Compressed):
 
 
 class CompressedEmbeddingBag(_Compressed):
-    """A drop-in for ``nn.EmbeddingBag``; arguments as :class:`CompressedEmbedding`, and:
+    """A drop-in for ``nn.EmbeddingBag``.
+
+    Other arguments as :class:`CompressedEmbedding`.
 
     Args:
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
@@ -259,13 +263,13 @@ class CompressedEmbeddingBag(_Compressed):
         """Decode the rows ``input`` and reduce each bag."""
         rows = self.decode(input.reshape(-1))
         place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
-        padding = None
+        skipped = None
         if self.padding_idx is not None or not input.numel():
             # Padding ids are left out of a bag, so they point at one extra row that is skipped.
             rows = F.pad(rows, (0, 0, 0, 1))
-            padding = input.numel()
-        if self.padding_idx is not None:
-            place = torch.where(input.reshape(-1) == self.padding_idx, padding, place)
+            skipped = input.numel()
+            if self.padding_idx is not None:
+                place = place.masked_fill(input.reshape(-1).eq(self.padding_idx), skipped)
         return F.embedding_bag(
             place.view(input.shape),
             rows,
@@ -273,7 +277,7 @@ class CompressedEmbeddingBag(_Compressed):
             mode=self.mode,
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
-            padding_idx=padding,
+            padding_idx=skipped,
         )
 
     def extra_repr(self) -> str:

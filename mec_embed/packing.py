@@ -1,8 +1,8 @@
 """Codes to bytes and back.
 
-Row ``r`` of a table with M codes of ``bits`` bits starts at bit ``r * M * bits`` of one little-endian
-bit stream; its codes follow each other, lowest bit first. No bit is lost between rows, and
-:data:`~mec_embed.layout.PACKED_PADDING` zero bytes end the stream.
+Row ``r`` of a table with M codes of ``bits`` bits starts at bit ``r * M * bits`` of one
+little-endian bit stream; its codes follow each other, lowest bit first. No bit is lost between
+rows, and :data:`~mec_embed.layout.PACKED_PADDING` zero bytes end the stream.
 """
 
 from __future__ import annotations

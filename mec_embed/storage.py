@@ -324,8 +324,8 @@ def _check_table(old: nn.Module, new: Any, name: str, path: str | Path) -> None:
         saved, found = getattr(new, attribute), getattr(old, attribute)
         if saved != found:
             raise FormatError(
-                f"{path}: table {name!r} has {attribute}={saved}, in the model it is {found}; build "
-                "the model as it was when saved"
+                f"{path}: table {name!r} has {attribute}={saved}, in the model it is {found}; "
+                "build the model as it was when saved"
             )
 
 

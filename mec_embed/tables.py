@@ -31,6 +31,13 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+#: What dense and compressed modules hold by themselves; anything else a user has set.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.EmbeddingBag(1, 1))) | {
+    "layout",
+    "name",
+    "trainable",
+    "zero_padding",
+}
 _WRAPPERS = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -204,10 +211,8 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
     """For each parameter storage, the (module, attribute) places that hold it."""
     holders: dict[int, set[tuple[int, str]]] = defaultdict(set)
     for module in model.modules():
-        for attribute, tensor in module._parameters.items():
-            if tensor is not None and not tensor.is_meta:
-                holders[_storage(tensor)].add((id(module), attribute))
-        for attribute, tensor in module._buffers.items():
+        held: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
+        for attribute, tensor in held.items():
             if tensor is not None and tensor.layout is torch.strided and not tensor.is_meta:
                 holders[_storage(tensor)].add((id(module), attribute))
     return holders
@@ -218,7 +223,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _reason_to_skip(
-    module: nn.Module,
+    module: Any,
     aliases: tuple[Alias, ...],
     holders: Mapping[int, set[tuple[int, str]]],
     config: CompressionConfig,
@@ -228,7 +233,7 @@ def _reason_to_skip(
         return f"is a subclass of an embedding ({type(module).__name__})"
     if "forward" in vars(module):
         return "its forward has been replaced"
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
     if not weight.numel():
@@ -325,9 +330,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         if hasattr(old, name):
             getattr(new, name).update(getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook
-    plain = vars(type(old)(1, 1))
     for name, value in vars(old).items():
-        if name not in plain and not hasattr(new, name):
+        if name not in _MODULE_ATTRIBUTES and not hasattr(new, name):
             setattr(new, name, value)
 
 

@@ -57,8 +57,6 @@ def usage_loss(distances: Tensor, weights: Tensor, temperature: Tensor) -> Tenso
 
 
 def contrastive_loss(
-    x: Tensor,
-    decoded: Tensor,
     codes: Tensor,
     distances: Tensor,
     weights: Tensor,
@@ -72,15 +70,16 @@ def contrastive_loss(
     the replaced codeword to the target, as the other codewords stay.
 
     Args:
-        x: rows (n, D). decoded: rows (n, D) from the codes.
-        codes: (n, M). distances: (n, M, K) from :func:`code_distances`.
-        weights: (n,) popularity weights of mean 1. temperature: scalar.
+        codes: (n, M).
+        distances: (n, M, K) from :func:`code_distances`.
+        weights: (n,) popularity weights of mean 1.
+        temperature: scalar, about the distance to the nearest codeword.
         generator: draws the positions and codes.
     """
     rows, count, size = distances.shape
-    place = torch.randint(count, (rows,), generator=generator).to(x.device)
-    shift = torch.randint(1, size, (rows,), generator=generator).to(x.device)
-    row = torch.arange(rows, device=x.device)
+    place = torch.randint(count, (rows,), generator=generator).to(codes.device)
+    shift = torch.randint(1, size, (rows,), generator=generator).to(codes.device)
+    row = torch.arange(rows, device=codes.device)
     own = codes[row, place]
     # d_negative - d_positive: all other codewords cancel out.
     gap = distances[row, place, (own + shift) % size] - distances[row, place, own]
@@ -103,8 +102,10 @@ def train_codebooks(
     follow the codebooks.
 
     Args:
-        x: rows (n, D) float32 of weighted variance 1. weights: (n,) of mean 1.
-        codes: (n, M), changed in place. codebooks: (M, K, S).
+        x: rows (n, D) float32 of weighted variance 1.
+        weights: (n,) popularity weights of mean 1.
+        codes: (n, M), changed in place.
+        codebooks: (M, K, S).
         quantizer: of these codes.
         terms: weights of the terms.
         epochs: passes over ``x``.
@@ -122,7 +123,7 @@ def train_codebooks(
     for _ in range(epochs):
         sums: dict[str, float] = {}
         for batch in torch.randperm(len(x), generator=generator).split(BATCH_ROWS):
-            batch = batch.to(x.device)
+            batch = batch.to(codes.device)
             losses = _batch_losses(
                 x[batch], weights[batch], codes, batch, parameter, quantizer, terms, generator
             )
@@ -162,6 +163,6 @@ def _batch_losses(
     if terms.usage:
         losses["usage"] = (terms.usage, usage_loss(distances, weights, temperature))
     if terms.contrastive:
-        loss = contrastive_loss(x, decoded, own, distances, weights, temperature, generator)
+        loss = contrastive_loss(own, distances, weights, temperature, generator)
         losses["contrastive"] = (terms.contrastive, loss)
     return losses

@@ -179,4 +179,4 @@ def _beam_search(x: Tensor, codebooks: Tensor, gram: Tensor, beam: int) -> Tenso
 
 def quantizer_for(kind: str) -> Quantizer:
     """The quantizer of a code layout's kind."""
-    return {"product": ProductQuantizer(), "additive": AdditiveQuantizer()}[kind]
+    return ProductQuantizer() if kind == "product" else AdditiveQuantizer()

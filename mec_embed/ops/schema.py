@@ -1,4 +1,4 @@
-"""Declarations of the operators: schema, shape function and derivative, independent of a backend."""
+"""Declarations of the operators: schema, shape function and derivative, for any backend."""
 
 from __future__ import annotations
 
