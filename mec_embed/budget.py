@@ -328,55 +328,50 @@ def allocate(options: Sequence[Sequence[Choice]], budget: int) -> list[Choice] |
     step by step, where it lowers the distortion most. None if even the smallest choices are too
     large.
     """
-    cheapest = [front[0] for front in options]
-    if sum(choice.nbytes for choice in cheapest) > budget:
+    # One line a group; the lines of groups with fewer choices end in infinitely bad ones.
+    sizes = np.full((len(options), max(map(len, options))), 1e30)
+    errors = np.full_like(sizes, np.inf)
+    for line, front in enumerate(options):
+        sizes[line, : len(front)] = [choice.nbytes for choice in front]
+        errors[line, : len(front)] = [choice.distortion for choice in front]
+    if sizes[:, 0].sum() > budget:
         return None
-    arrays = [
-        (np.array([c.nbytes for c in front], float), np.array([c.distortion for c in front]))
-        for front in options
-    ]
-
-    def at(price: float) -> list[int]:
-        return [int(np.argmin(distortion + price * size)) for size, distortion in arrays]
-
-    low, high = 0.0, max(1e-30, max(float(d.max()) for _, d in arrays))
-    picked = at(low)
-    if _size(arrays, picked) > budget:
-        for _ in range(80):
-            middle = np.sqrt(max(low, high * 1e-24) * high)
-            if _size(arrays, at(middle)) > budget:
-                low = middle
-            else:
-                high = middle
-        picked = at(high)
-        if _size(arrays, picked) > budget:
-            picked = [0] * len(options)
-    _spend(arrays, picked, budget)
+    picked = _at_best_price(sizes, errors, budget)
+    _spend(sizes, errors, picked, budget)
     return [front[i] for front, i in zip(options, picked, strict=True)]
 
 
-def _size(arrays: list[tuple[np.ndarray, np.ndarray]], picked: list[int]) -> float:
-    return sum(size[i] for (size, _), i in zip(arrays, picked, strict=True))
+def _at_best_price(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
+    """The choice (groups,) of each group at the lowest price of a byte that keeps the budget."""
+    lines = np.arange(len(sizes))
+    picked = errors.argmin(1)
+    if sizes[lines, picked].sum() <= budget:
+        return picked
+    picked = np.zeros(len(sizes), dtype=np.int64)
+    # Bisection in the logarithm, from a price at which errors do not matter at all.
+    high = float(errors[:, 0].max())
+    low = high * 1e-20
+    for _ in range(60):
+        price = np.sqrt(low * high)
+        tried = (errors + price * sizes).argmin(1)
+        if sizes[lines, tried].sum() > budget:
+            low = price
+        else:
+            picked, high = tried, price
+    return picked
 
 
-def _spend(arrays: list[tuple[np.ndarray, np.ndarray]], picked: list[int], budget: int) -> None:
-    """Take the best upgrades that still fit, one at a time."""
-    left = budget - _size(arrays, picked)
+def _spend(sizes: np.ndarray, errors: np.ndarray, picked: np.ndarray, budget: int) -> None:
+    """Take the best upgrades that still fit, one at a time; changes ``picked``."""
+    lines = np.arange(len(sizes))
     while True:
-        best: tuple[float, int, int] | None = None
-        for group, (size, distortion) in enumerate(arrays):
-            now = picked[group]
-            extra = size[now + 1 :] - size[now]
-            fits = np.flatnonzero(extra <= left)
-            if len(fits):
-                gains = (distortion[now] - distortion[now + 1 :][fits]) / extra[fits]
-                top = int(gains.argmax())
-                if best is None or gains[top] > best[0]:
-                    best = (float(gains[top]), group, now + 1 + int(fits[top]))
-        if best is None or best[0] <= 0:
+        now, worst = sizes[lines, picked], errors[lines, picked]
+        extra = sizes - now[:, None]
+        fits = (extra > 0) & (extra <= budget - now.sum())
+        gains = np.where(fits, (worst[:, None] - errors) / np.where(fits, extra, 1), 0.0)
+        group, chosen = np.unravel_index(gains.argmax(), gains.shape)
+        if gains[group, chosen] <= 0:
             return
-        _, group, chosen = best
-        left -= arrays[group][0][chosen] - arrays[group][0][picked[group]]
         picked[group] = chosen
 
 

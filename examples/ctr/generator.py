@@ -8,6 +8,7 @@ from examples.ctr.training import auc
 
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
 CLICK_BIAS = -1.4
+INTERACTING = 6
 
 
 def generate(
@@ -72,12 +73,18 @@ def _zipf_ids(rng: np.random.Generator, rows: int, exponent: float, n: int) -> n
 def _planted_terms(
     rng: np.random.Generator, ids: np.ndarray, rows: list[int], latent_dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First-order and pairwise terms of the planted model, float64 (n,) each, for ids (n, F)."""
+    """First-order and pairwise terms of the planted model, float64 (n,) each, for ids (n, F).
+
+    Only every sixth field interacts, the largest among them: spread evenly over all pairs, the
+    interactions would be too faint to learn from this many examples.
+    """
     linear = np.zeros(len(ids))
     total = np.zeros((len(ids), latent_dim))
     squares = np.zeros(len(ids))
     for index, count in enumerate(rows):
         linear += rng.standard_normal(count)[ids[:, index]]
+        if (len(rows) - 1 - index) % INTERACTING:
+            continue
         latent = rng.standard_normal((count, latent_dim))
         total += latent[ids[:, index]]
         squares += np.square(latent).sum(axis=1)[ids[:, index]]
