@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .frequency import FrequencyStats, counts_for_tables
 from .layout import CodeLayout, dtype_name
 from .learning.fit import CodeShape, FittedCodes, Rows, fit_codes
 from .learning.kmeans import require_faiss
+from .learning.objective import Progress
 from .modules import (
     DECODE_ROWS,
     CodebookSet,
@@ -93,8 +94,9 @@ def compress(
     require_faiss()
     check_finite(draft.tables)
     outcome = _Outcome(draft)
-    for group, shape in _bar(draft.groups_to_learn(), progress):
-        outcome.learn(group, shape, device)
+    with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as bar:
+        for group, shape in bar:
+            outcome.learn(group, shape, device, _teller(bar, group))
     report = outcome.report(time.perf_counter() - started)
     replace_modules(
         [(t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules],
@@ -243,8 +245,15 @@ def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> Hashable:
     )
 
 
-def _bar(groups: list[tuple[Group, Shape]], show: bool) -> Iterator[tuple[Group, Shape]]:
-    yield from tqdm(groups, desc="compressing", unit="table", disable=not show)
+def _teller(bar: Any, group: Group) -> Progress:
+    """Shows stage and error of a group on the progress bar, and logs them."""
+    name = group.first.table.name
+
+    def tell(stage: str, error: float) -> None:
+        bar.set_postfix_str(f"{name}: {stage}, error {error:.4f}")
+        logger.debug("%s: %s, relative weighted error %.4f", name, stage, error)
+
+    return tell
 
 
 class _Outcome:
@@ -306,14 +315,16 @@ class _Outcome:
             codewords=layout.num_subvectors * layout.codebook_size if layout.bits else None,
         )
 
-    def learn(self, group: Group, shape: Shape, device: torch.device | str | None) -> None:
+    def learn(
+        self, group: Group, shape: Shape, device: torch.device | str | None, tell: Progress
+    ) -> None:
         """Learn one group: its modules, and its lines of the report."""
         started = time.perf_counter()
         layouts = group.layouts(shape, self.draft.config)
         if shape[0] == "rows":
             self._keep_rows(group.first.table, layouts[0][0])
         else:
-            self._learn_codes(group, shape, layouts, device)
+            self._learn_codes(group, shape, layouts, device, tell)
         for field in group.fields:
             for table in field.tables:
                 error = weighted_error(self.modules[table], table.weight, field.weights)
@@ -331,15 +342,14 @@ class _Outcome:
         shape: Shape,
         layouts: list[list[CodeLayout]],
         device: torch.device | str | None,
+        tell: Progress,
     ) -> None:
         place = torch.device(device) if device is not None else group.first.table.weight.device
         fitted = fit_codes(
             [Rows(_reader(field, place), field.weights) for field in group.fields],
             CodeShape(*shape, layouts[0][0].codebook_dtype, _widths(group.first)),
             self.draft.config,
-            lambda stage, error: logger.debug(
-                "%s: %s, weighted error %.4f", group.first.table.name, stage, error
-            ),
+            tell,
         )
         widths = (
             _widths(group.first) if len(_widths(group.first)) > 1 else fitted.codebooks.shape[2]

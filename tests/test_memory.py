@@ -16,6 +16,7 @@ import sys, time
 import numpy as np, torch
 from torch import nn
 from mec_embed import CompressionConfig, compress
+from mec_embed.learning import fit
 from mec_embed.learning.kmeans import require_faiss
 
 def status(field):
@@ -23,6 +24,8 @@ def status(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
 
+# Fewer rounds and narrower beams take as much memory (arrays are cut to a size), but less time.
+fit.ROUNDS, fit.LEARNING_BEAM, fit.FINAL_BEAM = 1, 2, 2
 require_faiss()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Embedding(1, 1))

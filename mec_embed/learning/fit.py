@@ -12,7 +12,7 @@ from ..config import CompressionConfig
 from ..layout import CodeKind, bits_for
 from ..modules import quantize_codebooks
 from ..packing import CHUNK_ROWS, empty_packed, pack_into
-from .objective import Weights, train_codebooks
+from .objective import Progress, Weights, train_codebooks
 from .quantizers import Quantizer, flat_codes, quantizer_for
 
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
@@ -24,8 +24,6 @@ LEAST_GAIN = 2e-3
 #: Partial sums kept by the beam search while learning, and for the final codes.
 LEARNING_BEAM = 8
 FINAL_BEAM = 16
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -275,6 +273,7 @@ class _Learner:
             Weights(config.usage_weight, config.contrastive_weight),
             config.epochs,
             config.seed,
+            self.progress,
         )
         share = 1.0
         while share > 1e-3:

@@ -7,6 +7,7 @@ through the codewords that each term names, so no straight-through estimator is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from .quantizers import Quantizer
 
 BATCH_ROWS = 8192
 LEARNING_RATE = 1e-3
+
+#: Told the name of a stage and the relative weighted error after it.
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def train_codebooks(
     terms: Weights,
     epochs: int,
     seed: int,
+    progress: Progress,
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Minimise the objective by mini-batches from given codes and codebooks.
 
@@ -110,6 +115,7 @@ def train_codebooks(
         terms: weights of the terms.
         epochs: passes over ``x``.
         seed: of batches and negatives.
+        progress: told (stage, reconstruction loss) after every epoch.
 
     Returns:
         Codebooks (M, K, S), and for each epoch the mean of each term that is on.
@@ -120,7 +126,7 @@ def train_codebooks(
     steps = epochs * -(-len(x) // BATCH_ROWS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
     history = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         sums: dict[str, float] = {}
         for batch in torch.randperm(len(x), generator=generator).split(BATCH_ROWS):
             batch = batch.to(codes.device)
@@ -134,6 +140,7 @@ def train_codebooks(
             for name, (_, loss) in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() * len(batch) / len(x)
         history.append(sums)
+        progress(f"MEC epoch {epoch + 1}/{epochs}", sums["reconstruction"])
     return parameter.detach(), history
 
 

@@ -1,0 +1,708 @@
+"""compress() and plan(): bytes, errors that change nothing, optimizers, determinism."""
+
+import copy
+import gc
+import importlib
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import ClickModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mec_embed import (
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressionConfig,
+    FrequencyStats,
+    compress,
+    plan,
+)
+
+#: The module; the package has a function of that name.
+COMPRESS = importlib.import_module("mec_embed.compress")
+FAST = CompressionConfig(num_subvectors=2, codebook_size=4, min_rows=8, epochs=0)
+PLANNED = CompressionConfig(ratio=6, epochs=0)
+TABLE_KINDS = (nn.Embedding, nn.EmbeddingBag, CompressedEmbedding, CompressedEmbeddingBag)
+
+
+def run(model, freq_stats=None, config=FAST, **options):
+    return compress(model, freq_stats, config, progress=False, **options)
+
+
+def small(rows=(300, 200), dim=8):
+    torch.manual_seed(0)
+    return ClickModel(rows, dim)
+
+
+def ids_for(model, batch=16):
+    generator = torch.Generator().manual_seed(5)
+    rows = [t.num_embeddings for t in model.embeddings.values()]
+    return torch.stack([torch.randint(n, (batch,), generator=generator) for n in rows], 1)
+
+
+def table_bytes(model):
+    """Bytes of all distinct tensors inside the embedding modules of a model."""
+    tensors = {}
+    for module in model.modules():
+        if isinstance(module, TABLE_KINDS):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensors[id(tensor)] = tensor.nbytes
+    return sum(tensors.values())
+
+
+def snapshot(model, *optimizers):
+    """Everything that a failed compression must leave: modules, values, groups, state."""
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer_states = [copy.deepcopy(one.state_dict()) for one in optimizers]
+    params = [[id(p) for g in one.param_groups for p in g["params"]] for one in optimizers]
+    return modules, values, optimizer_states, params
+
+
+def assert_unchanged(before, model, *optimizers):
+    after = snapshot(model, *optimizers)
+    assert before[0] == after[0] and before[3] == after[3]
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(after[2], before[2], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """(model before, model, report) of a click model at a ratio with real counts."""
+    torch.manual_seed(0)
+    before = ClickModel((1500, 400), 8)
+    counts = {
+        name: 1 + 1000 // (1 + np.arange(module.num_embeddings))
+        for name, module in before.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    model = copy.deepcopy(before)
+    return before, model, run(model, counts, PLANNED), counts
+
+
+def test_model_is_compressed_in_place(planned):
+    before, model, report, _ = planned
+    assert all(isinstance(t, CompressedEmbedding) for t in model.embeddings.values())
+    assert {t.name for t in report.tables} == {
+        name for name, module in before.named_modules() if isinstance(module, nn.Embedding)
+    }
+    ids = ids_for(model)
+    assert model(ids).shape == before(ids).shape
+    for name, old in before.named_modules():
+        if isinstance(old, nn.Embedding):
+            new = model.get_submodule(name)
+            assert (new.num_embeddings, new.embedding_dim) == old.weight.shape
+
+
+def test_budget_is_met_and_bytes_are_real(planned):
+    before, model, report, _ = planned
+    assert report.bytes_before == table_bytes(before)
+    assert report.bytes_after == table_bytes(model)
+    assert report.ratio >= 6
+    assert report.bytes_after > 0.8 * report.bytes_before / 6  # the budget is used
+
+
+def test_plan_has_the_bytes_and_layouts_of_compress(planned):
+    before, _, report, counts = planned
+    state = snapshot(before)
+    expected = plan(before, counts, PLANNED)
+    assert_unchanged(state, before)
+    assert expected.bytes_after == report.bytes_after and expected.seconds is None
+    for a, b in zip(expected.tables, report.tables, strict=True):
+        assert (a.name, a.layout, a.code_bytes, a.codebook_bytes) == (
+            b.name,
+            b.layout,
+            b.code_bytes,
+            b.codebook_bytes,
+        )
+
+
+def test_errors_in_the_report_are_those_of_the_model(planned):
+    before, model, report, counts = planned
+    for row in report.tables:
+        dense = before.get_submodule(row.name).weight.detach().double()
+        decoded = model.get_submodule(row.name).dequantize().double()
+        weights = torch.from_numpy(np.sqrt(counts[row.name]))
+        weights = weights / weights.sum()
+        centred = dense - weights @ dense
+        error = (weights @ (dense - decoded).square().sum(1)) / (weights @ centred.square().sum(1))
+        assert row.weighted_error == pytest.approx(error.item(), rel=1e-3)
+        assert row.learned_error <= row.start_error * (1 + 1e-6)
+
+
+def test_first_order_tables_share_codes():
+    model = small()
+    report = run(model)
+    for field in model.embeddings:
+        vector, first = model.embeddings[field], model.first_order[field]
+        assert vector.codes is first.codes and vector.codebooks is not first.codebooks
+    row = next(t for t in report.tables if t.name == "first_order.f0")
+    assert row.shares_codes_with == "embeddings.f0" and row.code_bytes == 0
+    assert report.bytes_after == table_bytes(model)
+
+
+def test_plan_for_many_tables():
+    """A hundred tables of many sizes, whose bytes are those of the plan."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Embedding(130 + 7 * i, 4 + 4 * (i % 3)) for i in range(100)])
+    report = plan(model, None, CompressionConfig(ratio=5))
+    assert len(report.tables) == 100 and report.ratio >= 5
+    assert report.bytes_before == table_bytes(model)
+
+
+@pytest.mark.parametrize("config", [FAST, CompressionConfig(ratio=5, min_rows=8, epochs=0)])
+def test_left_alone_tables_count(config):
+    model = nn.ModuleDict(
+        {
+            "big": nn.Embedding(600, 8),
+            "tiny": nn.Embedding(5, 8),
+            "normed": nn.Embedding(20, 8, max_norm=1.0),
+        }
+    )
+    before = table_bytes(model)
+    report = run(model, config=config)
+    assert report.bytes_before == before and report.bytes_after == table_bytes(model)
+    reasons = {t.name: t.reason for t in report.tables}
+    assert reasons["big"] is None
+    assert "min_rows" in reasons["tiny"] and "max_norm" in reasons["normed"]
+    assert type(model["tiny"]) is nn.Embedding
+
+
+def test_tied_tables_are_counted_once():
+    """Two tables over one parameter are one tensor, before and after."""
+    model = nn.ModuleDict({n: nn.Embedding(300, 8) for n in ("a", "b", "c")})
+    model["b"].weight = model["a"].weight
+    before = table_bytes(model)
+    assert before == 2 * 300 * 8 * 4
+    report = run(model)
+    assert report.bytes_before == before
+    assert report.bytes_after == table_bytes(model)
+
+
+def test_max_bytes():
+    model = small()
+    report = run(model, config=CompressionConfig(max_bytes=3000, epochs=0))
+    assert report.bytes_after == table_bytes(model) <= 3000
+
+
+@pytest.mark.parametrize("codes", ["additive", "product"])
+@pytest.mark.parametrize("codebook_dtype", [None, "float16", "bfloat16", "int8"])
+def test_plan_equals_compress(codes, codebook_dtype):
+    config = CompressionConfig(ratio=3, codes=codes, codebook_dtype=codebook_dtype, epochs=0)
+    model = small((500, 180))
+    expected = plan(model, None, config).bytes_after
+    report = run(model, config=config)
+    assert expected == report.bytes_after == table_bytes(model)
+    assert report.ratio >= 3
+
+
+@pytest.mark.parametrize("codes", ["additive", "product"])
+def test_explicit_layout(codes):
+    config = CompressionConfig(num_subvectors=4, codebook_size=8, codes=codes, epochs=0)
+    model = small()
+    report = run(model, config=config)
+    for row, table in zip(report.tables, model.embeddings.values(), strict=False):
+        assert row.layout == f"{codes} 4x8"
+        layout = table.layout
+        assert (layout.kind, layout.num_subvectors, layout.codebook_size) == (codes, 4, 8)
+
+
+def test_product_codes_must_divide_the_columns():
+    config = CompressionConfig(num_subvectors=3, codebook_size=8, codes="product")
+    model = small()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="embeddings.f0.*num_subvectors=3"):
+        run(model, config=config)
+    assert_unchanged(before, model)
+
+
+def test_codes_that_take_more_leave_the_table():
+    model = nn.ModuleDict({"a": nn.Embedding(300, 8), "b": nn.Embedding(10, 2)})
+    config = CompressionConfig(num_subvectors=2, codebook_size=64, min_rows=1, epochs=0)
+    report = run(model, config=config)
+    assert type(model["b"]) is nn.Embedding and report.tables[1].layout == "as it was"
+    assert report.tables[1].reason and report.bytes_after == table_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(None, torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
+)
+def test_codebook_dtype(name, dtype):
+    config = CompressionConfig(
+        num_subvectors=2, codebook_size=16, codebook_dtype=name, epochs=1, min_rows=8
+    )
+    model = small()
+    run(model, config=config)
+    table = model.embeddings["f0"]
+    assert table.codebooks.dtype is dtype and table.codebooks.requires_grad
+    assert table(torch.tensor([1])).dtype is torch.float32
+    model(ids_for(model)).sum().backward()
+    assert table.codebooks.grad.dtype is dtype
+
+
+def test_int8_codebooks_leave_the_optimizer():
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters())
+    config = CompressionConfig(num_subvectors=2, codebook_size=16, codebook_dtype="int8", epochs=0)
+    report = run(model, config=config, optimizer=optimizer)
+    table = model.embeddings["f0"]
+    assert table.codebooks.dtype is torch.int8 and table.codebook_set.scales is not None
+    kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert kept == {id(p) for p in model.mlp.parameters()}
+    before = table.codebooks.clone()
+    model(ids_for(model)).sum().backward()
+    optimizer.step()
+    assert torch.equal(table.codebooks, before)
+    assert report.bytes_after == table_bytes(model)
+
+
+def test_small_ratio_may_keep_rows_in_a_narrow_dtype():
+    model = nn.Sequential(nn.Embedding(2000, 8))
+    weight = model[0].weight.detach().clone()
+    report = run(model, config=CompressionConfig(ratio=1.9, codebook_dtype="float16", epochs=0))
+    assert report.ratio >= 1.9 and report.bytes_after == table_bytes(model)
+    if report.tables[0].layout == "rows float16":
+        torch.testing.assert_close(model[0].dequantize(), weight.half().float())
+    assert report.tables[0].weighted_error < 1e-3
+
+
+def naming(model, kind):
+    counts = np.arange(1.0, 301)
+    return {
+        "FrequencyStats": FrequencyStats.from_counts({"inner.user": counts}),
+        "full": {"inner.user": counts},
+        "last part": {"user": torch.from_numpy(counts)},
+        "list": {"user": counts.tolist()},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["FrequencyStats", "full", "last part", "list"])
+def test_counts_reach_their_table(kind):
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"user": nn.Embedding(300, 8)})})
+    report = run(model, naming(model, kind))
+    assert report.tables[0].lookups == 300 * 301 / 2
+    assert report.tables[0].popularity == "sqrt" and not report.notes
+
+
+def test_counts_matter():
+    """Rows that are used are stored better than those that are not."""
+    model = nn.Sequential(nn.Embedding(400, 8))
+    weight = model[0].weight.detach().clone()
+    counts = np.where(np.arange(400) < 20, 1e6, 0)
+    run(model, {"0": counts})
+    errors = (model[0].dequantize() - weight).square().sum(1)
+    assert errors[:20].mean() < 0.8 * errors[20:].mean()
+
+
+@pytest.mark.parametrize("popularity", ["sqrt", "linear", "log", "none"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_counts_of_all_zeros_or_ones(popularity, count):
+    config = CompressionConfig(
+        num_subvectors=2, codebook_size=4, min_rows=8, epochs=0, popularity=popularity
+    )
+    model = nn.Sequential(nn.Embedding(100, 8))
+    report = run(model, {"0": np.full(100, count)}, config)
+    assert model[0].dequantize().isfinite().all() and report.tables[0].weighted_error < 1
+
+
+@pytest.mark.parametrize("config", [FAST, CompressionConfig(ratio=4, epochs=0)], ids=["M", "ratio"])
+def test_one_table_never_used_and_one_without_counts(config):
+    model = nn.ModuleDict({"a": nn.Embedding(400, 8), "b": nn.Embedding(300, 8)})
+    report = run(model, {"a": np.zeros(400)}, config)
+    for row in report.tables:
+        assert 0 < row.weighted_error < 1
+    assert model["b"].dequantize().isfinite().all()
+
+
+def test_no_counts_adds_a_note():
+    model = small()
+    assert any("freq_stats" in note for note in plan(model, None, FAST).notes)
+    some = {"embeddings.f0": np.ones(300)}
+    notes = plan(model, some, FAST).notes
+    assert any("embeddings.f1" in note for note in notes)
+    assert not any("embeddings.f0" in note for note in notes)
+
+
+def test_counts_for_an_alias_of_a_table_left_alone():
+    """Counts of tables that are not compressed are allowed, whatever name they go by."""
+    tiny = nn.Embedding(3, 8)
+    model = nn.ModuleDict({"a": tiny, "b": tiny, "c": nn.Embedding(300, 8)})
+    for name in ("a", "b"):
+        assert len(plan(model, {name: np.ones(3), "c": np.ones(300)}, FAST).tables) == 2
+
+
+class NoOptimizer:
+    pass
+
+
+BAD = {
+    "unknown name": ({"nothing": np.ones(3)}, FAST, {}, ValueError, "nothing"),
+    "ambiguous name": ({"f0": np.ones(300)}, FAST, {}, ValueError, "several"),
+    "wrong length": ({"embeddings.f0": np.ones(3)}, FAST, {}, ValueError, "embeddings.f0.*3 for"),
+    "negative": ({"embeddings.f0": -np.ones(300)}, FAST, {}, ValueError, "embeddings.f0"),
+    "counts of no mapping": ([1, 2], FAST, {}, TypeError, "freq_stats"),
+    "config": (None, {"ratio": 50}, {}, TypeError, "config"),
+    "optimizer": (None, FAST, {"optimizer": NoOptimizer()}, TypeError, "optimizer"),
+    "optimizers": (None, FAST, {"optimizer": [NoOptimizer()]}, TypeError, "optimizer"),
+    "budget": (None, CompressionConfig(max_bytes=10), {}, ValueError, "least possible"),
+    "ratio": (None, CompressionConfig(ratio=1e6), {}, ValueError, "least possible"),
+    "left alone": (
+        None,
+        CompressionConfig(ratio=4, exclude=["embeddings.*"]),
+        {},
+        ValueError,
+        "left alone",
+    ),
+    "nothing": (None, CompressionConfig(include=["x"]), {}, ValueError, "embeddings.f0"),
+    "device": (None, FAST, {"device": "nowhere"}, RuntimeError, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_change_nothing(case):
+    counts, config, options, error, message = BAD[case]
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters())
+    before = snapshot(model, optimizer)
+    with pytest.raises(error, match=message):
+        run(model, counts, config, **{"optimizer": optimizer, **options})
+    assert_unchanged(before, model, optimizer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("config", [FAST, PLANNED], ids=["explicit", "ratio"])
+@pytest.mark.parametrize("name", ["embeddings.f1", "first_order.f0"])
+def test_rows_that_are_not_finite_are_named(name, config, value):
+    model = small()
+    with torch.no_grad():
+        model.get_submodule(name).weight[77, 0] = value
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{name}.*row 77"):
+        run(model, config=config)
+    assert_unchanged(before, model)
+
+
+def test_missing_faiss_names_the_extra(monkeypatch):
+    real = importlib.import_module
+
+    def without_faiss(name, *args):
+        if name == "faiss":
+            raise ModuleNotFoundError("No module named 'faiss'")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", without_faiss)
+    model = small()
+    before = snapshot(model)
+    assert plan(model, None, FAST).bytes_after > 0  # needs none
+    with pytest.raises(RuntimeError, match=r"mec-embed\[cpu\]"):
+        run(model)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_interruption_while_learning_changes_nothing(monkeypatch, error):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return fit(*args, **kwargs)
+
+    fit = COMPRESS.fit_codes
+    monkeypatch.setattr(COMPRESS, "fit_codes", interrupted)
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(ids_for(model)).sum().backward()
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    with pytest.raises(error):
+        run(model, optimizer=optimizer)
+    assert len(calls) == 2
+    assert_unchanged(before, model, optimizer)
+    monkeypatch.undo()
+    run(model, optimizer=optimizer)  # and it can be done again
+    assert isinstance(model.embeddings["f0"], CompressedEmbedding)
+
+
+def step(model, optimizers, ids=None):
+    loss = model(ids_for(model) if ids is None else ids).square().sum()
+    for one in optimizers:
+        one.zero_grad()
+    loss.backward()
+    for one in optimizers:
+        one.step()
+    return loss.item()
+
+
+MAKERS = {
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_training_goes_on(maker):
+    """State of dense tables is dropped, of other layers kept; codebooks are in the same group."""
+    model = small()
+    tables = [*model.embeddings.parameters(), *model.first_order.parameters()]
+    groups = [
+        {"params": list(model.mlp.parameters())},
+        {"params": tables, "lr": 0.02, "weight_decay": 0.0},
+    ]
+    optimizer = MAKERS[maker](groups)
+    step(model, [optimizer])
+    kept = {id(p): optimizer.state[p] for p in model.mlp.parameters()}
+    run(model, optimizer=optimizer)
+    books = {id(t.codebooks) for t in model.modules() if isinstance(t, CompressedEmbedding)}
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == books
+    assert optimizer.param_groups[1]["lr"] == 0.02
+    assert {id(p): s for p, s in optimizer.state.items()}.keys() == kept.keys()
+    assert all(optimizer.state[p] is kept[id(p)] for p in model.mlp.parameters())
+    before = model.embeddings["f0"].codebooks.detach().clone()
+    codes = model.embeddings["f0"].codes.clone()
+    losses = [step(model, [optimizer]) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(model.embeddings["f0"].codebooks, before)
+    assert torch.equal(model.embeddings["f0"].codes, codes)
+
+
+def test_codebooks_are_shared_within_a_group_only():
+    """A table of another learning rate keeps a codebook of its own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({f"t{i}": nn.Embedding(1500, 8) for i in range(4)})
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    report = run(model, config=CompressionConfig(ratio=20, epochs=0), optimizer=optimizer)
+    for group, names in zip(optimizer.param_groups, (("t0", "t1"), ("t2", "t3")), strict=True):
+        expected = {id(model[name].codebooks) for name in names}
+        held = [id(p) for p in group["params"]]
+        assert set(held) == expected and len(held) == len(expected)
+    assert report.bytes_after == table_bytes(model)
+
+
+def test_sharing_codebooks_between_tables():
+    """Many equal tables at a high ratio share, and each stays as the report says."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({f"t{i}": nn.Embedding(400, 8) for i in range(6)})
+    optimizer = torch.optim.Adam(model.parameters())
+    report = run(model, config=CompressionConfig(ratio=20, epochs=0), optimizer=optimizer)
+    shared = [t for t in report.tables if t.shares_codebooks_with]
+    assert shared
+    for row in shared:
+        assert model[row.name].codebooks is model[row.shares_codebooks_with].codebooks
+    assert report.bytes_after == table_bytes(model)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert len(held) == len(set(held)) == len(set(map(id, model.parameters())))
+
+
+def test_frozen_tables_stay_frozen():
+    model = small()
+    model.embeddings["f0"].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    run(model, optimizer=optimizer)
+    frozen, free = (model.embeddings[name].codebooks for name in ("f0", "f1"))
+    assert not frozen.requires_grad and free.requires_grad
+    before = frozen.clone(), free.detach().clone()
+    step(model, [optimizer])
+    assert torch.equal(frozen, before[0]) and not torch.equal(free, before[1])
+
+
+class SparseModel(nn.Module):
+    """Tables with sparse gradients and a dense layer, for two optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(300, 8, sparse=True)
+        self.bag = nn.EmbeddingBag(300, 8, sparse=True, mode="sum")
+        self.layer = nn.Linear(8, 1)
+
+    def forward(self, ids):
+        return self.layer(self.table(ids[:, 0]) + self.bag(ids))[:, 0]
+
+
+def test_two_optimizers_and_sparse_gradients():
+    model = SparseModel()
+    ids = torch.randint(300, (16, 3), generator=torch.Generator().manual_seed(0))
+    sparse = torch.optim.SparseAdam([model.table.weight, model.bag.weight], lr=0.05)
+    dense = torch.optim.Adam(model.layer.parameters(), lr=0.05)
+    step(model, [sparse, dense], ids)
+    run(model, optimizer=[sparse, dense])
+    assert not sparse.state and len(dense.state) == 2
+    assert len(sparse.param_groups[0]["params"]) == 2
+    before = model.table.codebooks.detach().clone()
+    losses = [step(model, [sparse, dense], ids) for _ in range(8)]
+    assert model.table.codebooks.grad.is_sparse and model.bag.codebooks.grad.is_sparse
+    assert losses[-1] < losses[0]
+    assert not torch.equal(model.table.codebooks, before)
+
+
+def state_bytes(optimizer):
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("config", [FAST, PLANNED], ids=["explicit", "ratio"])
+def test_old_tables_are_freed(config):
+    """No reference to a dense table survives; the optimizer's state shrinks with it."""
+    model = small((600, 400))
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, [optimizer])
+    state = state_bytes(optimizer)
+    refs = [
+        weakref.ref(thing)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for thing in (module, module.weight)
+    ]
+    assert len(refs) == 8
+    report = run(model, config=config, optimizer=optimizer)
+    gc.collect()
+    compressed = {t.name for t in report.tables if t.compressed}
+    assert len(compressed) == 4
+    assert [ref() for ref in refs] == [None] * 8
+    step(model, [optimizer])
+    assert state_bytes(optimizer) < state / 2
+
+
+def codes_of(model):
+    return {name: value for name, value in model.state_dict().items() if "cod" in name}
+
+
+@pytest.mark.parametrize("config", [FAST, PLANNED], ids=["explicit", "ratio"])
+def test_same_seed_same_codes(config):
+    config = CompressionConfig.from_dict({**config.to_dict(), "epochs": 1, "seed": 3})
+    found = []
+    for other in (1, 2):
+        model = small()
+        torch.manual_seed(other)  # the global generator has no say
+        np.random.seed(other)
+        run(model, config=config)
+        found.append(codes_of(model))
+    assert found[0]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_global_random_state_is_left_alone():
+    model = small()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    run(model, config=CompressionConfig.from_dict({**FAST.to_dict(), "epochs": 1}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_seed_is_allowed():
+    models = [small(), small()]
+    for seed, model in enumerate(models):
+        run(model, config=CompressionConfig.from_dict({**FAST.to_dict(), "seed": seed}))
+    assert not torch.equal(models[0].embeddings["f0"].codes, models[1].embeddings["f0"].codes)
+
+
+def test_compressing_twice_takes_only_what_is_left():
+    model = small()
+    run(model, config=CompressionConfig.from_dict({**FAST.to_dict(), "include": ["*.f0"]}))
+    first = model.embeddings["f0"]
+    report = run(model)
+    assert model.embeddings["f0"] is first
+    assert {t.name for t in report.tables if t.compressed} == {"embeddings.f1", "first_order.f1"}
+    with pytest.raises(ValueError, match="no table"):
+        run(model)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5])
+@pytest.mark.parametrize("config", [FAST, PLANNED], ids=["explicit", "ratio"])
+def test_table_of_equal_rows(config, value):
+    model = nn.Sequential(nn.Embedding(300, 8))
+    with torch.no_grad():
+        model[0].weight.fill_(value)
+    run(model, config=config)
+    torch.testing.assert_close(model[0].dequantize(), torch.full((300, 8), value))
+
+
+def test_nonzero_padding_row_is_learned():
+    model = nn.Sequential(nn.Embedding(300, 8, padding_idx=0))
+    with torch.no_grad():
+        model[0].weight[0] = 3.0
+    run(model, {"0": np.where(np.arange(300) == 0, 1e8, 1)})
+    row = model[0](torch.tensor([0]))
+    assert (row - 3).abs().max() < 0.5
+    row.sum().backward()
+    assert model[0].codebooks.grad.eq(0).all()
+
+
+def test_report_is_text_and_json(planned):
+    report = planned[2]
+    assert "embeddings.f0" in str(report) and max(map(len, str(report).splitlines())) <= 120
+    assert f'"bytes_after": {report.bytes_after}' in report.to_json()
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def zoos(draw):
+    """(model, shape) of random tables, some shared, some padded, some bags."""
+    model = nn.ModuleDict()
+    for i in range(draw(st.integers(1, 4))):
+        bag = draw(st.booleans())
+        options = {
+            "padding_idx": draw(st.sampled_from([None, 0, -1])),
+            "dtype": draw(st.sampled_from(DTYPES)),
+        }
+        rows, dim = draw(st.integers(2, 90)), draw(st.integers(1, 9))
+        if bag:
+            module = nn.EmbeddingBag(
+                rows, dim, mode=draw(st.sampled_from(["sum", "mean", "max"])), **options
+            )
+        else:
+            module = nn.Embedding(rows, dim, **options)
+        model[f"t{i}"] = module
+        if draw(st.booleans()):
+            model[f"again{i}"] = nn.Sequential(module)
+    return model, (draw(st.integers(1, 4)), draw(st.integers(2, 9)))
+
+
+def outputs(model):
+    """What each table of a zoo gives for a batch of bags."""
+    found = []
+    for module in model.values():
+        inner = module[0] if isinstance(module, nn.Sequential) else module
+        generator = torch.Generator().manual_seed(0)
+        found.append(module(torch.randint(inner.num_embeddings, (3, 4), generator=generator)))
+    return found
+
+
+@given(zoos())
+@settings(deadline=None, max_examples=30)
+def test_any_small_model(case):
+    model, (subvectors, size) = case
+    before = [(out.shape, out.dtype) for out in outputs(model)]
+    dense_bytes = table_bytes(model)
+    config = CompressionConfig(num_subvectors=subvectors, codebook_size=size, min_rows=1, epochs=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = run(model, config=config, optimizer=optimizer)
+    assert report.bytes_before == dense_bytes and report.bytes_after == table_bytes(model)
+    after = outputs(model)
+    assert [(out.shape, out.dtype) for out in after] == before
+    assert all(out.isfinite().all() for out in after)
+    for name, module in model.items():
+        if name.startswith("again"):
+            assert module[0] is model[f"t{name.removeprefix('again')}"]
+        elif module.padding_idx is not None:
+            assert module.weight[module.padding_idx].eq(0).all()
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == set(map(id, model.parameters()))
+    sum(out.float().square().sum() for out in after).backward()
+    optimizer.step()
+    assert all(out.isfinite().all() for out in outputs(model))
