@@ -22,14 +22,21 @@ from .tables import Table
 
 #: Rows sampled (by weight) for the covariance of a table.
 _SAMPLE = 4096
-#: Largest number of codewords in all codebooks together: the least-squares problem has this side.
+#: Largest number of codewords in all additive codebooks: the least-squares problem has this side.
 _MOST_WORDS = 2048
 _MOST_CODEBOOKS = 32
+#: Part of the error that codewords can take away by being fitted to few rows.
+_MOST_FITTED = 0.9
 #: Bits that a code of b bits is worth of an ideal code's: fitted to the errors of additive codes
 #: learned from real tables (docs/experiments.md): .725 b at 1 bit, .97 b at 8.
 _WORTH, _WORTH_PER_BIT, _WORTH_MOST = 0.69, 0.035, 0.98
 #: Rounding error of a row in each storage dtype, relative to its square.
-_ROUNDING = {torch.int8: 2e-5, torch.float16: 2e-8, torch.bfloat16: 1e-6}
+_ROUNDING = {
+    torch.int8: 2e-5,
+    torch.bfloat16: 1e-6,
+    torch.float16: 2e-8,
+    torch.float32: 1e-15,
+}
 
 
 #: Kind, num_subvectors and codebook_size of the codes of a group.
@@ -232,9 +239,16 @@ def code_shapes(group: Group, config: CompressionConfig) -> list[Shape]:
         (kind, subvectors, 1 << bits)
         for bits in range(1, 12)
         if 1 << bits < group.rows
-        for subvectors in range(1, min(_MOST_CODEBOOKS, _MOST_WORDS >> bits) + 1)
+        for subvectors in range(1, _most_subvectors(kind, bits) + 1)
         if kind == "additive" or group.first.table.dim % subvectors == 0
     ]
+
+
+def _most_subvectors(kind: CodeKind, bits: int) -> int:
+    """Additive codebooks are solved for together, product codebooks one by one."""
+    if kind == "product":
+        return _MOST_CODEBOOKS
+    return min(_MOST_CODEBOOKS, _MOST_WORDS >> bits)
 
 
 def choices(group: Group, config: CompressionConfig) -> list[Choice]:
@@ -298,8 +312,9 @@ def _distortions(group: Group, shapes: Sequence[Shape]) -> np.ndarray:
     bits_of_code = np.log2(sizes)
     worth = np.minimum(_WORTH + _WORTH_PER_BIT * bits_of_code, _WORTH_MOST)
     errors = predicted_error(group.spectrum, subvectors * bits_of_code * worth)
-    # Each codeword is free: with as many codewords as rows nothing would be lost.
-    free = np.minimum(1.0, subvectors * sizes / group.rows)
+    # Codewords are fitted to the rows: the more of them for each row, the less is lost.
+    words = sizes if shapes[0][0] == "product" else subvectors * sizes
+    free = np.minimum(_MOST_FITTED, words / group.rows)
     return errors * (1 - free) * group.mass
 
 

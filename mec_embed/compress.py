@@ -106,13 +106,17 @@ def compress(
 
 
 def plan(
-    model: nn.Module, freq_stats: Counts, config: CompressionConfig | None = None
+    model: nn.Module,
+    freq_stats: Counts,
+    config: CompressionConfig | None = None,
+    *,
+    optimizer: Optimizers = None,
 ) -> CompressionReport:
     """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
 
     Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
     """
-    return _Outcome(_draft(model, freq_stats, config, optimizer_groups(None))).report(None)
+    return _Outcome(_draft(model, freq_stats, config, optimizer_groups(optimizer))).report(None)
 
 
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,8 +32,8 @@ class CompressionConfig:
 
     Args:
         ratio: bytes of all embedding tables of the model before, divided by their bytes after;
-            codes, codebooks, padding and the tables left alone all count. The planner uses the
-            whole budget. 50 where no target is given.
+            codes, codebooks, padding and the tables left alone all count. The planner spends the
+            budget as far as that lowers the error. 50 where no target is given.
         max_bytes: the target as bytes after, instead of ``ratio``.
         num_subvectors: number of codebooks M of every compressed table, instead of a target;
             goes with ``codebook_size``.
@@ -159,8 +159,8 @@ class CompressionConfig:
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be a sequence of patterns, got the string {value!r}")
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of patterns, got {value!r}")
     patterns = tuple(value)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{name} must hold strings, got {patterns!r}")

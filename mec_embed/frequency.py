@@ -101,13 +101,13 @@ class FrequencyStats:
         Raises:
             ValueError: the model holds no embedding, or no batch reached one.
         """
-        counts: dict[str, Tensor] = {}
+        counts: dict[str, np.ndarray] = {}
         with _counting(model, counts), torch.no_grad():
             for batch in batches:
                 forward(model, batch)
-        if not any(bool(values.any()) for values in counts.values()):
+        if not any(values.any() for values in counts.values()):
             raise ValueError("no ids were counted: batches is empty or reached no embedding")
-        return cls({name: values.double().numpy() for name, values in counts.items()})
+        return cls(counts)
 
     @classmethod
     def from_columns(cls, model: nn.Module, columns: Mapping[str, Any]) -> FrequencyStats:
@@ -170,7 +170,7 @@ def _checked(name: str, values: Any) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     try:
-        counts = np.asarray(values, dtype=np.float64)
+        counts = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"table {name!r}: counts must be numbers, got {values!r}") from error
     if counts.ndim != 1:
@@ -185,12 +185,12 @@ def _checked(name: str, values: Any) -> np.ndarray:
     return counts
 
 
-def _rows_by_name(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Every accepted name of a table -> (qualified name, rows)."""
-    full: dict[str, tuple[str, int]] = {}
-    short: dict[str, list[tuple[str, int]]] = {}
+def _tables_by_name(model: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Every accepted name of a table -> (qualified name, module)."""
+    full: dict[str, tuple[str, Any]] = {}
+    short: dict[str, list[tuple[str, Any]]] = {}
     for module, aliases in find_modules(model, EMBEDDINGS):
-        entry = (aliases[0].name, module.num_embeddings)
+        entry = (aliases[0].name, module)
         full.update({alias.name: entry for alias in aliases})
         for last in {alias.name.rpartition(".")[2] for alias in aliases}:
             short.setdefault(last, []).append(entry)
@@ -198,29 +198,38 @@ def _rows_by_name(model: nn.Module) -> dict[str, tuple[str, int]]:
 
 
 def _count_column(model: nn.Module, name: str, values: Any) -> dict[str, np.ndarray]:
-    known = _rows_by_name(model)
+    known = _tables_by_name(model)
     if name not in known:
         raise ValueError(f"no table is named {name!r}; the model has {', '.join(sorted(known))}")
-    qualified, rows = known[name]
+    qualified, module = known[name]
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     ids = np.asarray(values).reshape(-1)
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"table {name!r}: ids must be integers, got {ids.dtype}")
+    return {qualified: _count_ids(name, ids.astype(np.int64), module)}
+
+
+def _count_ids(name: str, ids: np.ndarray, module: Any) -> np.ndarray:
+    """Counts (rows,) float64 of ids (n,) int64; padding counts zero."""
+    rows = module.num_embeddings
     if ids.size and (ids.min() < 0 or ids.max() >= rows):
         found = ids.min() if ids.min() < 0 else ids.max()
         raise IndexError(f"table {name!r}: id {found} is out of range, expected 0..{rows - 1}")
-    return {qualified: np.bincount(ids.astype(np.int64), minlength=rows).astype(np.float64)}
+    counts = np.bincount(ids, minlength=rows).astype(np.float64)
+    if module.padding_idx is not None:
+        counts[module.padding_idx] = 0
+    return counts
 
 
 @contextmanager
-def _counting(model: nn.Module, counts: dict[str, Tensor]) -> Iterator[None]:
+def _counting(model: nn.Module, counts: dict[str, np.ndarray]) -> Iterator[None]:
     """While open, every lookup adds to ``counts``; mode and hooks are put back after."""
     handles = []
     training = {module: module.training for module in model.modules()}
     for module, aliases in find_modules(model, EMBEDDINGS):
-        counts[aliases[0].name] = torch.zeros(module.num_embeddings, dtype=torch.int64)
-        hook = _counter(counts[aliases[0].name], module.padding_idx)
+        counts[aliases[0].name] = np.zeros(module.num_embeddings)
+        hook = _counter(aliases[0].name, counts[aliases[0].name])
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
@@ -234,12 +243,10 @@ def _counting(model: nn.Module, counts: dict[str, Tensor]) -> Iterator[None]:
             module.training = mode
 
 
-def _counter(total: Tensor, padding_idx: int | None) -> Callable[..., None]:
+def _counter(name: str, total: np.ndarray) -> Callable[..., None]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = (args[0] if args else kwargs["input"]).detach().reshape(-1).cpu()
-        total.add_(torch.bincount(ids, minlength=len(total)))
-        if padding_idx is not None:
-            total[padding_idx] = 0
+        ids = (args[0] if args else kwargs["input"]).detach().reshape(-1).cpu().numpy()
+        total[:] += _count_ids(name, ids, module)
 
     return count
 

@@ -286,7 +286,8 @@ def replace_modules(
         _carry_over(old, new)
         following = [param for param in new.parameters() if param.requires_grad]
         for param in old.parameters():
-            successors[param] = following
+            # Codebooks that several modules share are followed by what follows each of these.
+            successors.setdefault(param, []).extend(following)
     done: list[tuple[Alias, nn.Module]] = []
     before = [(o, _groups(o), dict(o.state)) for o in _as_list(optimizer)]
     try:

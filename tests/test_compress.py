@@ -706,3 +706,77 @@ def test_any_small_model(case):
     sum(out.float().square().sum() for out in after).backward()
     optimizer.step()
     assert all(out.isfinite().all() for out in outputs(model))
+
+
+SCALES = [1e-4, 1e-2, 1e2, 1e5]
+
+
+@pytest.mark.parametrize("codebook_dtype", [None, "int8", "float16"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_error_does_not_depend_on_the_unit(codebook_dtype, scale):
+    """Scaled rows are stored as well as the rows; where they cannot be, that is an error."""
+    config = CompressionConfig(
+        num_subvectors=4, codebook_size=16, codebook_dtype=codebook_dtype, epochs=0
+    )
+    errors = []
+    for factor in (1.0, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(300, 8))
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+        try:
+            errors.append(run(model, config=config).tables[0].weighted_error)
+        except ValueError as error:
+            assert "'0'" in str(error) and codebook_dtype == "float16" and factor == 1e5
+            return
+        assert model[0].dequantize().isfinite().all()
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+LEARNING = CompressionConfig.from_dict({**FAST.to_dict(), "epochs": 1})
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_learning_without_grad_mode(context):
+    """Evaluation code often runs in such a context; codebooks stay trainable after it."""
+    model = nn.Sequential(nn.Embedding(300, 8))
+    with context():
+        run(model, config=LEARNING)
+    model(torch.tensor([1])).sum().backward()
+    assert model[0].codebooks.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64])
+def test_other_default_dtype(table_dtype):
+    model = nn.Sequential(nn.Embedding(300, 8, dtype=table_dtype))
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(model, config=LEARNING)
+        out = model(torch.tensor([1]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype is table_dtype
+
+
+@pytest.mark.parametrize("codebook_dtype", [None, "int8"])
+def test_names_of_parameters_in_the_optimizer_follow(codebook_dtype):
+    """Optimizers made from named_parameters() keep one name for each parameter."""
+    model = nn.ModuleDict({"table": nn.Embedding(300, 8), "layer": nn.Linear(8, 1)})
+    optimizer = torch.optim.Adam(model.named_parameters())
+    if "param_names" not in optimizer.param_groups[0]:
+        pytest.skip("this torch does not keep the names")
+    config = CompressionConfig.from_dict({**FAST.to_dict(), "codebook_dtype": codebook_dtype})
+    run(model, config=config, optimizer=optimizer)
+    expected = {id(param): name for name, param in model.named_parameters()}
+    group = optimizer.param_groups[0]
+    assert group["param_names"] == [expected[id(param)] for param in group["params"]]
+
+
+def test_codes_are_learned_from_a_view_with_strides():
+    """Weights that are not contiguous read as any others."""
+    whole = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+    reports = []
+    for weight in (whole.T, whole.T.contiguous()):
+        model = nn.Sequential(nn.Embedding.from_pretrained(weight))
+        reports.append(run(model).tables[0].weighted_error)
+    assert reports[0] == pytest.approx(reports[1])

@@ -24,8 +24,8 @@ def status(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
 
-# Fewer rounds and narrower beams take as much memory (arrays are cut to a size), but less time.
-fit.ROUNDS, fit.LEARNING_BEAM, fit.FINAL_BEAM = 1, 2, 2
+# One round and a beam of one take no less memory (a chunk has more rows then), but less time.
+fit.ROUNDS, fit.LEARNING_BEAM, fit.FINAL_BEAM = 1, 1, 1
 require_faiss()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Embedding(1, 1))
@@ -34,12 +34,12 @@ for part in model[0].weight.detach().split(1 << 16):
     part.normal_()
 counts = {{"0": 1 + {ROWS} // (1 + np.arange({ROWS}))}}
 before = status("VmRSS")
-started = time.perf_counter()
+started = time.process_time()
 report = compress(
     model, counts, CompressionConfig(ratio=50, epochs=1), progress=False
 )
 print(before, status("VmHWM"), report.bytes_before / report.bytes_after,
-      report.tables[0].layout, time.perf_counter() - started, sep="|")
+      report.tables[0].layout, time.process_time() - started, sep="|")
 """
 
 
@@ -53,7 +53,7 @@ def test_compress_takes_less_than_half_the_table_and_200_mb() -> None:
     assert run.returncode == 0, run.stderr
     before, peak, ratio, layout, seconds = run.stdout.strip().split("|")
     rise = float(peak) - float(before)
-    print(f"{layout}: {rise:.0f} MB above {float(before):.0f} MB, {float(seconds):.0f} s")
+    print(f"{layout}: {rise:.0f} MB above {float(before):.0f} MB, {float(seconds):.0f} s of CPU")
     assert float(before) > TABLE_MB, "the table was not in memory before"
     assert float(ratio) >= 50
     assert 0 < rise < TABLE_MB / 2 + 200

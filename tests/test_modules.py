@@ -366,6 +366,31 @@ def test_export(case):
     assert any("lookup" in str(node.target) for node in exported.graph.nodes)
 
 
+def functional_loss(module):
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    return params, lambda p: torch.func.functional_call(module, p, (IDS,)).square().sum()
+
+
+def test_functional_call_and_vmap():
+    """Stateless calls and batched ids, as nn.Embedding allows."""
+    module = filled(CompressedEmbedding)
+    params, loss = functional_loss(module)
+    params["codebook_set.codebooks"] = 2 * params["codebook_set.codebooks"]
+    torch.testing.assert_close(loss(params), 4 * module(IDS).square().sum())
+    torch.testing.assert_close(torch.vmap(module)(IDS), module(IDS))
+
+
+@pytest.mark.xfail(
+    raises=RuntimeError, reason="torch.library operators have no torch.func.grad in torch 2.13"
+)
+def test_functional_grad():
+    """nn.Embedding allows it; operators whose derivative is registered with torch.library not."""
+    module = filled(CompressedEmbedding)
+    params, loss = functional_loss(module)
+    (wanted,) = torch.autograd.grad(module(IDS).square().sum(), module.codebooks)
+    torch.testing.assert_close(torch.func.grad(loss)(params)["codebook_set.codebooks"], wanted)
+
+
 class Scorer(nn.Module):
     """A table and a layer, for training in several processes."""
 

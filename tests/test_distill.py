@@ -1,0 +1,469 @@
+"""Distillation: what moves, what must not, and the batches it takes."""
+
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ClickModel
+from torch import Tensor, nn
+
+from mec_embed import CompressedEmbedding, CompressionConfig, compress, distill
+from mec_embed.distill import mixed
+
+DTYPES = [None, "float16", "bfloat16", "int8"]
+
+
+class Clicks(ClickModel):
+    """A click model with batch norm and dropout, that gives logits or probabilities."""
+
+    def __init__(self, probabilities: bool = False, **options: Any) -> None:
+        super().__init__(rows=(600, 300), dim=8, **options)
+        self.mlp = nn.Sequential(
+            nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1)
+        )
+        self.probabilities = probabilities
+
+    def forward(self, ids: Any) -> Any:
+        """Of ids (batch, 2) or a mapping of columns."""
+        if isinstance(ids, dict):
+            ids = torch.stack([ids["f0"], ids["f1"]], 1)
+        logits = super().forward(ids)
+        return logits.sigmoid()[:, None] if self.probabilities else logits
+
+
+def _pair(dtype: str | None = None, **options: Any) -> tuple[Clicks, Clicks]:
+    """Student and teacher."""
+    torch.manual_seed(0)
+    teacher = Clicks(**options)
+    teacher.mlp[1].running_mean.normal_()
+    teacher.eval()
+    model = copy.deepcopy(teacher)
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, codebook_dtype=dtype, epochs=0)
+    compress(model, None, config, progress=False)
+    _shrink(model)
+    return model, teacher
+
+
+def _shrink(model: nn.Module) -> None:
+    """Worse codebooks than the learned ones, so that there is something to mend."""
+    for store in {table.codebook_set for table in _tables(model)}:
+        values = store.codebooks.detach().float()
+        if store.scales is not None:
+            values = values * store.scales.float()[:, :, None]
+        store.store(values * 0.2)
+
+
+def _batches(count: int = 12, rows: int = 128) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    columns = [torch.randint(n, (count * rows,), generator=generator) for n in (600, 300)]
+    return list(torch.stack(columns, 1).split(rows))
+
+
+def _distill(model: nn.Module, teacher: nn.Module, batches: Any = None, **options: Any) -> Any:
+    batches = _batches() if batches is None else batches
+    return distill(model, teacher, batches, **{"lr": 1e-2, "progress": False, **options})
+
+
+def _divergence(model: nn.Module, teacher: nn.Module) -> float:
+    """Mean KL of the predictions on ids that were not trained on."""
+    ids = torch.stack([torch.arange(600), torch.arange(600) * 7 % 300], 1)
+    with torch.no_grad():
+        target, logits = teacher(ids), model(ids)
+        return float(
+            F.binary_cross_entropy_with_logits(logits, target.sigmoid())
+            - F.binary_cross_entropy_with_logits(target, target.sigmoid())
+        )
+
+
+def _tables(model: nn.Module) -> list[CompressedEmbedding]:
+    return [m for m in model.modules() if isinstance(m, CompressedEmbedding)]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+# --- what it does -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_falls_and_predictions_come_closer(dtype: str | None) -> None:
+    model, teacher = _pair(dtype)
+    before = _divergence(model, teacher)
+    history = _distill(model, teacher, epochs=4)
+    assert len(history) == 4 and history[-1] < history[0]
+    assert _divergence(model, teacher) < 0.8 * before
+
+
+def test_probabilities_are_recognised(caplog: pytest.LogCaptureFixture) -> None:
+    model, teacher = _pair(probabilities=True)
+    ids = _batches(1)[0]
+    with torch.no_grad():
+        first = float(F.binary_cross_entropy(model(ids), teacher(ids)))
+    with caplog.at_level("INFO", "mec_embed"):
+        history = _distill(model, teacher, [ids], epochs=30, mix=0)
+    assert "outputs are probabilities" in caplog.text
+    assert history[0] == pytest.approx(first, rel=1e-4) and history[-1] < first
+
+
+def test_logits_are_recognised(caplog: pytest.LogCaptureFixture) -> None:
+    model, teacher = _pair()
+    ids = _batches(1)[0]
+    with torch.no_grad():
+        first = float(F.binary_cross_entropy_with_logits(model(ids), teacher(ids).sigmoid()))
+    with caplog.at_level("INFO", "mec_embed"):
+        history = _distill(model, teacher, [ids], epochs=1, mix=0)
+    assert "outputs are logits" in caplog.text
+    assert history == [pytest.approx(first, rel=1e-4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("network", [True, False])
+def test_only_codebooks_and_network_move(dtype: str | None, network: bool) -> None:
+    model, teacher = _pair(dtype)
+    before, of_teacher = _state(model), _state(teacher)
+    _distill(model, teacher, epochs=2, train_network=network)
+    assert all(torch.equal(value, of_teacher[key]) for key, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        moved = not torch.equal(value, after[key])
+        assert after[key].dtype is value.dtype, key
+        if key.endswith("codebooks") and dtype == "int8":
+            # Of a single column, only the scale can move.
+            scales = key.replace("codebooks", "scales")
+            assert moved or not torch.equal(before[scales], after[scales]), key
+        elif key.endswith("codebooks"):
+            assert moved, key
+        elif key.endswith(("codes", "running_mean", "running_var", "num_batches_tracked")):
+            assert not moved, key
+        elif key.startswith("mlp") and key != "mlp.0.bias":
+            assert moved is network, key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codebooks_keep_dtype_kind_and_identity(dtype: str | None) -> None:
+    model, teacher = _pair(dtype)
+    before = [(t.codebook_set, t.codebooks, t.codebook_set.scales) for t in _tables(model)]
+    parameters = [name for name, _ in model.named_parameters()]
+    _distill(model, teacher, epochs=1)
+    for store, codebooks, scales in before:
+        assert store.codebooks is codebooks and store.scales is scales
+        assert isinstance(codebooks, nn.Parameter) is (dtype != "int8")
+        if dtype == "int8":
+            assert codebooks.dtype is torch.int8 and not codebooks.requires_grad
+            assert int(codebooks.abs().max()) == 127
+        else:
+            assert codebooks.requires_grad
+    assert [name for name, _ in model.named_parameters()] == parameters
+
+
+def test_frozen_tables_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    teacher = Clicks().eval()
+    teacher.embeddings["f0"].requires_grad_(False)
+    for dtype in (None, "int8"):
+        model = copy.deepcopy(teacher)
+        config = CompressionConfig(
+            num_subvectors=2, codebook_size=8, codebook_dtype=dtype, epochs=0, exclude=("first*",)
+        )
+        compress(model, None, config, progress=False)
+        before = _state(model)
+        _distill(model, teacher, epochs=1)
+        moved = {key for key, value in model.state_dict().items() if (value != before[key]).any()}
+        assert "embeddings.f0.codebook_set.codebooks" not in moved
+        assert "embeddings.f1.codebook_set.codebooks" in moved
+
+
+def test_frozen_parts_of_the_network_stay() -> None:
+    model, teacher = _pair()
+    model.mlp[0].requires_grad_(False)
+    before = model.mlp[0].weight.clone()
+    _distill(model, teacher, epochs=1)
+    assert torch.equal(before, model.mlp[0].weight)
+
+
+def test_shared_codebooks_are_trained_once() -> None:
+    torch.manual_seed(0)
+    teacher = Clicks().eval()
+    model = copy.deepcopy(teacher)
+    compress(model, None, CompressionConfig(ratio=5, epochs=0), progress=False)
+    sets = {id(table.codebook_set) for table in _tables(model)}
+    assert len(sets) < len(_tables(model)), "nothing is shared in this plan"
+    _shrink(model)
+    before = _divergence(model, teacher)
+    _distill(model, teacher, epochs=3)
+    assert _divergence(model, teacher) < before
+    assert {id(table.codebook_set) for table in _tables(model)} == sets
+
+
+def test_tables_with_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    teacher = Clicks().eval()
+    for table in teacher.embeddings.values():
+        table.sparse = True
+    model = copy.deepcopy(teacher)
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+    compress(model, None, config, progress=False)
+    _shrink(model)
+    before = _divergence(model, teacher)
+    _distill(model, teacher, epochs=3)
+    assert _divergence(model, teacher) < before
+
+
+# --- modes and errors ---------------------------------------------------------------------------
+
+
+def _modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_both_models_run_in_eval_mode_and_get_their_modes_back() -> None:
+    model, teacher = _pair()
+    model.train()
+    model.mlp[3].eval()
+    teacher.mlp.train()
+    before, seen = (_modes(model), _modes(teacher)), []
+
+    def forward(some: nn.Module, batch: Tensor) -> Tensor:
+        seen.append(any(_modes(some)))
+        return some(batch)
+
+    _distill(model, teacher, epochs=1, forward=forward)
+    assert seen == [False] * 24
+    assert (_modes(model), _modes(teacher)) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_restores_modes_and_codebooks(
+    dtype: str | None, error: type[BaseException]
+) -> None:
+    model, teacher = _pair(dtype)
+    model.train()
+    teacher.train()
+    before = [(t.codebook_set, t.codebooks, t.codebook_set.scales) for t in _tables(model)]
+    codes = [t.codes.clone() for t in _tables(model)]
+
+    def batches() -> Iterator[Tensor]:
+        yield from _batches(3)
+        raise error
+
+    with pytest.raises(error):
+        _distill(model, teacher, batches())
+    assert all(_modes(model)) and all(_modes(teacher))
+    for store, codebooks, scales in before:
+        assert store.codebooks is codebooks and store.scales is scales
+    assert all(torch.equal(a, t.codes) for a, t in zip(codes, _tables(model), strict=True))
+    assert bool(model.eval()(_batches(1)[0]).isfinite().all())
+
+
+def test_a_model_without_compressed_tables() -> None:
+    teacher = Clicks()
+    with pytest.raises(ValueError, match=r"no compressed table; call compress\(\)"):
+        _distill(copy.deepcopy(teacher), teacher)
+
+
+@pytest.mark.parametrize("batches", [[], iter(())], ids=["list", "iterator"])
+def test_no_batches(batches: Any) -> None:
+    model, teacher = _pair("int8")
+    before = _state(model)
+    with pytest.raises(ValueError, match="batches is empty"):
+        _distill(model, teacher, batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_iterator_that_is_used_up_after_one_epoch() -> None:
+    model, teacher = _pair()
+    assert len(_distill(model, teacher, iter(_batches(2)), epochs=1)) == 1
+    with pytest.raises(ValueError, match="empty in this epoch"):
+        _distill(model, teacher, iter(_batches(2)), epochs=2)
+
+
+@pytest.mark.parametrize("output", [None, 3.0, {"other": torch.zeros(3)}, (torch.zeros(3),)])
+def test_an_output_that_is_no_tensor(output: Any) -> None:
+    model, teacher = _pair("float16")
+    model.train()
+    with pytest.raises(TypeError, match=f"{type(output).__name__}.*forward="):
+        _distill(model, teacher, forward=lambda some, batch: output)
+    assert model.training and _tables(model)[0].codebooks.dtype is torch.float16
+
+
+def test_no_epochs_leave_everything_as_it_was() -> None:
+    model, teacher = _pair("int8")
+    before = _state(model)
+    assert _distill(model, teacher, epochs=0) == []
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def _as_mapping(ids: Tensor) -> dict[str, Tensor]:
+    return {"f0": ids[:, 0], "f1": ids[:, 1]}
+
+
+Labelled = namedtuple("Labelled", ["ids", "labels"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda ids: ids,
+        lambda ids: (ids, torch.zeros(len(ids))),
+        lambda ids: [ids, torch.zeros(len(ids))],
+        lambda ids: (ids,),
+        lambda ids: Labelled(ids, torch.zeros(len(ids))),
+        _as_mapping,
+        lambda ids: (_as_mapping(ids), torch.zeros(len(ids))),
+        lambda ids: {**_as_mapping(ids), "session": "abc"},
+        lambda ids: {**_as_mapping(ids), "temperature": torch.tensor(1.0)},
+    ],
+    ids=[
+        "tensor",
+        "tuple",
+        "list",
+        "one",
+        "named tuple",
+        "mapping",
+        "tuple of mapping",
+        "with a string",
+        "with a scalar",
+    ],
+)
+def test_kinds_of_batches(wrap: Any) -> None:
+    model, teacher = _pair()
+    before = _divergence(model, teacher)
+    _distill(model, teacher, [wrap(ids) for ids in _batches()], epochs=2)
+    assert _divergence(model, teacher) < before
+
+
+def test_batches_are_not_changed() -> None:
+    model, teacher = _pair()
+    ids = _batches()
+    mappings = [_as_mapping(i.clone()) for i in ids]
+    before = [i.clone() for i in ids]
+    _distill(model, teacher, ids, epochs=1, mix=1.0)
+    _distill(model, teacher, mappings, epochs=1, mix=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(ids, before, strict=True))
+    assert all(torch.equal(a[:, 1], b["f1"]) for a, b in zip(before, mappings, strict=True))
+
+
+def test_forward_reads_batches_of_any_kind_and_a_data_loader() -> None:
+    model, teacher = _pair()
+    before = _divergence(model, teacher)
+    data = [{"row": {"ids": row}} for row in torch.cat(_batches())]
+    loader = torch.utils.data.DataLoader(data, batch_size=100)
+    _distill(
+        model, teacher, loader, epochs=2, forward=lambda some, batch: some(batch["row"]["ids"])
+    )
+    assert _divergence(model, teacher) < before
+
+
+def test_a_mapping_with_y_pred_is_read() -> None:
+    model, teacher = _pair()
+    history = _distill(model, teacher, epochs=1, mix=0)
+    again, _ = _pair()
+    found = _distill(
+        again, teacher, epochs=1, mix=0, forward=lambda some, ids: {"y_pred": some(ids)[:, None]}
+    )
+    assert found == history
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_one_seed_one_result(mix: float) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model, teacher = _pair()
+        state = torch.get_rng_state()
+        results.append((_distill(model, teacher, epochs=2, mix=mix, seed=seed), _state(model)))
+        assert torch.equal(state, torch.get_rng_state())
+    first, again, other = results
+    assert first[0] == again[0]
+    assert all(torch.equal(value, again[1][key]) for key, value in first[1].items())
+    assert (first[0] == other[0]) is (mix == 0)
+
+
+def test_the_rate_falls_to_zero() -> None:
+    model, teacher = _pair()
+    last = []
+
+    def forward(some: nn.Module, batch: Tensor) -> Tensor:
+        if some is model:
+            last.append(model.mlp[0].weight.detach().clone())
+        return some(batch)
+
+    _distill(model, teacher, _batches(40), epochs=1, forward=forward, mix=0)
+    steps = [float((a - b).abs().mean()) for a, b in zip(last[1:], last[:-1], strict=True)]
+    assert sum(steps[-5:]) < 0.1 * sum(steps[:5])
+
+
+# --- mixing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [2, 9, 30])
+@pytest.mark.parametrize("part", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["tensor", "mapping"])
+def test_mixing_permutes_within_columns(columns: int, part: float, kind: str) -> None:
+    ids = torch.arange(200 * columns).view(200, columns)
+    batch: Any = ids if kind == "tensor" else {f"c{i}": ids[:, i] for i in range(columns)}
+    found = mixed(batch, part, torch.Generator().manual_seed(0))
+    if kind == "mapping":
+        assert list(found) == list(batch)
+        found = torch.stack(list(found.values()), 1)
+    assert torch.equal(found.sort(0).values, ids)
+    touched = (found != ids).any(0)
+    assert int(touched.sum()) == max(1, columns // 10)
+    rows = int(200 * part)
+    assert torch.equal(found[rows:], ids[rows:])
+    assert float((found[:rows] != ids[:rows])[:, touched].float().mean()) > 0.9
+
+
+def test_mixing_reaches_every_column() -> None:
+    ids, generator = torch.arange(600).view(100, 6), torch.Generator().manual_seed(0)
+    touched = sum((mixed(ids, 0.5, generator) != ids).any(0).int() for _ in range(60))
+    assert int(touched.min()) > 0 and int(touched.sum()) == 60
+
+
+@pytest.mark.parametrize(
+    ("batch", "part"),
+    [
+        (torch.arange(20).view(10, 2), 0.0),
+        (torch.arange(10)[:, None], 1.0),
+        (torch.arange(10), 1.0),
+        (torch.rand(10, 3), 1.0),
+        ({"a": torch.arange(10)}, 1.0),
+        ({"a": "x"}, 1.0),
+        ("text", 1.0),
+        (torch.zeros(0, 4, dtype=torch.int64), 1.0),
+    ],
+)
+def test_batches_without_two_columns_stay_as_they_are(batch: Any, part: float) -> None:
+    found = mixed(batch, part, torch.Generator().manual_seed(0))
+    assert type(found) is type(batch)
+    if isinstance(batch, Tensor):
+        assert torch.equal(found, batch)
+    else:
+        assert found == batch
+
+
+def test_mixing_of_sequences_keeps_each_sequence_whole() -> None:
+    batch = {"user": torch.arange(50), "history": torch.arange(150).view(50, 3)}
+    for seed in range(6):
+        found = mixed(batch, 1.0, torch.Generator().manual_seed(seed))["history"]
+        assert torch.equal(found[:, 0].sort().values, batch["history"][:, 0])
+        assert torch.equal(found[:, 2] - found[:, 0], torch.full((50,), 2))
+
+
+def test_mixing_touches_only_the_inputs_of_a_tuple() -> None:
+    ids, labels = torch.arange(200).view(100, 2), torch.arange(100)
+    found = mixed((ids, labels), 1.0, torch.Generator().manual_seed(0))
+    assert type(found) is tuple and found[1] is labels
+    assert not torch.equal(found[0], ids) and torch.equal(found[0].sort(0).values, ids)
