@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import CompressionConfig
 from .layout import CodeKind, CodeLayout, packed_bytes
-from .tables import Table
+from .tables import Table, check_finite
 
 #: Rows sampled (by weight) for the covariance of a table.
 _SAMPLE = 4096
@@ -87,6 +87,8 @@ class Field:
             ids = torch.searchsorted(bounds, places).clamp(max=rows - 1)
             mass = torch.ones(_SAMPLE, dtype=torch.float64)
         x = self.read(ids, torch.device("cpu")).double()
+        if not bool(x.isfinite().all()):
+            check_finite(self.tables)
         share = (mass / mass.sum())[:, None]
         mean = (share * x).sum(0)
         centred = x - mean
@@ -282,7 +284,8 @@ def _sizes(group: Group, shapes: Sequence[Shape], config: CompressionConfig) -> 
     if shapes[0][0] == "product":
         books = sizes * unit.codebook_bytes + (subvectors - 1) * sizes * _scale_bytes(unit)
     if group.first.partner is not None:
-        scalar = CodeLayout("additive", 1, 1, 1, 1, _dtype(group, config))
+        dtype = config.codebook_dtype_for(group.first.partner.weight.dtype)
+        scalar = CodeLayout("additive", 1, 1, 1, 1, dtype)
         books = books + subvectors * sizes * scalar.codebook_bytes
     return codes + books
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +95,8 @@ def compress(
     require_faiss()
     check_finite(draft.tables)
     outcome = _Outcome(draft)
-    with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as bar:
+    groups = draft.groups_to_learn()
+    with _grad_mode(), tqdm(groups, "compressing", unit="table", disable=not progress) as bar:
         for group, shape in bar:
             outcome.learn(group, shape, device, _teller(bar, group))
     report = outcome.report(time.perf_counter() - started)
@@ -124,7 +126,8 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
 
     Args:
         model: a compressed model.
-        optimizer: as in :func:`compress`; the dense tables take the place of the codebooks.
+        optimizer: as in :func:`compress`; the dense tables take the place of the codebooks. Of
+            int8 codebooks it holds none: add those tables with ``add_param_group``.
 
     Returns:
         Number of tables put back.
@@ -188,10 +191,10 @@ def _draft(
     counts = counts_for_tables(
         freq_stats,
         [(table.names, table.rows) for table in tables],
-        [table.name for table in skipped],
+        [name for table in skipped for name in (table.name, *table.aliases)],
     )
     totals = [None if c is None else float(c.sum()) for c in counts]
-    known = [total for total in totals if total is not None]
+    known = [max(total, 1.0) for total in totals if total is not None]
     # A table without counts is looked up as often as the others are on average.
     usual = sum(known) / len(known) if known else 1.0
     weights = [
@@ -230,7 +233,7 @@ def _notes(freq_stats: Counts, missing: list[str]) -> list[str]:
 def _row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:
     """Popularity weights (rows,) float32 whose sum is the number of lookups of the table."""
     if counts is None:
-        return torch.full((rows,), usual / rows)
+        return torch.full((rows,), usual / rows, dtype=torch.float32)
     occurrences = torch.from_numpy(counts)
     weights = POPULARITY[popularity](occurrences.clamp(min=_UNSEEN))
     return (weights * (max(float(occurrences.sum()), 1.0) / weights.sum())).float()
@@ -247,6 +250,13 @@ def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> Hashable:
         table.module.sparse,
         groups_of.get(id(weight)),
     )
+
+
+@contextmanager
+def _grad_mode() -> Iterator[None]:
+    """Gradients for learning, and parameters that can train, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _teller(bar: Any, group: Group) -> Progress:
@@ -355,9 +365,14 @@ class _Outcome:
             self.draft.config,
             tell,
         )
-        widths = (
-            _widths(group.first) if len(_widths(group.first)) > 1 else fitted.codebooks.shape[2]
-        )
+        if not bool(fitted.codebooks.isfinite().all()):
+            dtype = layouts[0][0].codebook_dtype
+            raise ValueError(
+                f"table {group.first.table.name!r}: its codebooks do not fit into "
+                f"{dtype_name(dtype)}, whose largest value is {torch.finfo(dtype).max:g}; use "
+                "codebook_dtype='float32' or 'int8'"
+            )
+        widths = list(_widths(group.first)) if group.first.partner else fitted.codebooks.shape[2]
         books = []
         for table, layout, values in zip(
             group.first.tables, layouts[0], fitted.codebooks.split(widths, dim=2), strict=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -41,7 +41,7 @@ class CompressionConfig:
         codes: ``"additive"`` (a row is the sum of M codewords; better at equal bytes) or
             ``"product"`` (their concatenation, as in the MEC paper).
         codebook_dtype: ``None`` for the dtype of the table, so that codebooks train as the table
-            did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with one float16
+            did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with one bfloat16
             scale a codeword, which leaves more bytes for codes and freezes the codebooks (only
             :func:`mec_embed.distill` moves them).
         min_rows: tables with fewer rows stay as they are.
@@ -127,11 +127,9 @@ class CompressionConfig:
         """The codebook dtype of a table whose rows are ``table_dtype``."""
         return dtype_from_name(self.codebook_dtype) if self.codebook_dtype else table_dtype
 
-    def selects(self, name: str) -> bool:
-        """Whether the table's qualified name is included and not excluded."""
-        return any(fnmatchcase(name, pattern) for pattern in self.include) and not any(
-            fnmatchcase(name, pattern) for pattern in self.exclude
-        )
+    def selects(self, names: Sequence[str]) -> bool:
+        """Whether one of a table's qualified names is included and none excluded."""
+        return _matches(names, self.include) and not _matches(names, self.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` reverses it."""
@@ -156,6 +154,10 @@ class CompressionConfig:
     def from_json(cls, text: str) -> CompressionConfig:
         """The configuration that :meth:`to_json` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

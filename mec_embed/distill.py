@@ -73,7 +73,8 @@ def distill(
     books = _codebook_sets(model)
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
-    with _eval_mode(model), _eval_mode(teacher), _trainable(books) as codebooks:
+    modes = _eval_mode(model), _eval_mode(teacher), _dense_gradients(model)
+    with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         network = [p for p in model.parameters() if p.requires_grad] if train_network else []
         unique = {id(param): param for param in [*codebooks, *network]}
         optimizer = torch.optim.Adam(unique.values(), lr=lr)
@@ -132,13 +133,16 @@ def _prediction(output: Any) -> Tensor:
 
 def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
     """``batch`` with some columns shuffled between the rows of its first ``part``."""
-    if isinstance(batch, (tuple, list)):
-        return type(batch)([mixed(batch[0], part, generator), *batch[1:]])
+    if isinstance(batch, (tuple, list)) and batch:
+        items = [mixed(batch[0], part, generator), *batch[1:]]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
         columns = list(batch.unbind(1))
         return torch.stack(_shuffled(columns, part, generator), 1)
     if isinstance(batch, Mapping):
-        names = [name for name, value in batch.items() if isinstance(value, Tensor)]
+        names = [n for n, value in batch.items() if isinstance(value, Tensor) and value.dim()]
+        # Entries of another length, such as offsets of bags, are no columns.
+        names = [n for n in names if len(batch[n]) == len(batch[names[0]])]
         shuffled = _shuffled([batch[name] for name in names], part, generator)
         return {**batch, **dict(zip(names, shuffled, strict=True))}
     return batch
@@ -186,6 +190,19 @@ def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
     finally:
         for book, codebooks, scales in narrow:
             book.freeze(codebooks, scales)
+
+
+@contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Adam takes no sparse gradients: tables that give them give dense ones for a while."""
+    sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+    for module in sparse:
+        module.sparse = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True  # type: ignore[assignment]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ CodeKind = Literal["additive", "product", "rows"]
 #: Bytes after the last code, so that a kernel may load 64 bits from where any row starts.
 PACKED_PADDING = 8
 
-#: One scale a codeword goes with int8 codebooks.
-SCALE_DTYPE = torch.float16
+#: One scale a codeword goes with int8 codebooks; bfloat16 has the range of float32.
+SCALE_DTYPE = torch.bfloat16
 
 
 def bits_for(codebook_size: int) -> int:
@@ -41,7 +41,7 @@ class CodeLayout:
         embedding_dim: columns of the table.
         num_subvectors: number of codebooks, M.
         codebook_size: codewords in each codebook, K; at most 65,536 except for ``"rows"``.
-        codebook_dtype: a floating dtype (trainable) or ``torch.int8`` (frozen, a float16 scale a
+        codebook_dtype: a floating dtype (trainable) or ``torch.int8`` (frozen, a bfloat16 scale a
             codeword).
 
     Example:

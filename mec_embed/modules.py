@@ -77,9 +77,11 @@ class CodebookSet(nn.Module):
 
 
 def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round codebooks (M, K, D) to int8 with one float16 scale (M, K) a codeword."""
+    """Round codebooks (M, K, D) to int8 with one bfloat16 scale (M, K) a codeword."""
     peak = values.abs().amax(2).float()
-    # Steps are taken against the scale as it is stored, so its rounding is not added to the error.
+    # Steps are taken against the scale as it is stored. The largest entry is then 126.5 to 127.5
+    # steps and becomes 127, so that no entry is off by more than half a step and rounding what
+    # was rounded changes nothing.
     scales = (peak / 127).clamp(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
     steps = values.float() / scales.float()[:, :, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales

@@ -33,6 +33,9 @@ _KINDS = (CompressedEmbedding, CompressedEmbeddingBag)
 Model = TypeVar("Model", bound=nn.Module)
 
 
+Replacement = tuple[tuple[Alias, ...], nn.Module, nn.Module]
+
+
 class FormatError(ValueError):
     """A file that is not what :func:`mec_embed.save` writes, or does not fit the model."""
 
@@ -93,9 +96,26 @@ def load(model: Model, path: str | Path) -> Model:
         replacements = _build_modules(model, manifest, path)
     _check_fit(model, replacements, tensors, manifest, path)
     _fill(replacements, tensors)
-    replace_modules(replacements)
-    model.load_state_dict(tensors | manifest["extra"])
+    with _undone_on_error(model, replacements):
+        replace_modules(replacements)
+        model.load_state_dict(tensors | manifest["extra"])
     return model
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, replacements: list[Replacement]) -> Iterator[None]:
+    """Put modules and values back if the model refuses its state (``set_extra_state`` can)."""
+    tables = {id(tensor) for _, old, _ in replacements for tensor in [*old.parameters()]}
+    values = [*model.parameters(), *model.buffers()]
+    before = [(t, t.detach().clone()) for t in values if id(t) not in tables]
+    try:
+        yield
+    except BaseException:
+        replace_modules([(aliases, new, old) for aliases, old, new in replacements])
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -227,9 +247,9 @@ def _parse(metadata: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(metadata[_KEY])
         version = manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: the mec_embed manifest is damaged ({error!r})") from error
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise FormatError(f"{path}: format version must be a positive integer, got {version!r}")
     if version > FORMAT_VERSION:
         raise FormatError(
@@ -239,6 +259,8 @@ def _parse(metadata: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
     for name, kind in (("tables", list), ("shared", dict), ("extra", dict)):
         if not isinstance(manifest.get(name), kind):
             raise FormatError(f"{path}: the mec_embed manifest has no valid {name!r}")
+    if not all(isinstance(first, str) for first in manifest["shared"].values()):
+        raise FormatError(f"{path}: the mec_embed manifest has no valid 'shared'")
     return manifest
 
 
@@ -249,11 +271,8 @@ def _format_errors(path: str | Path) -> Iterator[None]:
         yield
     except FormatError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path}: the mec_embed manifest is damaged ({error!r})") from error
-
-
-Replacement = tuple[tuple[Alias, ...], nn.Module, nn.Module]
 
 
 def _build_modules(
@@ -268,13 +287,15 @@ def _build_modules(
     replacements: list[Replacement] = []
     built: list[Any] = []
     for entry in manifest["tables"]:
-        names = entry["names"]
+        names = _check_entry(entry)["names"]
         if names[0] not in places:
             raise FormatError(
                 f"{path} holds a table {names[0]!r}, which the model does not have; it has "
                 f"{', '.join(sorted(places)) or 'no embedding'}"
             )
         old, aliases = places[names[0]]
+        if any(old is earlier for _, earlier, _ in replacements):
+            raise FormatError(f"{path} holds the table {names[0]!r} twice")
         if sorted(alias.name for alias in aliases) != sorted(names):
             raise FormatError(
                 f"{path}: table {names[0]!r} has the names {names}, in the model it has "
@@ -285,6 +306,35 @@ def _build_modules(
         built.append(new)
         replacements.append((aliases, old, new))
     return replacements
+
+
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    "names": (list,),
+    "module": (str,),
+    "layout": (dict,),
+    "padding_idx": (int, type(None)),
+    "zero_padding": (bool,),
+    "sparse": (bool,),
+    "trainable": (bool,),
+    "requires_grad": (bool,),
+    "codes_of": (int,),
+    "codebooks_of": (int,),
+}
+
+
+def _check_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a table; ValueError or KeyError for values of the wrong type."""
+    types = dict(_ENTRY_TYPES)
+    if entry["module"] == CompressedEmbeddingBag.__name__:
+        types["include_last_offset"] = (bool,)
+        if entry["mode"] not in ("sum", "mean", "max"):
+            raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {entry['mode']!r}")
+    for name, allowed in types.items():
+        if type(entry[name]) not in allowed:
+            raise ValueError(f"{name} has the type {type(entry[name]).__name__}")
+    if not dtype_from_name(entry["dtype"]).is_floating_point:
+        raise ValueError(f"dtype must be floating, got {entry['dtype']!r}")
+    return entry
 
 
 def _build_module(entry: dict[str, Any], built: list[Any]) -> nn.Module:
@@ -348,6 +398,9 @@ def _check_fit(
         for alias in aliases:
             expected |= {f"{alias.name}.{key}": v for key, v in new.state_dict().items()}
     found = tensors.keys() | manifest["extra"].keys()
+    twice = sorted(tensors.keys() & manifest["extra"].keys())
+    if twice:
+        raise FormatError(f"{path} holds {twice[:5]} as tensor and as extra state")
     missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
     if missing or unknown:
         raise FormatError(
@@ -355,8 +408,10 @@ def _check_fit(
             f"lacks {unknown[:5] or 'nothing'}; build the model as it was when saved"
         )
     for key, value in expected.items():
-        if not isinstance(value, Tensor) or key not in tensors:
+        if not isinstance(value, Tensor):
             continue
+        if key not in tensors:
+            raise FormatError(f"{path}: {key!r} is extra state, the model needs a tensor")
         saved = tensors[key]
         if saved.shape != value.shape or saved.dtype != value.dtype:
             raise FormatError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -159,6 +159,7 @@ def find_tables(
     check_model(model)
     tables, skipped = [], []
     holders = _storage_holders(model)
+    counted: set[int] = set()
     for module, aliases in find_modules(model, EMBEDDINGS):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
@@ -171,7 +172,11 @@ def find_tables(
             )
         reason = _reason_to_skip(module, aliases, holders, config)
         if reason:
-            skipped.append(untouched(module, aliases, reason))
+            table = untouched(module, aliases, reason)
+            # Tied tables are one tensor: its bytes count with the first.
+            shared = bool(table.nbytes) and _storage(weight) in counted
+            skipped.append(replace(table, nbytes=0) if shared else table)
+            counted.add(_storage(weight))
         else:
             tables.append(Table(module, aliases))
     if not tables:
@@ -238,6 +243,8 @@ def _reason_to_skip(
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
     if not weight.numel():
         return "is empty"
+    if len(module._parameters) > 1 or module._buffers or module._modules:
+        return "it holds more than its weight"
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"has dtype {weight.dtype}"
     if len(holders[_storage(weight)]) > 1:
@@ -250,11 +257,15 @@ def _reason_to_skip(
         return "its weight has gradient hooks"
     if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):
         return "it has state_dict hooks"
-    if not any(config.selects(alias.name) for alias in aliases):
+    if not config.selects([alias.name for alias in aliases]):
         return "its name is not selected by include and exclude"
     if weight.shape[0] < config.min_rows:
         return f"has fewer than min_rows={config.min_rows} rows"
     return None
+
+
+#: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
+Successors = dict[Tensor, list[tuple[str, nn.Parameter]]]
 
 
 def check_finite(tables: Sequence[Table]) -> None:
@@ -281,15 +292,15 @@ def replace_modules(
         replacements: (aliases, old module, new module).
         optimizer: or several, in whose groups new parameters follow the old ones.
     """
-    successors: dict[Tensor, list[nn.Parameter]] = {}
-    for _, old, new in replacements:
+    successors: Successors = {}
+    for aliases, old, new in replacements:
         _carry_over(old, new)
-        following = [param for param in new.parameters() if param.requires_grad]
+        following = [(f"{aliases[0].name}.{name}", p) for name, p in new.named_parameters()]
         for param in old.parameters():
             # Codebooks that several modules share are followed by what follows each of these.
             successors.setdefault(param, []).extend(following)
     done: list[tuple[Alias, nn.Module]] = []
-    before = [(o, _groups(o), dict(o.state)) for o in _as_list(optimizer)]
+    before = [(one, _lists(one), dict(one.state)) for one in _as_list(optimizer)]
     try:
         for aliases, old, new in replacements:
             for alias in aliases:
@@ -300,15 +311,19 @@ def replace_modules(
     except BaseException:
         for alias, old in done:
             alias.parent._modules[alias.attribute] = old
-        for one, groups, state in before:
-            for group, params in zip(one.param_groups, groups, strict=True):
-                group["params"][:] = params
+        for one, lists, state in before:
+            for group, values in zip(one.param_groups, lists, strict=True):
+                group.update(values)
             one.state.update(state)
         raise
 
 
-def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
-    return [list(group["params"]) for group in optimizer.param_groups]
+def _lists(optimizer: torch.optim.Optimizer) -> list[dict[str, list[Any]]]:
+    """Copies of what :func:`_rebind` changes in each group."""
+    return [
+        {name: list(group[name]) for name in ("params", "param_names") if name in group}
+        for group in optimizer.param_groups
+    ]
 
 
 def _as_list(
@@ -328,34 +343,34 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     """Training mode, hooks and attributes that a user has set on the old module."""
     new.train(old.training)
     for name in _HOOKS:
-        if hasattr(old, name):
-            getattr(new, name).update(getattr(old, name))
+        # The same dictionary, so that handles of hooks set before can still remove them.
+        setattr(new, name, getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook
     for name, value in vars(old).items():
         if name not in _MODULE_ATTRIBUTES and not hasattr(new, name):
             setattr(new, name, value)
 
 
-def _rebind(
-    optimizer: torch.optim.Optimizer, successors: Mapping[Tensor, list[nn.Parameter]]
-) -> None:
+def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
     """Let new parameters follow old ones in their groups; the state of the old ones is dropped.
 
     A successor that several old parameters share enters once.
     """
     entered: set[int] = set()
     for group in optimizer.param_groups:
-        params: list[Tensor] = []
-        for param in group["params"]:
+        names = group.get("param_names") or [""] * len(group["params"])
+        entries: list[tuple[str, Tensor]] = []
+        for name, param in zip(names, group["params"], strict=True):
             if param not in successors:
-                params.append(param)
+                entries.append((name, param))
                 continue
-            for successor in successors[param]:
-                if id(successor) not in entered:
-                    entered.add(id(successor))
-                    params.append(successor)
+            fresh = [entry for entry in successors[param] if id(entry[1]) not in entered]
+            entries += fresh
+            entered |= {id(entry[1]) for entry in fresh}
             optimizer.state.pop(param, None)
-        group["params"][:] = params
+        group["params"] = [param for _, param in entries]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in entries]
 
 
 def optimizer_groups(

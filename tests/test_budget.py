@@ -328,7 +328,9 @@ def test_a_plan_keeps_to_the_budget_and_uses_it(
 ) -> None:
     model = nn.ModuleDict({f"f{i}": nn.Embedding(n, 16) for i, n in enumerate((4000, 900, 300))})
     report = plan(model, None, CompressionConfig(ratio=ratio, codes=codes, codebook_dtype=dtype))
-    assert ratio <= report.ratio < 1.1 * ratio
+    # Product codes come in fewer shapes: none lies between the largest and the table itself.
+    slack = 1.4 if codes == "product" else 1.1
+    assert ratio <= report.ratio < slack * ratio
 
 
 # --- pairing ------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_budget_rounds_down():
     ],
 )
 def test_patterns_select_by_qualified_name(include, exclude, selected):
-    assert CompressionConfig(include=include, exclude=exclude).selects("emb.user") is selected
+    assert CompressionConfig(include=include, exclude=exclude).selects(["emb.user"]) is selected
 
 
 def test_codebook_dtype_follows_the_table_by_default():

@@ -529,7 +529,7 @@ def test_quantize_is_within_half_a_step():
     values[0, 1] *= 1e-5
     values[0, 2] *= 1e4
     codes, scales = quantize_codebooks(values)
-    assert codes.dtype is torch.int8 and scales.dtype is torch.float16
+    assert codes.dtype is torch.int8 and scales.dtype is torch.bfloat16
     step = scales.float()[..., None]
     peak_loss = (values.abs() - 127 * step).clamp(min=0)  # where the scale was rounded down
     error = (codes.float() * step - values).abs()

@@ -157,14 +157,13 @@ def fit_codes(
     """
     generator = torch.Generator().manual_seed(config.seed)
     x, mass = _read_sample(arrays, generator)
-    scale = _weighted_variance(x, mass).sqrt()
-    if scale == 0:
-        scale = torch.ones_like(scale)
-    learner = _Learner(x / scale, mass, shape, config, progress)
-    codebooks = shape.round(learner.learn() * scale)
+    units = _Units.of(x, mass, shape)
+    x = units.normalise(x)
+    learner = _Learner(x, mass, units, config, progress)
+    codebooks = units.stored(learner.learn())
     return FittedCodes(
         codebooks=codebooks,
-        encoded=tuple(_encode_all(rows, codebooks, shape) for rows in arrays),
+        encoded=tuple(_encode_all(rows, codebooks, units) for rows in arrays),
         start_error=learner.start_error,
         error=learner.error,
         history=learner.history,
@@ -185,10 +184,46 @@ def _read_sample(arrays: Sequence[Rows], generator: torch.Generator) -> tuple[Te
     return x, (mass / mass.mean()).to(x.device)
 
 
-def _weighted_variance(x: Tensor, weights: Tensor) -> Tensor:
-    """Weighted variance of rows (n, D), summed over columns."""
-    share = (weights / weights.sum())[:, None]
-    return (share * (x - (share * x).sum(0)).square()).sum()
+@dataclass(frozen=True)
+class _Units:
+    """Learning works on rows of weighted mean 0 and variance 1; codebooks are stored in real units.
+
+    The mean is part of the first additive codebook, or of every product codebook.
+    """
+
+    shape: CodeShape
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Tensor, shape: CodeShape) -> _Units:
+        """Units in which rows (n, D) have mean 0 and a variance, summed over columns, of 1."""
+        share = (weights / weights.sum())[:, None]
+        mean = (share * x).sum(0)
+        variance = (share * (x - mean).square()).sum()
+        # What is left of equal rows is rounding, not variance.
+        flat = variance <= 1e-12 * (share * x.square()).sum()
+        return cls(shape, mean, torch.ones_like(variance) if flat else variance.sqrt())
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Rows (n, D) in learning units."""
+        return (x - self.mean) / self.scale
+
+    def stored(self, codebooks: Tensor) -> Tensor:
+        """Codebooks in real units, from learning units, rounded as they will be stored."""
+        return self.shape.round(codebooks * self.scale + self._offset(codebooks))
+
+    def learned(self, stored: Tensor) -> Tensor:
+        """Codebooks in learning units, from real ones."""
+        return (stored - self._offset(stored)) / self.scale
+
+    def _offset(self, codebooks: Tensor) -> Tensor:
+        count, _, width = codebooks.shape
+        if self.shape.kind == "product":
+            return self.mean.view(count, 1, width)
+        offset = codebooks.new_zeros(count, 1, width)
+        offset[0, 0] = self.mean
+        return offset
 
 
 class _Learner:
@@ -198,20 +233,20 @@ class _Learner:
         self,
         x: Tensor,
         weights: Tensor,
-        shape: CodeShape,
+        units: _Units,
         config: CompressionConfig,
         progress: Progress,
     ) -> None:
-        self.x, self.weights, self.shape, self.config = x, weights, shape, config
+        self.x, self.weights, self.units, self.config = x, weights, units, config
         self.progress = progress
-        self.quantizer: Quantizer = quantizer_for(shape.kind)
+        self.quantizer: Quantizer = quantizer_for(units.shape.kind)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.history: list[dict[str, float]] = []
         self.start_error = self.error = 0.0
 
     def learn(self) -> Tensor:
         """Codebooks (M, K, S) whose error is no larger than that of the k-means start."""
-        shape = self.shape
+        shape = self.units.shape
         codebooks = self.quantizer.start(
             self.x, self.weights, shape.num_subvectors, shape.codebook_size, self.config.seed
         )
@@ -225,7 +260,7 @@ class _Learner:
 
     def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
         """Codes for the codebooks as they will be stored, and the weighted error."""
-        stored = self.shape.round(codebooks)
+        stored = self.units.learned(self.units.stored(codebooks))
         codes = self.quantizer.encode(self.x, stored, LEARNING_BEAM)
         difference = self.x - self.quantizer.decode(codes, stored)
         error = (self.weights * difference.square().sum(1)).sum() / self.weights.sum()
@@ -287,15 +322,16 @@ class _Learner:
         return refined
 
 
-def _encode_all(rows: Rows, codebooks: Tensor, shape: CodeShape) -> EncodedRows:
-    """The codes of all rows, read in chunks."""
+def _encode_all(rows: Rows, stored: Tensor, units: _Units) -> EncodedRows:
+    """The codes of all rows, read in chunks, for codebooks in real units."""
+    shape, codebooks = units.shape, units.learned(stored)
     quantizer = quantizer_for(shape.kind)
     count, size, _ = codebooks.shape
     packed = empty_packed(len(rows), count, shape.bits)
     used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = torch.arange(start, min(start + CHUNK_ROWS, len(rows)))
-        codes = quantizer.encode(rows.read(chunk), codebooks, FINAL_BEAM)
+        codes = quantizer.encode(units.normalise(rows.read(chunk)), codebooks, FINAL_BEAM)
         pack_into(packed, start, codes, shape.bits)
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
     used = used.view(count, size)

@@ -7,6 +7,7 @@ through the codewords that each term names, so no straight-through estimator is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from .quantizers import Quantizer
 
 BATCH_ROWS = 8192
+#: Entries of the distances of one batch, at most: several such arrays live at once.
+BATCH_DISTANCES = 1 << 22
 LEARNING_RATE = 1e-3
 
 #: Told the name of a stage and the relative weighted error after it.
@@ -57,7 +60,7 @@ def usage_loss(distances: Tensor, weights: Tensor, temperature: Tensor) -> Tenso
     soft = F.softmax(-distances / temperature, dim=2)
     use = torch.einsum("n,nmk->mk", weights / weights.sum(), soft)
     entropy = -(use * use.clamp(min=1e-12).log()).sum(1)
-    return (1 - entropy / torch.log(torch.tensor(float(distances.shape[2])))).mean()
+    return (1 - entropy / math.log(distances.shape[2])).mean()
 
 
 def contrastive_loss(
@@ -123,12 +126,13 @@ def train_codebooks(
     generator = torch.Generator().manual_seed(seed)
     parameter = codebooks.clone().requires_grad_()
     adam = torch.optim.Adam([parameter], lr=LEARNING_RATE)
-    steps = epochs * -(-len(x) // BATCH_ROWS)
+    batch_rows = min(BATCH_ROWS, max(1, BATCH_DISTANCES // codebooks.shape[:2].numel()))
+    steps = epochs * -(-len(x) // batch_rows)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
     history = []
     for epoch in range(epochs):
         sums: dict[str, float] = {}
-        for batch in torch.randperm(len(x), generator=generator).split(BATCH_ROWS):
+        for batch in torch.randperm(len(x), generator=generator).split(batch_rows):
             batch = batch.to(codes.device)
             losses = _batch_losses(
                 x[batch], weights[batch], codes, batch, parameter, quantizer, terms, generator

@@ -16,6 +16,8 @@ from .kmeans import weighted_kmeans
 
 #: Bytes of the largest temporary array while encoding.
 _WORK_BYTES = 8 << 20
+#: Rows added to the normal equations at once.
+_REFIT_ROWS = 1 << 14
 
 
 class Quantizer(Protocol):
@@ -137,21 +139,20 @@ class AdditiveQuantizer:
         words = count * size
         normal = torch.zeros(words * words, dtype=torch.float64, device=x.device)
         right = torch.zeros(words, width, dtype=torch.float64, device=x.device)
-        for start in range(0, len(x), 1 << 16):
-            part = slice(start, start + (1 << 16))
+        for start in range(0, len(x), _REFIT_ROWS):
+            part = slice(start, start + _REFIT_ROWS)
             mass = weights[part].double()
             rows = x[part].double() * mass[:, None]
             for m in range(count):
                 right.index_add_(0, flat[part, m], rows)
                 for other in range(m + 1):
                     normal.index_add_(0, flat[part, m] * words + flat[part, other], mass)
+        # Only blocks on and below the diagonal are filled, which is all that cholesky reads.
         lower = normal.view(words, words)
-        diagonal = lower.diagonal().clone()
-        symmetric = lower + lower.T
-        pull = self.ridge * diagonal.mean()
-        symmetric.diagonal().copy_(diagonal + pull)
+        pull = self.ridge * lower.diagonal().mean()
+        lower.diagonal().add_(pull)
         right += pull * codebooks.flatten(0, 1).double()
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(symmetric))
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(lower))
         return solution.float().view_as(codebooks)
 
 

@@ -43,12 +43,24 @@ def _start(
     return quantizer, x, weights, quantizer.encode(x, codebooks, 8), codebooks
 
 
+def _quiet(stage: str, error: float) -> None:
+    pass
+
+
 def _train(
     kind: str, usage: float, contrastive: float, epochs: int = 3, **shape: int
 ) -> tuple[Quantizer, Tensor, Tensor, list[dict[str, float]]]:
     quantizer, x, weights, codes, codebooks = _start(kind, **shape)
     trained, history = train_codebooks(
-        x, weights, codes, codebooks, quantizer, Weights(usage, contrastive), epochs, seed=0
+        x,
+        weights,
+        codes,
+        codebooks,
+        quantizer,
+        Weights(usage, contrastive),
+        epochs,
+        seed=0,
+        progress=_quiet,
     )
     return quantizer, trained, codes, history
 
@@ -193,7 +205,7 @@ def test_training_lowers_the_reconstruction_error(kind: str) -> None:
     quantizer, x, weights, codes, codebooks = _start(kind)
     codebooks = codebooks * 0.8
     trained, history = train_codebooks(
-        x, weights, codes, codebooks, quantizer, Weights(0, 0), 60, seed=0
+        x, weights, codes, codebooks, quantizer, Weights(0, 0), 60, seed=0, progress=_quiet
     )
     values = [epoch["reconstruction"] for epoch in history]
     assert len(values) == 60 and values[-1] < 0.97 * values[0]
@@ -229,7 +241,15 @@ def test_codes_stay_in_range_and_given_codebooks_stay_as_they_are(
     quantizer, x, weights, codes, codebooks = _start(kind, size=5)
     kept = codebooks.clone()
     trained, _ = train_codebooks(
-        x, weights, codes, codebooks, quantizer, Weights(usage, contrastive), 4, seed=0
+        x,
+        weights,
+        codes,
+        codebooks,
+        quantizer,
+        Weights(usage, contrastive),
+        4,
+        seed=0,
+        progress=_quiet,
     )
     assert codes.shape == (600, 2) and codes.dtype is torch.int64
     assert int(codes.min()) >= 0 and int(codes.max()) < 5
@@ -244,7 +264,7 @@ def _hard_perplexity(kind: str, usage: float) -> float:
     codebooks[:, 4:] = codebooks[:, 4:] * 0.2 + 0.8
     codes = quantizer.encode(x, codebooks, 8)
     trained, _ = train_codebooks(
-        x, weights, codes, codebooks, quantizer, Weights(usage, 0), 20, seed=0
+        x, weights, codes, codebooks, quantizer, Weights(usage, 0), 20, seed=0, progress=_quiet
     )
     final = quantizer.encode(x, trained, 8)
     use = torch.stack([torch.bincount(column, weights, minlength=16) for column in final.T])
@@ -293,8 +313,34 @@ def test_light_rows_pull_less_than_heavy_ones(kind: str, monkeypatch: pytest.Mon
         weights = torch.full((600,), 0.02)
         weights[heavy] = 1.98
         trained, _ = train_codebooks(
-            x, weights, codes.clone(), codebooks, quantizer, Weights(0, 0), 30, seed=0
+            x,
+            weights,
+            codes.clone(),
+            codebooks,
+            quantizer,
+            Weights(0, 0),
+            30,
+            seed=0,
+            progress=_quiet,
         )
         found = quantizer.encode(x, trained, 8)
         errors.append((x - quantizer.decode(found, trained)).square().sum(1)[:300].mean())
     assert errors[0] < errors[1]
+
+
+def test_progress_is_told_every_epoch() -> None:
+    quantizer, x, weights, codes, codebooks = _start("additive")
+    told: list[tuple[str, float]] = []
+    _, history = train_codebooks(
+        x,
+        weights,
+        codes,
+        codebooks,
+        quantizer,
+        Weights(0, 0),
+        3,
+        seed=0,
+        progress=lambda stage, error: told.append((stage, error)),
+    )
+    assert [error for _, error in told] == [epoch["reconstruction"] for epoch in history]
+    assert [stage for stage, _ in told] == [f"MEC epoch {i}/3" for i in (1, 2, 3)]
