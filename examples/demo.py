@@ -93,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a Parquet click log instead of the generator")
     parser.add_argument("--ratio", type=float, default=50.0, help="bytes before / bytes after")
     parser.add_argument("--codebook-dtype", default="int8", help="see CompressionConfig")
-    parser.add_argument("--distill-epochs", type=int, default=3)
+    parser.add_argument("--distill-epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
     parser.add_argument("--tiny", action="store_true", help="a small generator, for a quick check")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for models")

@@ -12,7 +12,7 @@ from . import ops
 from .layout import SCALE_DTYPE, CodeLayout, dtype_name
 
 #: Rows decoded at once where a whole table is decoded.
-DECODE_ROWS = 1 << 16
+DECODE_ROWS = 1 << 14
 
 
 class CodeTable(nn.Module):

@@ -14,7 +14,7 @@ from .config import CompressionConfig
 from .layout import dtype_name
 
 #: Rows looked at in one go while checking.
-CHECK_ROWS = 1 << 16
+CHECK_ROWS = 1 << 14
 
 _HOOKS = (
     "_forward_hooks",

@@ -8,17 +8,17 @@ from examples.ctr.training import auc
 
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
 CLICK_BIAS = -1.4
-INTERACTING = 6
+FIELD_STRIDE = 6
 
 
 def generate(
-    examples: int = 500_000,
+    examples: int = 1_000_000,
     fields: int = 26,
     max_rows: int = 200_000,
     min_rows: int = 4,
-    exponent: float = 1.1,
+    exponent: float = 1.2,
     latent_dim: int = 8,
-    interaction_share: float = 0.3,
+    interaction_share: float = 0.15,
     logit_std: float = 1.35,
     seed: int = 0,
 ) -> ClickData:
@@ -83,7 +83,7 @@ def _planted_terms(
     squares = np.zeros(len(ids))
     for index, count in enumerate(rows):
         linear += rng.standard_normal(count)[ids[:, index]]
-        if (len(rows) - 1 - index) % INTERACTING:
+        if (len(rows) - 1 - index) % FIELD_STRIDE:
             continue
         latent = rng.standard_normal((count, latent_dim))
         total += latent[ids[:, index]]

@@ -33,8 +33,8 @@ class Settings:
 
 
 SETTINGS = {
-    "amazonbook_kgat": Settings(hidden=(200, 100), l2=1e-3, batch_size=4096, epochs=30),
+    "amazonbook_kgat": Settings(hidden=(200, 100), l2=5e-4, batch_size=4096, epochs=25),
     "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3),
     "criteo_dac80k": Settings(hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048),
-    "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3),
+    "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3, epochs=8),
 }

@@ -19,7 +19,7 @@ from .quantizers import Quantizer
 
 BATCH_ROWS = 8192
 #: Entries of the distances of one batch, at most: several such arrays live at once.
-BATCH_DISTANCES = 1 << 22
+BATCH_DISTANCES = 1 << 20
 LEARNING_RATE = 1e-3
 
 #: Told the name of a stage and the relative weighted error after it.

@@ -56,15 +56,15 @@ class ProductQuantizer:
 
     def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
         """Nearest codeword of each part; ``beam`` has no use here."""
-        parts = x.view(len(x), len(codebooks), -1).transpose(0, 1)
-        chunk = max(1, _WORK_BYTES // (codebooks.shape[0] * codebooks.shape[1] * 4))
-        norms = codebooks.square().sum(2)[:, None]
-        books = codebooks.transpose(1, 2)
-        codes = [
-            torch.baddbmm(norms, parts[:, i : i + chunk], books, alpha=-2).argmin(2).T
-            for i in range(0, len(x), chunk)
-        ]
-        return torch.cat(codes)
+        parts = x.view(len(x), len(codebooks), -1)
+        chunk = max(1, _WORK_BYTES // (codebooks.shape[1] * 4))
+        codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
+        for m, book in enumerate(codebooks):
+            norms = book.square().sum(1)
+            for i in range(0, len(x), chunk):
+                part = parts[i : i + chunk, m]
+                codes[i : i + chunk, m] = torch.addmm(norms, part, book.T, alpha=-2).argmin(1)
+        return codes
 
     def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
         """See :class:`Quantizer`."""
