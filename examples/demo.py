@@ -62,7 +62,10 @@ def run_once(
     options.out.mkdir(parents=True, exist_ok=True)
     dense_file, small_file = options.out / "dense.safetensors", options.out / "small.safetensors"
     model = build_model(data.fields, data.rows, settings, seed)
-    _, seconds = _timed(lambda: _train(model, data, settings, seed))
+    if options.dense:
+        _, seconds = _timed(lambda: model.load_state_dict(load_file(options.dense)))
+    else:
+        _, seconds = _timed(lambda: _train(model, data, settings, seed))
     save_file(model.state_dict(), dense_file)
     stages = [_stage("uncompressed", model, data, seconds, dense_file)]
 
@@ -78,7 +81,7 @@ def run_once(
     stages.append(_stage("compressed", model, data, seconds))
 
     _, seconds = _timed(
-        lambda: distill(model, teacher, batches, epochs=options.distill_epochs, seed=seed)
+        lambda: distill(model, teacher, batches, epochs=settings.distill_epochs, seed=seed)
     )
     save(model, small_file)
     stages.append(_stage("distilled", model, data, seconds, small_file))
@@ -93,7 +96,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a Parquet click log instead of the generator")
     parser.add_argument("--ratio", type=float, default=50.0, help="bytes before / bytes after")
     parser.add_argument("--codebook-dtype", default="int8", help="see CompressionConfig")
-    parser.add_argument("--distill-epochs", type=int, default=4)
+    parser.add_argument("--distill-epochs", type=int, help="default: as in settings.py")
+    parser.add_argument("--dense", type=Path, help="a trained dense.safetensors, to skip training")
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
     parser.add_argument("--tiny", action="store_true", help="a small generator, for a quick check")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for models")
@@ -103,13 +107,16 @@ def _parse() -> argparse.Namespace:
 
 
 def _data(options: argparse.Namespace) -> tuple[ClickData, Settings]:
-    if options.data:
-        settings = SETTINGS.get(options.data.stem, SETTINGS["generator"])
-        return load_parquet(options.data, settings.min_count), settings
-    settings = SETTINGS["generator"]
+    name = options.data.stem if options.data else "generator"
+    settings = SETTINGS.get(name, SETTINGS["generator"])
     if options.tiny:
-        data = generate(examples=40_000, fields=8, max_rows=20_000)
-        return data, replace(settings, dim=16, epochs=2)
+        settings = replace(settings, dim=16, epochs=2, batch_size=512)
+    if options.distill_epochs is not None:
+        settings = replace(settings, distill_epochs=options.distill_epochs)
+    if options.data:
+        return load_parquet(options.data, settings.min_count), settings
+    if options.tiny:
+        return generate(examples=40_000, fields=8, max_rows=20_000), settings
     return generate(), settings
 
 
@@ -233,12 +240,12 @@ def _result(
         "settings": asdict(settings),
         "ratio": options.ratio,
         "codebook_dtype": options.codebook_dtype,
-        "distill_epochs": options.distill_epochs,
         "mec_embed": mec_embed.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "runs": runs,
     }
 

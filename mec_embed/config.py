@@ -44,8 +44,8 @@ class CompressionConfig:
             did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with one bfloat16
             scale a codeword, which leaves more bytes for codes and freezes the codebooks (only
             :func:`mec_embed.distill` moves them).
-        min_rows: tables with fewer rows stay as they are. Larger ones may stay too, where the planner
-            sees that codes would take more or lose too much.
+        min_rows: tables with fewer rows stay as they are. Larger ones may stay too,
+            where codes would take more or lose too much.
         include: shell-style patterns; a table is compressed if its qualified name matches one.
         exclude: shell-style patterns; a table whose name matches one stays as it is.
         popularity: weight of a row that occurs n times in training: ``"sqrt"``, ``"linear"``,

@@ -7,6 +7,7 @@ label combinations of ids that never occurred.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,11 @@ from .tables import find_modules
 
 logger = logging.getLogger("mec_embed")
 
+#: Part of the length of a row that one step moves, relative to the learning rate of the network.
+_ROW_RATE = 20.0
+#: Part of all steps in which the learning rate rises.
+_WARM_UP = 0.05
+
 
 def distill(
     model: nn.Module,
@@ -29,7 +35,7 @@ def distill(
     batches: Iterable[Any],
     *,
     epochs: int = 4,
-    lr: float = 2e-3,
+    lr: float = 1e-3,
     mix: float = 0.5,
     train_network: bool = True,
     forward: Forward = default_forward,
@@ -47,7 +53,8 @@ def distill(
         teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing).
         batches: iterated once an epoch: a DataLoader, a list. Labels are not used.
         epochs: passes over ``batches``.
-        lr: Adam's learning rate; falls to zero by a cosine.
+        lr: Adam's learning rate for the network; that of the codebooks follows from it and from
+            their scale. It warms up and falls to zero by a cosine.
         mix: part of each batch in which about one column in ten (at least one) is shuffled between
             rows, so that the teacher also labels combinations that the data do not hold. Columns
             are those of an integer tensor (batch, columns), or the entries of a mapping; other
@@ -75,9 +82,12 @@ def distill(
     history: list[float] = []
     modes = _eval_mode(model), _eval_mode(teacher), _dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
-        network = [p for p in model.parameters() if p.requires_grad] if train_network else []
-        unique = {id(param): param for param in [*codebooks, *network]}
-        optimizer = torch.optim.Adam(unique.values(), lr=lr)
+        groups = [{"params": [book], "rate": _codebook_rate(book)} for book in codebooks]
+        if train_network:
+            held = {id(book) for book in codebooks}
+            network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+            groups.append({"params": network, "rate": 1.0})
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=lr)
         loss_of = _Loss(model, teacher, forward)
         for epoch in range(epochs):
             bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
@@ -161,10 +171,22 @@ def _shuffled(columns: list[Tensor], part: float, generator: torch.Generator) ->
     return columns
 
 
+def _codebook_rate(codebooks: Tensor) -> float:
+    """Learning rate of codebooks (M, K, S) relative to that of the network.
+
+    Adam moves every entry by about the learning rate, whatever its size. Scaled so, M codewords
+    together move a row by the same part of its length for every table.
+    """
+    values = codebooks.detach()
+    return _ROW_RATE * float(values.square().mean().sqrt()) / math.sqrt(len(values))
+
+
 def _set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
-    rate = 0.5 * lr * (1 + float(torch.cos(torch.tensor(min(progress, 1.0) * torch.pi))))
+    """Linear warm-up, as Adam's first steps are its wildest, then a cosine to zero."""
+    warm = min(1.0, (progress + 1e-3) / _WARM_UP)
+    decayed = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = lr * group["rate"] * warm * decayed
 
 
 def _codebook_sets(model: nn.Module) -> list[CodebookSet]:

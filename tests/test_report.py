@@ -226,7 +226,7 @@ def test_reports_are_frozen(reports: tuple[CompressionReport, CompressionReport]
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("left_out", "include and exclude"), ("tiny", "min_rows=128"), ("normed", "max_norm")],
+    [("left_out", "include and exclude"), ("tiny", "min_rows=8"), ("normed", "max_norm")],
 )
 def test_skipped_tables_have_a_reason(
     reports: tuple[CompressionReport, CompressionReport], name: str, words: str

@@ -18,6 +18,7 @@ class Settings:
         epochs: most epochs to train.
         patience: epochs without a better validation AUC before training stops.
         min_count: training occurrences an id needs to get a row of its own.
+        distill_epochs: epochs of distillation after compressing.
     """
 
     hidden: tuple[int, ...]
@@ -30,11 +31,12 @@ class Settings:
     epochs: int = 20
     patience: int = 2
     min_count: int = 2
+    distill_epochs: int = 4
 
 
 SETTINGS = {
-    "amazonbook_kgat": Settings(hidden=(200, 100), l2=5e-4, batch_size=4096, epochs=25),
+    "amazonbook_kgat": Settings(hidden=(200, 100), l2=1e-3, batch_size=4096, epochs=30),
     "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3),
     "criteo_dac80k": Settings(hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048),
-    "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3, epochs=8),
+    "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3, epochs=8, distill_epochs=1),
 }

@@ -1,0 +1,1 @@
+"""Slow studies; their result files lie in ``results``."""
