@@ -52,7 +52,7 @@ def _model() -> nn.Module:
 
 
 COUNTS = {"large": np.arange(3000) + 1.0, "first": np.arange(3000) + 1.0}
-OPTIONS = CompressionConfig(ratio=7, exclude=("left*",), epochs=1)
+OPTIONS = CompressionConfig(ratio=7, exclude=("left*",), min_rows=128, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_reports_are_frozen(reports: tuple[CompressionReport, CompressionReport]
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("left_out", "include and exclude"), ("tiny", "min_rows=8"), ("normed", "max_norm")],
+    [("left_out", "include and exclude"), ("tiny", "min_rows=128"), ("normed", "max_norm")],
 )
 def test_skipped_tables_have_a_reason(
     reports: tuple[CompressionReport, CompressionReport], name: str, words: str

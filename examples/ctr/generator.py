@@ -8,7 +8,6 @@ from examples.ctr.training import auc
 
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
 CLICK_BIAS = -1.4
-FIELD_STRIDE = 6
 
 
 def generate(
@@ -75,15 +74,16 @@ def _planted_terms(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First-order and pairwise terms of the planted model, float64 (n,) each, for ids (n, F).
 
-    Only every sixth field interacts, the largest among them: spread evenly over all pairs, the
+    Only four or five fields interact, the largest among them: spread evenly over all pairs, the
     interactions would be too faint to learn from this many examples.
     """
+    stride = max(1, len(rows) // 4)
     linear = np.zeros(len(ids))
     total = np.zeros((len(ids), latent_dim))
     squares = np.zeros(len(ids))
     for index, count in enumerate(rows):
         linear += rng.standard_normal(count)[ids[:, index]]
-        if (len(rows) - 1 - index) % FIELD_STRIDE:
+        if (len(rows) - 1 - index) % stride:
             continue
         latent = rng.standard_normal((count, latent_dim))
         total += latent[ids[:, index]]

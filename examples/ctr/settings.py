@@ -36,7 +36,7 @@ class Settings:
 
 SETTINGS = {
     "amazonbook_kgat": Settings(hidden=(200, 100), l2=1e-3, batch_size=4096, epochs=30),
-    "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3),
+    "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3, distill_epochs=1),
     "criteo_dac80k": Settings(hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048),
     "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3, epochs=8, distill_epochs=1),
 }

@@ -286,7 +286,7 @@ def test_a_large_contrastive_weight_keeps_codewords_apart(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objective, "BATCH_ROWS", 100)
-    monkeypatch.setattr(objective, "LEARNING_RATE", 3e-3)
+    monkeypatch.setattr(objective, "LEARNING_RATE", 2e-2)
 
     def spread(contrastive: float) -> float:
         _, trained, _, _ = _train(kind, 0, contrastive, epochs=20)
