@@ -35,7 +35,7 @@ def distill(
     batches: Iterable[Any],
     *,
     epochs: int = 4,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     mix: float = 0.5,
     train_network: bool = True,
     forward: Forward = default_forward,
