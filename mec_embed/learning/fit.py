@@ -17,6 +17,8 @@ from .quantizers import Quantizer, flat_codes, quantizer_for
 
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
 SAMPLE_ROWS = 1 << 17
+#: Bytes of these rows, at most: several arrays of that size live at once.
+SAMPLE_BYTES = 16 << 20
 #: Alternations of encoding and least squares, at most.
 ROUNDS = 10
 #: Stop alternating when the error falls by less than this part of it.
@@ -156,7 +158,7 @@ def fit_codes(
         progress: told (stage, relative weighted error) after every stage.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    x, mass = _read_sample(arrays, generator)
+    x, mass = _read_sample(arrays, shape, generator)
     units = _Units.of(x, mass, shape)
     x = units.normalise(x)
     learner = _Learner(x, mass, units, config, progress)
@@ -170,11 +172,13 @@ def fit_codes(
     )
 
 
-def _read_sample(arrays: Sequence[Rows], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _read_sample(
+    arrays: Sequence[Rows], shape: CodeShape, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Rows (n, D) to learn from, and their weights (n,) of mean 1."""
-    chosen, mass = weighted_sample(
-        torch.cat([rows.weights for rows in arrays]), SAMPLE_ROWS, generator
-    )
+    size = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * sum(shape.widths)))
+    weights = torch.cat([rows.weights for rows in arrays])
+    chosen, mass = weighted_sample(weights, size, generator)
     parts, first = [], 0
     for rows in arrays:
         inside = chosen[(chosen >= first) & (chosen < first + len(rows))]
