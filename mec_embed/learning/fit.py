@@ -18,7 +18,7 @@ from .quantizers import Quantizer, flat_codes, quantizer_for
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
 SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
-SAMPLE_BYTES = 16 << 20
+SAMPLE_BYTES = 12 << 20
 #: Alternations of encoding and least squares, at most.
 ROUNDS = 10
 #: Stop alternating when the error falls by less than this part of it.

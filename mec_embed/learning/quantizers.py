@@ -15,7 +15,7 @@ from torch import Tensor
 from .kmeans import weighted_kmeans
 
 #: Bytes of the largest temporary array while encoding.
-_WORK_BYTES = 8 << 20
+_WORK_BYTES = 4 << 20
 #: Rows added to the normal equations at once.
 _REFIT_ROWS = 1 << 14
 
