@@ -1,5 +1,6 @@
 """Compress the embedding tables of trained CTR models into codes and small trainable codebooks."""
 
+from . import integrations
 from ._version import __version__
 from .compress import compress, decompress, plan
 from .config import CompressionConfig
@@ -23,6 +24,7 @@ __all__ = [
     "compress",
     "decompress",
     "distill",
+    "integrations",
     "load",
     "plan",
     "save",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from .modules import (
     CompressedEmbeddingBag,
 )
 from .report import CompressionReport, TableReport
+from .swap import Optimizers, all_optimizers, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
     SkippedTable,
@@ -36,15 +37,12 @@ from .tables import (
     check_model,
     find_modules,
     find_tables,
-    optimizer_groups,
-    replace_modules,
     untouched,
 )
 
 logger = logging.getLogger("mec_embed")
 
 Counts = FrequencyStats | Mapping[str, Any] | None
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Compressed = CompressedEmbedding | CompressedEmbeddingBag
 
 #: A row that never occurs counts as this many occurrences: little, but it gets a code.
@@ -90,8 +88,7 @@ def compress(
         >>> print(report)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    groups_of = optimizer_groups(optimizer)
-    draft = _draft(model, freq_stats, config, groups_of)
+    draft = _draft(model, freq_stats, config, optimizer)
     require_faiss()
     check_finite(draft.tables)
     outcome = _Outcome(draft)
@@ -101,6 +98,7 @@ def compress(
             outcome.learn(group, shape, device, _teller(bar, group))
     report = outcome.report(time.perf_counter() - started)
     replace_modules(
+        model,
         [(t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules],
         optimizer,
     )
@@ -118,7 +116,7 @@ def plan(
 
     Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
     """
-    return _Outcome(_draft(model, freq_stats, config, optimizer_groups(optimizer))).report(None)
+    return _Outcome(_draft(model, freq_stats, config, optimizer)).report(None)
 
 
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
@@ -139,7 +137,7 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
     if not found:
         raise ValueError("the model holds no compressed table; nothing to decompress")
-    replace_modules([(aliases, old, _dense(old)) for old, aliases in found], optimizer)
+    replace_modules(model, [(aliases, old, _dense(old)) for old, aliases in found], optimizer)
     return len(found)
 
 
@@ -181,8 +179,10 @@ def _draft(
     model: nn.Module,
     freq_stats: Counts,
     config: CompressionConfig | None,
-    groups_of: Mapping[int, Hashable],
+    optimizer: Optimizers,
 ) -> _Draft:
+    check_model(model)
+    groups_of = optimizer_groups(all_optimizers(model, optimizer))
     if config is None:
         config = CompressionConfig()
     if not isinstance(config, CompressionConfig):

@@ -101,13 +101,13 @@ class FrequencyStats:
         Raises:
             ValueError: the model holds no embedding, or no batch reached one.
         """
-        counts: dict[str, np.ndarray] = {}
-        with _counting(model, counts), torch.no_grad():
+        counter = IdCounter(model)
+        with _counting(model, counter), torch.no_grad():
             for batch in batches:
                 forward(model, batch)
-        if not any(values.any() for values in counts.values()):
+        if not any(values.any() for values in counter.counts.values()):
             raise ValueError("no ids were counted: batches is empty or reached no embedding")
-        return cls(counts)
+        return cls(counter.counts)
 
     @classmethod
     def from_columns(cls, model: nn.Module, columns: Mapping[str, Any]) -> FrequencyStats:
@@ -120,10 +120,10 @@ class FrequencyStats:
         Raises:
             ValueError: an unknown table name. IndexError: an id that is no row of its table.
         """
-        stats = cls({})
+        counter = IdCounter(model)
         for name, values in columns.items():
-            stats = stats + cls(_count_column(model, name, values))
-        return stats
+            counter.add_by_name(name, values)
+        return cls(counter.counts)
 
     @classmethod
     def from_parquet(
@@ -141,22 +141,33 @@ class FrequencyStats:
             ValueError: an unknown table or column. IndexError: an id that is no row of its table.
             RuntimeError: pyarrow is not installed.
         """
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise RuntimeError("from_parquet needs pyarrow: pip install pyarrow") from error
-        stats = cls({})
-        with parquet.ParquetFile(path) as file:
-            missing = sorted(set(columns) - set(file.schema_arrow.names))
-            if missing:
-                raise ValueError(
-                    f"{path} has no column {', '.join(missing)}; "
-                    f"it has {', '.join(file.schema_arrow.names)}"
-                )
-            for batch in file.iter_batches(batch_size=1 << 16, columns=list(columns)):
-                for column, name in columns.items():
-                    stats = stats + cls(_count_column(model, name, _flat_ids(batch[column])))
-        return stats
+        counter = IdCounter(model)
+        for columns_of in parquet_columns(path, columns):
+            for column, ids in columns_of.items():
+                counter.add_by_name(columns[column], ids)
+        return cls(counter.counts)
+
+
+def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Flat ids of some columns of a parquet file, piece by piece.
+
+    Raises:
+        ValueError: a column is missing. RuntimeError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise RuntimeError("reading parquet needs pyarrow: pip install pyarrow") from error
+    wanted = sorted(columns)
+    with parquet.ParquetFile(path) as file:
+        missing = sorted(set(wanted) - set(file.schema_arrow.names))
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(missing)}; "
+                f"it has {', '.join(file.schema_arrow.names)}"
+            )
+        for batch in file.iter_batches(batch_size=1 << 16, columns=wanted):
+            yield {column: _flat_ids(batch[column]) for column in wanted}
 
 
 def _flat_ids(array: Any) -> np.ndarray:
@@ -197,40 +208,60 @@ def _tables_by_name(model: nn.Module) -> dict[str, tuple[str, Any]]:
     return {name: entries[0] for name, entries in short.items() if len(entries) == 1} | full
 
 
-def _count_column(model: nn.Module, name: str, values: Any) -> dict[str, np.ndarray]:
-    known = _tables_by_name(model)
-    if name not in known:
-        raise ValueError(f"no table is named {name!r}; the model has {', '.join(sorted(known))}")
-    qualified, module = known[name]
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    ids = np.asarray(values).reshape(-1)
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"table {name!r}: ids must be integers, got {ids.dtype}")
-    return {qualified: _count_ids(name, ids.astype(np.int64), module)}
+class IdCounter:
+    """Adds up how often each row of a model's tables is looked up; padding counts zero.
 
+    Attributes:
+        counts: qualified table name -> counts (rows,) float64 of the tables counted so far.
+    """
 
-def _count_ids(name: str, ids: np.ndarray, module: Any) -> np.ndarray:
-    """Counts (rows,) float64 of ids (n,) int64; padding counts zero."""
-    rows = module.num_embeddings
-    if ids.size and (ids.min() < 0 or ids.max() >= rows):
-        found = ids.min() if ids.min() < 0 else ids.max()
-        raise IndexError(f"table {name!r}: id {found} is out of range, expected 0..{rows - 1}")
-    counts = np.bincount(ids, minlength=rows).astype(np.float64)
-    if module.padding_idx is not None:
-        counts[module.padding_idx] = 0
-    return counts
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: dict[str, np.ndarray] = {}
+        self._by_name = _tables_by_name(model)
+        self._names = {id(module): name for name, module in self._by_name.values()}
+
+    def add_by_name(self, name: str, values: Any) -> None:
+        """Count integer ids of any shape for the table of this name, or its last part."""
+        if name not in self._by_name:
+            known = ", ".join(sorted(self._by_name))
+            raise ValueError(f"no table is named {name!r}; the model has {known}")
+        self.add(self._by_name[name][1], values, name)
+
+    def add(self, module: Any, values: Any, name: str | None = None) -> None:
+        """Count integer ids of any shape for a table of the model."""
+        qualified = self._names[id(module)]
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().numpy()
+        ids = np.asarray(values).reshape(-1)
+        rows = module.num_embeddings
+        total = self.counts.setdefault(qualified, np.zeros(rows))
+        if not ids.size:
+            return
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"table {name or qualified!r}: ids must be integers, got {ids.dtype}")
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= rows:
+            found = low if low < 0 else high
+            raise IndexError(
+                f"table {name or qualified!r}: id {found} is out of range, expected 0..{rows - 1}"
+            )
+        np.add.at(total, ids, 1.0)
+        if module.padding_idx is not None:
+            total[module.padding_idx] = 0
 
 
 @contextmanager
-def _counting(model: nn.Module, counts: dict[str, np.ndarray]) -> Iterator[None]:
-    """While open, every lookup adds to ``counts``; mode and hooks are put back after."""
+def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
+    """While open, every lookup is counted; mode and hooks are put back after."""
     handles = []
     training = {module: module.training for module in model.modules()}
-    for module, aliases in find_modules(model, EMBEDDINGS):
-        counts[aliases[0].name] = np.zeros(module.num_embeddings)
-        hook = _counter(aliases[0].name, counts[aliases[0].name])
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counter.add(module, args[0] if args else kwargs["input"])
+
+    for module, _ in find_modules(model, EMBEDDINGS):
+        counter.add(module, ())
+        handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
     if not handles:
         raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
     model.eval()
@@ -241,14 +272,6 @@ def _counting(model: nn.Module, counts: dict[str, np.ndarray]) -> Iterator[None]
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-
-
-def _counter(name: str, total: np.ndarray) -> Callable[..., None]:
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = (args[0] if args else kwargs["input"]).detach().reshape(-1).cpu().numpy()
-        total[:] += _count_ids(name, ids, module)
-
-    return count
 
 
 def counts_for_tables(

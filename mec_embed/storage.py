@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .layout import CodeLayout, dtype_from_name, dtype_name
 from .modules import CodebookSet, CodeTable, CompressedEmbedding, CompressedEmbeddingBag
-from .tables import EMBEDDINGS, Alias, check_model, find_modules, replace_modules
+from .swap import Replacement, replace_modules
+from .tables import EMBEDDINGS, check_model, find_modules
 
 FORMAT_VERSION = 1
 _KEY = "mec_embed"
@@ -31,9 +32,6 @@ _EXTRA = "_extra_state"
 _KINDS = (CompressedEmbedding, CompressedEmbeddingBag)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-Replacement = tuple[tuple[Alias, ...], nn.Module, nn.Module]
 
 
 class FormatError(ValueError):
@@ -97,7 +95,7 @@ def load(model: Model, path: str | Path) -> Model:
     _check_fit(model, replacements, tensors, manifest, path)
     _fill(replacements, tensors)
     with _undone_on_error(model, replacements):
-        replace_modules(replacements)
+        replace_modules(model, replacements)
         model.load_state_dict(tensors | manifest["extra"])
     return model
 
@@ -111,7 +109,7 @@ def _undone_on_error(model: nn.Module, replacements: list[Replacement]) -> Itera
     try:
         yield
     except BaseException:
-        replace_modules([(aliases, new, old) for aliases, old, new in replacements])
+        replace_modules(model, [(aliases, new, old) for aliases, old, new in replacements])
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)

@@ -1,4 +1,4 @@
-"""Find the tables of any model; put replacements in, under every alias, all or nothing."""
+"""Find the tables of any model, and say why some stay as they are."""
 
 from __future__ import annotations
 
@@ -10,34 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-#: What dense and compressed modules hold by themselves; anything else a user has set.
-_MODULE_ATTRIBUTES = frozenset(vars(nn.EmbeddingBag(1, 1))) | {
-    "layout",
-    "name",
-    "trainable",
-    "zero_padding",
-}
 _WRAPPERS = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -146,6 +131,8 @@ def check_model(model: Any) -> None:
                 f"{where} is a {type(module).__name__}, which has taken hold of the parameters; "
                 "compress the module inside it and wrap the result again"
             )
+    for adapter, module, name in adapted(model):
+        adapter.check(module, name)
 
 
 def find_tables(
@@ -264,10 +251,6 @@ def _reason_to_skip(
     return None
 
 
-#: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
-Successors = dict[Tensor, list[tuple[str, nn.Parameter]]]
-
-
 def check_finite(tables: Sequence[Table]) -> None:
     """ValueError for a table with a NaN or infinite entry, naming table and row."""
     for table in tables:
@@ -280,106 +263,3 @@ def check_finite(tables: Sequence[Table]) -> None:
                     f"table {table.name!r}: row {row} holds NaN or infinity, expected finite "
                     "values; repair the table before compressing"
                 )
-
-
-def replace_modules(
-    replacements: Sequence[tuple[tuple[Alias, ...], nn.Module, nn.Module]],
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-) -> None:
-    """Put each new module in place of the old one under every alias; all or none.
-
-    Args:
-        replacements: (aliases, old module, new module).
-        optimizer: or several, in whose groups new parameters follow the old ones.
-    """
-    successors: Successors = {}
-    for aliases, old, new in replacements:
-        _carry_over(old, new)
-        following = [(f"{aliases[0].name}.{name}", p) for name, p in new.named_parameters()]
-        for param in old.parameters():
-            # Codebooks that several modules share are followed by what follows each of these.
-            successors.setdefault(param, []).extend(following)
-    done: list[tuple[Alias, nn.Module]] = []
-    before = [(one, _lists(one), dict(one.state)) for one in _as_list(optimizer)]
-    try:
-        for aliases, old, new in replacements:
-            for alias in aliases:
-                done.append((alias, old))
-                alias.parent._modules[alias.attribute] = new
-        for one, _, _ in before:
-            _rebind(one, successors)
-    except BaseException:
-        for alias, old in done:
-            alias.parent._modules[alias.attribute] = old
-        for one, lists, state in before:
-            for group, values in zip(one.param_groups, lists, strict=True):
-                group.update(values)
-            one.state.update(state)
-        raise
-
-
-def _lists(optimizer: torch.optim.Optimizer) -> list[dict[str, list[Any]]]:
-    """Copies of what :func:`_rebind` changes in each group."""
-    return [
-        {name: list(group[name]) for name in ("params", "param_names") if name in group}
-        for group in optimizer.param_groups
-    ]
-
-
-def _as_list(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> list[torch.optim.Optimizer]:
-    """The optimizers; TypeError for anything else."""
-    if optimizer is None:
-        return []
-    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    for one in several:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
-    return several
-
-
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Training mode, hooks and attributes that a user has set on the old module."""
-    new.train(old.training)
-    for name in _HOOKS:
-        # The same dictionary, so that handles of hooks set before can still remove them.
-        setattr(new, name, getattr(old, name))
-    new._is_full_backward_hook = old._is_full_backward_hook
-    for name, value in vars(old).items():
-        if name not in _MODULE_ATTRIBUTES and not hasattr(new, name):
-            setattr(new, name, value)
-
-
-def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
-    """Let new parameters follow old ones in their groups; the state of the old ones is dropped.
-
-    A successor that several old parameters share enters once.
-    """
-    entered: set[int] = set()
-    for group in optimizer.param_groups:
-        names = group.get("param_names") or [""] * len(group["params"])
-        entries: list[tuple[str, Tensor]] = []
-        for name, param in zip(names, group["params"], strict=True):
-            if param not in successors:
-                entries.append((name, param))
-                continue
-            fresh = [entry for entry in successors[param] if id(entry[1]) not in entered]
-            entries += fresh
-            entered |= {id(entry[1]) for entry in fresh}
-            optimizer.state.pop(param, None)
-        group["params"] = [param for _, param in entries]
-        if "param_names" in group:
-            group["param_names"] = [name for name, _ in entries]
-
-
-def optimizer_groups(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> dict[int, tuple[int, int]]:
-    """``id(parameter)`` -> (number of the optimizer, number of the group) that holds it."""
-    return {
-        id(param): (number, place)
-        for number, one in enumerate(_as_list(optimizer))
-        for place, group in enumerate(one.param_groups)
-        for param in group["params"]
-    }

@@ -1,0 +1,147 @@
+"""torch-rechub: models over its feature objects, and the trainers that train them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
+from ..compress import compress as compress_model
+from ..config import CompressionConfig
+from ..frequency import FrequencyStats
+from ..regularization import hidden_codebooks, table_penalty, trainable_tables
+from ..report import CompressionReport
+from .counting import count_features
+
+
+def compress(
+    model: nn.Module,
+    data: Any,
+    config: CompressionConfig | None = None,
+    *,
+    trainer: Any = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> CompressionReport:
+    """Count the ids of ``data``, then :func:`mec_embed.compress` the model in place.
+
+    Args:
+        model: a torch-rechub model, trained.
+        data: the training loader, as :func:`frequencies` takes it.
+        config: as in :func:`mec_embed.compress`.
+        device: as in :func:`mec_embed.compress`.
+        progress: as in :func:`mec_embed.compress`.
+        trainer: of a training that shall go on. Its optimizer goes on with the codebooks, its
+            penalty on embeddings keeps its meaning, and its early stopping forgets the weights
+            from before, which no longer fit.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`mec_embed.compress`.
+
+    Example:
+        >>> trainer.fit(train_loader, valid_loader)  # doctest: +SKIP
+        >>> report = rechub.compress(model, train_loader, trainer=trainer)  # doctest: +SKIP
+    """
+    optimizer = None if trainer is None else trainer.optimizer
+    report = compress_model(
+        model,
+        frequencies(model, data),
+        config,
+        optimizer=optimizer,
+        device=device,
+        progress=progress,
+    )
+    if trainer is not None:
+        _go_on(trainer)
+    return report
+
+
+def frequencies(model: nn.Module, data: Any) -> FrequencyStats:
+    """Count ids in what a trainer trains on; shared tables are summed, padding counts zero.
+
+    Args:
+        model: a torch-rechub model.
+        data: the training loader, of pairs ``(x, y)``; or a mapping from feature to ids.
+
+    Raises:
+        ValueError: no feature of the model is in the data.
+    """
+    batches: Iterable[Any] = [data] if isinstance(data, Mapping) else data
+    columns = (b[0] if isinstance(b, (tuple, list)) else b for b in batches)
+    return count_features(model, _lookups(model), columns)
+
+
+def _lookups(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Feature -> tables that look it up."""
+    found: dict[str, list[nn.Module]] = defaultdict(list)
+    for layer in model.modules():
+        if not has_base(layer, "torch_rechub", "EmbeddingLayer"):
+            continue
+        tables: Any = layer.embed_dict
+        for feature in layer.features:  # type: ignore[union-attr]
+            owner = getattr(feature, "shared_with", None) or feature.name
+            table = tables[owner] if owner in tables else None
+            if isinstance(table, nn.Embedding) and table not in found[feature.name]:
+                found[feature.name].append(table)
+    if not found:
+        raise ValueError(
+            "model holds no EmbeddingLayer of torch-rechub; use mec_embed.compress with "
+            "FrequencyStats.from_batches"
+        )
+    return found
+
+
+class _Adapter(Adapter):
+    """Features keep their table for the next model: it would stay in memory after a swap."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return has_base(module, "torch_rechub", "EmbeddingLayer")
+
+    def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
+        replaced = {old for old, _ in swapped}
+        features: Any = module.features
+        undo = [
+            set_attributes(feature, embed=None)
+            for feature in features
+            if vars(feature).get("embed") in replaced
+        ]
+        return partial(_all, undo)
+
+
+def _all(steps: list[Undo]) -> None:
+    for step in steps:
+        step()
+
+
+def _go_on(trainer: Any) -> None:
+    """Let a trainer's penalty and early stopping fit the compressed model."""
+    if not isinstance(trainer.reg_loss_fn, _RegularizationLoss):
+        trainer.reg_loss_fn = _RegularizationLoss(trainer.reg_loss_fn)
+    stopper = getattr(trainer, "early_stopper", None)
+    if stopper is not None:
+        trainer.early_stopper = type(stopper)(patience=stopper.patience, mode=stopper.mode)
+
+
+class _RegularizationLoss(nn.Module):
+    """Stands in for torch-rechub's: embeddings are recognised, codewords count for each row."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, model: nn.Module) -> Any:
+        tables = trainable_tables(model)
+        with hidden_codebooks(tables):
+            loss = self.inner(model)
+        for power, weight in ((1, self.inner.embedding_l1), (2, self.inner.embedding_l2)):
+            if weight > 0:
+                loss = loss + weight * sum(table_penalty(table, power) for table in tables)
+        return loss
+
+
+ADAPTERS.append(_Adapter())

@@ -1,0 +1,168 @@
+"""Weight decay and L2 penalties that stay what they were when a table becomes codebooks.
+
+A codeword stands for all rows that use it. The penalty of a table, ``sum_r |row_r|^p``, becomes
+``sum_mk rows_mk |codeword_mk|^p`` with ``rows_mk`` the number of rows that use codeword k of
+codebook m: the same for product codes, and the same but for the products of different codewords
+for additive ones. Counting each codeword once instead all but switches the penalty off; see
+``docs/experiments.md`` for what that costs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Undo
+from .modules import DECODE_ROWS, CompressedEmbedding, CompressedEmbeddingBag
+from .packing import unpack
+
+Compressed = CompressedEmbedding | CompressedEmbeddingBag
+
+#: Optimizers whose weight decay is a penalty: added to the gradient, unlike AdamW's.
+_PENALISING = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+)
+
+#: Counts of codewords, kept as long as their table lives: (state of the codes, counts).
+_COUNTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def trainable_tables(model: nn.Module) -> list[Compressed]:
+    """Compressed tables of the model whose codebooks train, each once."""
+    found = [m for m in model.modules() if isinstance(m, Compressed)]
+    return [m for m in found if m.codebooks.is_floating_point() and m.codebooks.requires_grad]
+
+
+def rows_per_codeword(table: Compressed) -> Tensor:
+    """Rows (M, K) float32 of the table that use each codeword."""
+    codes = table.codes
+    # Codes change only when a state is loaded, which counts up their version.
+    state = (codes.data_ptr(), codes._version, codes.device)
+    known = _COUNTS.get(table)
+    if known is None or known[0] != state:
+        known = _COUNTS[table] = (state, _count(table))
+    return known[1]
+
+
+@torch.no_grad()
+def _count(table: Compressed) -> Tensor:
+    layout, codes = table.layout, table.codes
+    shape = (layout.num_subvectors, layout.codebook_size)
+    if not layout.bits:
+        return torch.ones(shape, device=codes.device)
+    total = torch.zeros(shape, device=codes.device)
+    for start in range(0, layout.num_embeddings, DECODE_ROWS):
+        stop = min(start + DECODE_ROWS, layout.num_embeddings)
+        ids = torch.arange(start, stop, device=codes.device)
+        chunk = unpack(codes, layout.num_subvectors, layout.bits, ids)
+        for m in range(layout.num_subvectors):
+            total[m] += torch.bincount(chunk[:, m], minlength=layout.codebook_size)
+    return total
+
+
+def table_penalty(table: Compressed, power: float = 2) -> Tensor:
+    """``sum_mk rows_mk |codeword_mk|^power`` of one table, differentiable in the codebooks."""
+    size = table.codebooks.abs().pow(power).sum(2)
+    return (rows_per_codeword(table) * size).sum()
+
+
+def embedding_penalty(model: nn.Module, power: float = 2) -> Tensor:
+    """``sum |entry|^power`` over all rows of all compressed tables, by their codewords.
+
+    For training loops that add a penalty of their own. Optimizers that were passed to
+    :func:`mec_embed.compress` keep their weight decay by themselves.
+
+    Args:
+        model: with compressed tables; frozen and int8 codebooks count nothing.
+        power: of the norm: 2 for L2, 1 for L1.
+
+    Returns:
+        A scalar, differentiable.
+
+    Example:
+        >>> loss = criterion + 1e-5 / 2 * embedding_penalty(model)  # doctest: +SKIP
+    """
+    parts = [table_penalty(table, power) for table in trainable_tables(model)]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+@contextmanager
+def hidden_codebooks(tables: Iterable[Compressed]) -> Iterator[None]:
+    """Codebooks look frozen for a while: to a framework that sums a penalty over parameters."""
+    books = {id(table.codebooks): table.codebooks for table in tables}
+    for book in books.values():
+        book.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for book in books.values():
+            book.requires_grad_(True)
+
+
+def keep_weight_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
+    """Let the optimizer's weight decay mean for codebooks what it meant for their rows.
+
+    Decoupled decay (AdamW) shrinks rows and codewords alike and needs nothing.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks
+    before = dict(hooks)
+    for key, hook in before.items():
+        if isinstance(hook, _Decay):
+            del hooks[key]
+    tables = [m for m in model.modules() if isinstance(m, Compressed)]
+    if tables and isinstance(optimizer, _PENALISING):
+        optimizer.register_step_pre_hook(_Decay(tables))
+
+    def undo() -> None:
+        hooks.clear()
+        hooks.update(before)
+
+    return undo
+
+
+class _Decay:
+    """Before each step: adds the penalty's gradient of all rows but the one the optimizer adds."""
+
+    def __init__(self, tables: list[Compressed]) -> None:
+        self.tables = [weakref.ref(table) for table in tables]
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        decays = {
+            id(param): group["weight_decay"] * (-1 if group.get("maximize") else 1)
+            for group in optimizer.param_groups
+            if group.get("weight_decay") and not group.get("decoupled_weight_decay")
+            for param in group["params"]
+        }
+        users: dict[int, list[Compressed]] = defaultdict(list)
+        for table in [ref() for ref in self.tables] if decays else []:
+            if table is not None and id(table.codebooks) in decays:
+                users[id(table.codebooks)].append(table)
+        for key, tables in users.items():
+            _add_decay(optimizer, tables, decays[key])
+
+
+def _add_decay(optimizer: torch.optim.Optimizer, tables: list[Compressed], decay: float) -> None:
+    """Add to the gradient of the codebooks that these tables share."""
+    param = tables[0].codebooks
+    if param.grad is None or param.grad.is_sparse:
+        return
+    rows = torch.stack([rows_per_codeword(table) for table in tables]).sum(0)
+    more = (rows - 1)[:, :, None] * param * decay
+    # Fused optimizers under a GradScaler see gradients that are still scaled.
+    scale = getattr(optimizer, "grad_scale", None)
+    param.grad.add_(more if scale is None else more * scale)
