@@ -1,0 +1,158 @@
+"""TorchRec's unsharded collections work as before after compress(); sharded ones are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchrec")
+
+import contract
+import torchrec_zoo as zoo
+
+import mec_embed
+from mec_embed import CompressedEmbedding, CompressedEmbeddingBag, CompressionConfig
+from mec_embed.integrations import torchrec
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    """Model name -> predictions of the model that was saved."""
+    return {}
+
+
+class WithOptimizer:
+    """The zoo with one optimizer for the whole life of a model, as its users have it."""
+
+    def build(self, name, folder):
+        model = zoo.build(name, folder)
+        self.optimizer = zoo.optimizer(model)
+        return model
+
+    def train(self, model, name, folder, epochs=1):
+        zoo.train(model, name, folder, epochs=epochs, optimizer=self.optimizer)
+
+    predict = staticmethod(zoo.predict)
+    loss = staticmethod(zoo.loss)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_lossless_swap_changes_nothing(name, folder):
+    contract.check_lossless_swap(zoo, name, folder)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_life_of_a_compressed_model(name, folder, predictions):
+    held = WithOptimizer()
+
+    def compress(model):
+        return torchrec.compress(
+            model, zoo.batches(name), contract.CONFIG, optimizer=held.optimizer, progress=False
+        )
+
+    predictions[name] = contract.check_life(held, name, folder, compress)
+
+
+def test_reload_in_a_fresh_process(predictions, reload):
+    assert predictions, "test_life_of_a_compressed_model has to run first"
+    for name, (ours, theirs) in reload("torchrec_zoo", sorted(predictions)).items():
+        np.testing.assert_array_equal(ours, predictions[name], err_msg=name)
+        np.testing.assert_array_equal(theirs, predictions[name], err_msg=name)
+
+
+def test_error_changes_nothing(folder, monkeypatch):
+    contract.check_error_changes_nothing(zoo, zoo.MODELS[0], folder, monkeypatch)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_frequencies_agree_with_what_the_model_looks_up(name, folder):
+    model = zoo.build(name, folder)
+    expected = mec_embed.FrequencyStats.from_batches(model, zoo.batches(name))
+    got = torchrec.frequencies(model, zoo.batches(name))
+    assert set(got) == set(expected)
+    for table in got:
+        np.testing.assert_array_equal(got[table], expected[table], err_msg=table)
+
+
+def small(kind: str = "bag") -> nn.Module:
+    import torchrec as package
+
+    config = package.EmbeddingBagConfig if kind == "bag" else package.EmbeddingConfig
+    collection = (
+        package.EmbeddingBagCollection if kind == "bag" else package.EmbeddingCollection
+    )
+    tables = [
+        config(name="t", embedding_dim=8, num_embeddings=60, feature_names=["f", "g"]),
+        config(name="u", embedding_dim=8, num_embeddings=40, feature_names=["h"]),
+    ]
+    return nn.Sequential(collection(tables=tables))
+
+
+def jagged():
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    return KeyedJaggedTensor(
+        keys=["f", "g", "h"],
+        values=torch.tensor([1, 2, 3, 1, 1, 5]),
+        lengths=torch.tensor([2, 0, 1, 1, 1, 1]),
+    )
+
+
+class Batch:
+    sparse_features = None
+
+
+@pytest.mark.parametrize("kind", ["bag", "sequence"])
+def test_frequencies_of_every_kind_of_batch(kind):
+    batch = Batch()
+    batch.sparse_features = jagged()
+    model = small(kind)
+    for held in (jagged(), batch, (jagged(), torch.ones(2)), {"x": batch, "y": torch.ones(2)}):
+        stats = torchrec.frequencies(model, [held])
+        name = "0.embedding_bags" if kind == "bag" else "0.embeddings"
+        assert stats[f"{name}.t"][:4].tolist() == [0, 2, 1, 1]
+        assert stats[f"{name}.u"].sum() == 2
+
+
+def test_frequencies_errors():
+    with pytest.raises(TypeError, match="KeyedJaggedTensor"):
+        torchrec.frequencies(small(), [torch.ones(3)])
+    with pytest.raises(ValueError, match="no unsharded"):
+        torchrec.frequencies(nn.Sequential(nn.Linear(1, 1)), [jagged()])
+
+
+@pytest.mark.parametrize("kind", ["bag", "sequence"])
+def test_collections_cannot_be_initialised_anew_by_accident(kind):
+    model = small(kind)
+    mec_embed.compress(
+        model, None, CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0), progress=False
+    )
+    expected = CompressedEmbeddingBag if kind == "bag" else CompressedEmbedding
+    assert all(type(m) is expected for m in contract.tables(model))
+    with pytest.raises(RuntimeError, match="decompress"):
+        model[0].reset_parameters()
+    mec_embed.decompress(model)
+    if kind == "bag":
+        model[0].reset_parameters()
+
+
+def test_memory_of_a_large_table_with_adam():
+    """A table of 48.8 MiB with Adam (146 MiB of tensors) leaves less than 2 MiB."""
+    import torchrec as package
+
+    config = package.EmbeddingBagConfig(
+        name="big", embedding_dim=16, num_embeddings=800_000, feature_names=["f"]
+    )
+    start = contract.held_tensors()
+    model = nn.Sequential(package.EmbeddingBagCollection(tables=[config]))
+    optimizer = torch.optim.Adam(model.parameters())
+    model[0].embedding_bags["big"](torch.tensor([[1]])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert contract.held_tensors() - start > 140 * 2**20
+    mec_embed.compress(
+        model, None, CompressionConfig(ratio=50, epochs=1), optimizer=optimizer, progress=False
+    )
+    assert contract.held_tensors() - start < 2 * 2**20
