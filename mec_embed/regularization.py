@@ -1,4 +1,4 @@
-"""Weight decay and L2 penalties that stay what they were when a table becomes codebooks.
+"""Penalties that stay what they were when a table becomes codebooks.
 
 A codeword stands for all rows that use it. The penalty of a table, ``sum_r |row_r|^p``, becomes
 ``sum_mk rows_mk |codeword_mk|^p`` with ``rows_mk`` the number of rows that use codeword k of
@@ -10,7 +10,6 @@ for additive ones. Counting each codeword once instead all but switches the pena
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,24 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Undo
 from .modules import DECODE_ROWS, CompressedEmbedding, CompressedEmbeddingBag
 from .packing import unpack
 
 Compressed = CompressedEmbedding | CompressedEmbeddingBag
-
-#: Optimizers whose weight decay is a penalty: added to the gradient, unlike AdamW's.
-_PENALISING = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.Adagrad,
-    torch.optim.RMSprop,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.ASGD,
-)
 
 #: Counts of codewords, kept as long as their table lives: (state of the codes, counts).
 _COUNTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
@@ -111,58 +96,3 @@ def hidden_codebooks(tables: Iterable[Compressed]) -> Iterator[None]:
     finally:
         for book in books.values():
             book.requires_grad_(True)
-
-
-def keep_weight_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
-    """Let the optimizer's weight decay mean for codebooks what it meant for their rows.
-
-    Decoupled decay (AdamW) shrinks rows and codewords alike and needs nothing.
-    """
-    hooks = optimizer._optimizer_step_pre_hooks
-    before = dict(hooks)
-    for key, hook in before.items():
-        if isinstance(hook, _Decay):
-            del hooks[key]
-    tables = [m for m in model.modules() if isinstance(m, Compressed)]
-    if tables and isinstance(optimizer, _PENALISING):
-        optimizer.register_step_pre_hook(_Decay(tables))
-
-    def undo() -> None:
-        hooks.clear()
-        hooks.update(before)
-
-    return undo
-
-
-class _Decay:
-    """Before each step: adds the penalty's gradient of all rows but the one the optimizer adds."""
-
-    def __init__(self, tables: list[Compressed]) -> None:
-        self.tables = [weakref.ref(table) for table in tables]
-
-    @torch.no_grad()
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        decays = {
-            id(param): group["weight_decay"] * (-1 if group.get("maximize") else 1)
-            for group in optimizer.param_groups
-            if group.get("weight_decay") and not group.get("decoupled_weight_decay")
-            for param in group["params"]
-        }
-        users: dict[int, list[Compressed]] = defaultdict(list)
-        for table in [ref() for ref in self.tables] if decays else []:
-            if table is not None and id(table.codebooks) in decays:
-                users[id(table.codebooks)].append(table)
-        for key, tables in users.items():
-            _add_decay(optimizer, tables, decays[key])
-
-
-def _add_decay(optimizer: torch.optim.Optimizer, tables: list[Compressed], decay: float) -> None:
-    """Add to the gradient of the codebooks that these tables share."""
-    param = tables[0].codebooks
-    if param.grad is None or param.grad.is_sparse:
-        return
-    rows = torch.stack([rows_per_codeword(table) for table in tables]).sum(0)
-    more = (rows - 1)[:, :, None] * param * decay
-    # Fused optimizers under a GradScaler see gradients that are still scaled.
-    scale = getattr(optimizer, "grad_scale", None)
-    param.grad.add_(more if scale is None else more * scale)

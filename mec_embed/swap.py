@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Undo, adapted, held_optimizers
-from .regularization import keep_weight_decay
+from .optimization import keep_row_steps
 from .tables import Alias
 
 #: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
@@ -58,7 +58,7 @@ def replace_modules(
                 alias.parent._modules[alias.attribute] = new
         for one in optimizers:
             _rebind(one, successors)
-            undo.append(keep_weight_decay(one, model))
+            undo.append(keep_row_steps(one, model))
         for adapter, module, _ in list(adapted(model)):
             undo.append(adapter.follow(module, [(old, new) for _, old, new in replacements]))
     except BaseException:

@@ -126,9 +126,7 @@ def test_model_checkpoint_and_early_stopping(folder, tmp_path):
         EarlyStopping(monitor="val_binary_crossentropy", patience=1),
     ]
     model.compile(model.optim, "binary_crossentropy", metrics=["binary_crossentropy"])
-    model.fit(
-        x, y, batch_size=256, epochs=2, verbose=0, validation_split=0.2, callbacks=callbacks
-    )
+    model.fit(x, y, batch_size=256, epochs=2, verbose=0, validation_split=0.2, callbacks=callbacks)
     again = torch.load(file, weights_only=False)
     assert contract.tables(again)
     assert again.predict(x).shape == model.predict(x).shape

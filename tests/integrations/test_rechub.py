@@ -105,9 +105,7 @@ def test_early_stopping_forgets_weights_that_no_longer_fit(folder):
     model = zoo.build("DeepFM", folder)
     trainer = zoo.trainer(model, "DeepFM", folder)
     trainer.early_stopper.stop_training(0.9, model.state_dict())
-    rechub.compress(
-        model, zoo.loader("DeepFM"), contract.CONFIG, trainer=trainer, progress=False
-    )
+    rechub.compress(model, zoo.loader("DeepFM"), contract.CONFIG, trainer=trainer, progress=False)
     assert trainer.early_stopper.best_weights is None
     assert not trainer.early_stopper.stop_training(0.6, model.state_dict())
 

@@ -80,9 +80,7 @@ def small(kind: str = "bag") -> nn.Module:
     import torchrec as package
 
     config = package.EmbeddingBagConfig if kind == "bag" else package.EmbeddingConfig
-    collection = (
-        package.EmbeddingBagCollection if kind == "bag" else package.EmbeddingCollection
-    )
+    collection = package.EmbeddingBagCollection if kind == "bag" else package.EmbeddingCollection
     tables = [
         config(name="t", embedding_dim=8, num_embeddings=60, feature_names=["f", "g"]),
         config(name="u", embedding_dim=8, num_embeddings=40, feature_names=["h"]),

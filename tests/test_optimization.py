@@ -1,0 +1,203 @@
+"""Learning rate and weight decay keep their meaning for rows after a swap."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mec_embed import CodeLayout, CompressedEmbedding, CompressionConfig, compress, decompress
+from mec_embed.optimization import keep_row_steps
+from mec_embed.regularization import embedding_penalty, rows_per_codeword
+
+ROWS, DIM = 300, 8
+PLAIN = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+
+
+def compressed(make, model=None, config=PLAIN, **options):
+    """A model and its optimizer after compress(), with codebooks of normal values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(ROWS, DIM)) if model is None else model
+    optimizer = make(model.parameters(), **options)
+    compress(model, None, config, optimizer=optimizer, progress=False)
+    return model, optimizer
+
+
+def step_without_loss(model, optimizer):
+    """Codebooks before and after a step whose gradients are zero."""
+    table = next(iter(model.children()))
+    before = table.codebooks.detach().clone()
+    sum((module(torch.tensor([1])) * 0).sum() for module in model.children()).backward()
+    optimizer.step()
+    return before, table.codebooks.detach()
+
+
+@pytest.mark.parametrize("codes", ["product", "additive"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_moves_a_codeword_by_the_mean_of_its_rows(codes, momentum):
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, codes=codes, epochs=0)
+    model, optimizer = compressed(torch.optim.SGD, config=config, lr=0.1, momentum=momentum)
+    before = model[0].codebooks.detach().clone()
+    model(torch.arange(50)).square().sum().backward()
+    gradient = model[0].codebooks.grad.clone()
+    optimizer.step()
+    rows = rows_per_codeword(model[0])[:, :, None]
+    expected = before - 0.1 * gradient / rows.clamp(min=1)
+    torch.testing.assert_close(model[0].codebooks.detach(), expected)
+
+
+def test_sgd_step_of_one_codebook_is_the_projected_dense_step():
+    """With product codes, dense rows that step alone and are then averaged give the same."""
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, codes="product", epochs=0)
+    model, optimizer = compressed(torch.optim.SGD, config=config, lr=0.1)
+    dense = copy.deepcopy(model)
+    decompress(dense)
+    ids = torch.arange(ROWS)
+    for one, stepper in (
+        (model, optimizer),
+        (dense, torch.optim.SGD(dense.parameters(), lr=0.1)),
+    ):
+        one(ids[:50]).sin().sum().backward()
+        stepper.step()
+    # Of rows that share both codewords, those that moved and those that did not are averaged.
+    for m in range(2):
+        own = slice(4 * m, 4 * m + 4)
+        moved = dense[0].weight.detach()[:, own]
+        got = model[0].weight.detach()[:, own]
+        torch.testing.assert_close(got.sum(0), moved.sum(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.AdamW],
+    ids=lambda make: make.__name__,
+)
+def test_adaptive_steps_shrink_by_the_root_of_the_rows(make):
+    model, optimizer = compressed(make, lr=0.1, weight_decay=0)
+    twin = copy.deepcopy(model)
+    plain = make(twin.parameters(), lr=0.1, weight_decay=0)
+    before = model[0].codebooks.detach().clone()
+    for one, stepper in ((model, optimizer), (twin, plain)):
+        one(torch.arange(ROWS)).square().sum().backward()
+        stepper.step()
+    rows = rows_per_codeword(model[0]).clamp(min=1)[:, :, None]
+    whole = twin[0].codebooks.detach() - before
+    assert whole.abs().max() > 0.01
+    torch.testing.assert_close(model[0].codebooks.detach(), before + whole / rows.sqrt())
+
+
+def test_network_steps_as_before():
+    model, optimizer = compressed(
+        torch.optim.Adam, nn.ModuleDict({"t": nn.Embedding(ROWS, DIM), "l": nn.Linear(DIM, 1)})
+    )
+    twin = copy.deepcopy(model)
+    plain = torch.optim.Adam(twin.parameters())
+    for one, stepper in ((model, optimizer), (twin, plain)):
+        one["l"](one["t"](torch.arange(20))).square().sum().backward()
+        stepper.step()
+    torch.testing.assert_close(model["l"].weight, twin["l"].weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop],
+    ids=lambda make: make.__name__,
+)
+@pytest.mark.parametrize("codes", ["product", "additive"])
+def test_weight_decay_is_the_penalty_of_all_rows(make, codes):
+    results = []
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, codes=codes, epochs=0)
+    for explicit in (False, True):
+        model, optimizer = compressed(
+            make, config=config, lr=0.1, weight_decay=0 if explicit else 0.1
+        )
+        loss = model(torch.arange(20)).square().sum()
+        if explicit:
+            loss = loss + 0.1 / 2 * embedding_penalty(model)
+        loss.backward()
+        optimizer.step()
+        results.append(model[0].codebooks.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_weight_decay_shrinks_rows_as_before(maximize):
+    model, optimizer = compressed(torch.optim.SGD, lr=0.1, weight_decay=0.5, maximize=maximize)
+    before, after = step_without_loss(model, optimizer)
+    torch.testing.assert_close(after, before * 0.95)
+
+
+def test_decoupled_decay_shrinks_rows_as_before():
+    model, optimizer = compressed(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    before, after = step_without_loss(model, optimizer)
+    torch.testing.assert_close(after, before * 0.95)
+
+
+def test_tables_that_share_codebooks_count_the_rows_of_both():
+    tables = nn.ModuleDict({"a": nn.Embedding(ROWS, DIM), "b": nn.Embedding(ROWS, DIM)})
+    model, optimizer = compressed(torch.optim.Adagrad, tables, CompressionConfig(ratio=12), lr=0.1)
+    assert model["a"].codebooks is model["b"].codebooks, "the planner should share here"
+    before = model["a"].codebooks.detach().clone()
+    sum(table(torch.arange(ROWS)).square().sum() for table in model.values()).backward()
+    optimizer.step()
+    rows = rows_per_codeword(model["a"]) + rows_per_codeword(model["b"])
+    # Adagrad's first step is the learning rate in every entry that has a gradient.
+    moved = (model["a"].codebooks.detach() - before).abs()
+    expected = (0.1 / rows.clamp(min=1).sqrt())[:, :, None].expand_as(moved)
+    torch.testing.assert_close(moved[rows > 0], expected[rows > 0], rtol=1e-3, atol=1e-6)
+
+
+def hooks(optimizer):
+    return [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+
+
+def test_compressing_twice_keeps_one_pair_of_hooks_and_decompress_takes_it_away():
+    tables = nn.ModuleDict({"a": nn.Embedding(ROWS, DIM), "b": nn.Embedding(ROWS, DIM)})
+    optimizer = torch.optim.SGD(tables.parameters(), lr=1e-3, weight_decay=1.0)
+    mine = optimizer.register_step_pre_hook(lambda *args: None)
+    for name in "ab":
+        config = CompressionConfig(num_subvectors=2, codebook_size=8, include=(name,), epochs=0)
+        compress(tables, None, config, optimizer=optimizer, progress=False)
+    assert len(hooks(optimizer)) == 3
+    decompress(tables, optimizer=optimizer)
+    assert len(hooks(optimizer)) == 1
+    mine.remove()
+    before = tables["a"].weight.detach().clone()
+    (tables["a"](torch.tensor([1])) * 0).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(tables["a"].weight.detach(), before * (1 - 1e-3))
+
+
+def test_schedulers_go_on():
+    """Groups stay as they are, so a scheduler made before the swap fits after it."""
+    model = nn.Sequential(nn.Embedding(ROWS, DIM), nn.Linear(DIM, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+    model(torch.arange(5)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05]
+
+
+def test_optimizer_does_not_keep_tables_alive():
+    model, optimizer = compressed(torch.optim.Adam, weight_decay=0.1)
+    table = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert table() is None
+    optimizer.step()
+
+
+def test_tables_kept_as_rows_step_as_before():
+    """A table stored in a narrower dtype has one row a codeword."""
+    layout = CodeLayout("rows", ROWS, DIM, 1, ROWS, torch.float32)
+    model = nn.Sequential(CompressedEmbedding(layout))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    keep_row_steps(optimizer, model)
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert model[0].codebooks[0, 1].tolist() == [-0.5] * DIM
+    assert not model[0].codebooks[0, 2].any()
