@@ -6,7 +6,8 @@ meaning for rows:
 
 - *Steps.* A codeword moves by the mean of the moves that its rows would make alone: under SGD,
   whose moves add up, the step divided by ``n``; under Adam and its kin, whose moves are about the
-  learning rate each in directions of their own, divided by ``sqrt(n)``.
+  learning rate each in directions of their own, divided by ``sqrt(n)``. The M codewords that
+  make up a row of additive codes share its move, so each makes ``1 / M`` of it.
 - *Weight decay.* Where it is a penalty (added to the gradient), a codeword is penalised once for
   each of its rows, see :mod:`mec_embed.regularization`. Decoupled decay (AdamW) shrinks rows and
   codewords alike and stays whole.
@@ -83,7 +84,7 @@ class _RowSteps:
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Add weight decay for all rows; remember where each codebook starts from."""
         self.begun = []
-        for books, rows, group in self._held(optimizer):
+        for books, rows, summands, group in self._held(optimizer):
             decay = group.get("weight_decay") or 0.0
             start = books.clone()
             if _decoupled(optimizer, group):
@@ -91,7 +92,8 @@ class _RowSteps:
             elif decay and isinstance(optimizer, _PENALISING):
                 _add_penalty(optimizer, group, books, (rows - 1) * books * decay)
             sums = isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
-            self.begun.append((books, start, 1 / rows if sums else rows.rsqrt()))
+            part = (1 / rows if sums else rows.rsqrt()) / summands
+            self.begun.append((books, start, part))
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -102,8 +104,8 @@ class _RowSteps:
 
     def _held(
         self, optimizer: torch.optim.Optimizer
-    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """(codebooks, rows (M, K, 1) that use each codeword, group) for this optimizer."""
+    ) -> Iterator[tuple[Tensor, Tensor, int, dict[str, Any]]]:
+        """(codebooks, rows (M, K, 1) that use each codeword, codewords summed, group)."""
         users: dict[int, list[Compressed]] = defaultdict(list)
         for table in [ref() for ref in self.tables]:
             if table is not None and table.layout.bits:
@@ -111,8 +113,10 @@ class _RowSteps:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if id(param) in users:
-                    counts = [rows_per_codeword(table) for table in users[id(param)]]
-                    yield param, torch.stack(counts).sum(0).clamp(min=1)[:, :, None], group
+                    tables = users[id(param)]
+                    rows = torch.stack([rows_per_codeword(table) for table in tables]).sum(0)
+                    summands = len(param) if tables[0].layout.kind == "additive" else 1
+                    yield param, rows.clamp(min=1)[:, :, None], summands, group
 
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -103,7 +103,7 @@ def batches(name: str) -> list[Batch]:
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that every model trains with."""
-    return torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-6)
+    return _adam(model)
 
 
 def train(
@@ -114,7 +114,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Some epochs of plain PyTorch training."""
-    optimizer = globals()["optimizer"](model) if optimizer is None else optimizer
+    optimizer = _adam(model) if optimizer is None else optimizer
     model.train()
     for _ in range(epochs):
         for batch in batches(name):
@@ -132,6 +132,10 @@ def loss(model: nn.Module, name: str, folder: Path) -> float:
     """Mean log loss over all examples."""
     labels = torch.cat([batch.labels for batch in batches(name)])
     return binary_cross_entropy_with_logits(_logits(model, name), labels.double()).item()
+
+
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-6)
 
 
 def _logits(model: nn.Module, name: str) -> Tensor:
