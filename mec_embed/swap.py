@@ -107,6 +107,11 @@ def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     for one in several:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+        if hasattr(one, "_optimizer") or hasattr(one, "_optims"):
+            raise ValueError(
+                f"optimizer is a {type(one).__name__}, which keeps parameters of the optimizers "
+                "inside it; pass those, and wrap them anew afterwards"
+            )
     return several
 
 

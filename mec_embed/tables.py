@@ -124,6 +124,8 @@ def check_model(model: Any) -> None:
             f"model is itself an {type(model).__name__} and cannot be replaced in place; pass the "
             "module that holds it, for instance nn.Sequential(embedding)"
         )
+    for adapter, module, name in adapted(model):
+        adapter.check(module, name)
     for name, module in model.named_modules():
         if type(module).__name__ in _WRAPPERS:
             where = f"{name!r}" if name else "model"
@@ -131,8 +133,6 @@ def check_model(model: Any) -> None:
                 f"{where} is a {type(module).__name__}, which has taken hold of the parameters; "
                 "compress the module inside it and wrap the result again"
             )
-    for adapter, module, name in adapted(model):
-        adapter.check(module, name)
 
 
 def find_tables(
@@ -240,6 +240,8 @@ def _reason_to_skip(
         return "max_norm changes its rows at every lookup"
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq scales gradients by row, which codes do not have"
+    if getattr(weight, "_in_backward_optimizers", None):
+        return "an optimizer in its backward pass trains it (_apply_optimizer_in_backward)"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return "its weight has gradient hooks"
     if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):

@@ -16,10 +16,18 @@ from ..frequency import FrequencyStats
 from ..regularization import Compressed
 from ..report import CompressionReport
 from ..swap import Optimizers
+from ..tables import EMBEDDINGS, check_model
 from .counting import count_features
 
 #: Collections that hold plain ``nn.EmbeddingBag`` or ``nn.Embedding`` modules.
 _PLAIN = ("EmbeddingBagCollection", "EmbeddingCollection")
+#: Collections that change ids before the lookup.
+_REMAPPING = (
+    "ManagedCollisionEmbeddingBagCollection",
+    "ManagedCollisionEmbeddingCollection",
+    "ITEPEmbeddingBagCollection",
+    "ITEPEmbeddingCollection",
+)
 #: What holds its tables in kernels of its own.
 _OTHERS = (
     "DistributedModelParallel",
@@ -68,12 +76,14 @@ def frequencies(model: nn.Module, batches: Iterable[Any]) -> FrequencyStats:
 
     Args:
         model: with unsharded collections.
-        batches: each a ``KeyedJaggedTensor``, an object that has one as ``sparse_features``, or a
-            tuple, list or mapping that holds one of these.
+        batches: each a ``KeyedJaggedTensor``, an object that has one as ``sparse_features`` or
+            ``idlist_features``, or a tuple, list or mapping that holds one of these.
 
     Raises:
-        ValueError: no feature of the model is in the data. TypeError: batches of another kind.
+        ValueError: no feature of the model is in the data, or the model changes ids before it
+            looks them up. TypeError: batches of another kind.
     """
+    check_model(model)
     columns = ({key: kjt[key].values() for key in kjt.keys()} for kjt in map(_jagged, batches))
     return count_features(model, _lookups(model), columns)
 
@@ -82,12 +92,18 @@ def _lookups(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Feature -> tables that look it up."""
     found: dict[str, list[nn.Module]] = defaultdict(list)
     for collection in model.modules():
+        if has_base(collection, "torchrec", *_REMAPPING):
+            raise ValueError(
+                f"{type(collection).__name__} changes ids before it looks them up; count with "
+                "FrequencyStats.from_batches(model, batches) and call mec_embed.compress"
+            )
         for config, table in _tables(collection):
-            for feature in config.feature_names:
+            for feature in config.feature_names if isinstance(table, EMBEDDINGS) else ():
                 found[feature].append(table)
     if not found:
         raise ValueError(
-            "model holds no unsharded EmbeddingBagCollection or EmbeddingCollection of TorchRec"
+            "model holds no table in an EmbeddingBagCollection or EmbeddingCollection of TorchRec "
+            "that is not compressed yet"
         )
     return found
 
@@ -114,8 +130,9 @@ def _jagged(batch: Any) -> Any:
 def _find_jagged(batch: Any) -> Any:
     if type(batch).__name__ == "KeyedJaggedTensor":
         return batch
-    if hasattr(batch, "sparse_features"):
-        return batch.sparse_features
+    for name in ("sparse_features", "idlist_features"):
+        if hasattr(batch, name):
+            return getattr(batch, name)
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):

@@ -117,7 +117,7 @@ def test_frequencies_of_every_kind_of_batch(kind):
 def test_frequencies_errors():
     with pytest.raises(TypeError, match="KeyedJaggedTensor"):
         torchrec.frequencies(small(), [torch.ones(3)])
-    with pytest.raises(ValueError, match="no unsharded"):
+    with pytest.raises(ValueError, match="no table"):
         torchrec.frequencies(nn.Sequential(nn.Linear(1, 1)), [jagged()])
 
 
@@ -154,3 +154,102 @@ def test_memory_of_a_large_table_with_adam():
         model, None, CompressionConfig(ratio=50, epochs=1), optimizer=optimizer, progress=False
     )
     assert contract.held_tensors() - start < 2 * 2**20
+
+
+CPU = torch.device("cpu")
+
+
+def configs(kind):
+    import torchrec as package
+
+    config = package.EmbeddingBagConfig if kind == "bag" else package.EmbeddingConfig
+    return [config(name="t", embedding_dim=8, num_embeddings=60, feature_names=["f"])]
+
+
+def fused_bag():
+    from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+
+    return FusedEmbeddingBagCollection(configs("bag"), torch.optim.SGD, {"lr": 0.1})
+
+
+def quantized_bag():
+    from torchrec.quant.embedding_modules import EmbeddingBagCollection
+
+    return EmbeddingBagCollection(configs("bag"), is_weighted=False, device=CPU)
+
+
+def quantized_sequence():
+    from torchrec.quant.embedding_modules import EmbeddingCollection
+
+    return EmbeddingCollection(configs("sequence"), device=CPU)
+
+
+@pytest.mark.parametrize("make", [fused_bag, quantized_bag, quantized_sequence])
+def test_fused_and_quantized_collections_are_refused(make):
+    model = nn.ModuleDict({"sparse": make(), "other": nn.Embedding(100, 8)})
+    for call in (
+        lambda: mec_embed.compress(model, None, contract.CONFIG, progress=False),
+        lambda: torchrec.compress(model, [jagged()], contract.CONFIG, progress=False),
+    ):
+        with pytest.raises(ValueError, match="'sparse' is a .* of TorchRec.*compress the plain"):
+            call()
+    assert type(model["other"]) is nn.Embedding
+
+
+@pytest.fixture
+def one_process():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+def test_sharded_models_are_refused(one_process, ddp):
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.shard import shard_modules
+
+    model = nn.Sequential(small()[0], nn.Linear(8, 1))
+    sharded = (
+        DistributedModelParallel(model, device=CPU)
+        if ddp
+        else shard_modules(nn.Sequential(small()[0]), device=CPU)
+    )
+    with pytest.raises(ValueError, match="of TorchRec.*gathered weights"):
+        mec_embed.compress(sharded, None, contract.CONFIG, progress=False)
+
+
+def test_optimizers_that_wrap_others_are_refused():
+    """Their step() would go past what keeps row steps, and they would keep old tables alive."""
+    from torchrec.optim.keyed import KeyedOptimizerWrapper
+    from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
+
+    model = small()
+    keyed = KeyedOptimizerWrapper(dict(model.named_parameters()), torch.optim.Adam)
+    warm = WarmupOptimizer(keyed, [WarmupStage(WarmupPolicy.LINEAR, max_iters=3)])
+    for optimizer in (keyed, warm):
+        with pytest.raises(ValueError, match="pass those, and wrap them anew"):
+            mec_embed.compress(model, None, contract.CONFIG, optimizer=optimizer, progress=False)
+    assert not contract.tables(model)
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+    mec_embed.compress(model, None, config, optimizer=keyed._optimizer, progress=False)
+
+
+def test_tables_trained_in_backward_are_left_alone():
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model = nn.ModuleDict({"fused": nn.Embedding(60, 8), "plain": nn.Embedding(60, 8)})
+    _apply_optimizer_in_backward(torch.optim.SGD, model["fused"].parameters(), {"lr": 0.1})
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+    report = mec_embed.compress(model, None, config, progress=False)
+    assert type(model["fused"]) is nn.Embedding
+    assert "_apply_optimizer_in_backward" in report.tables[0].reason
+
+
+def test_compressing_twice_says_that_nothing_is_left():
+    model = small()
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+    torchrec.compress(model, [jagged()], config, progress=False)
+    with pytest.raises(ValueError, match="not compressed yet"):
+        torchrec.compress(model, [jagged()], config, progress=False)
