@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import ClickModel
+from click_model import ClickModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ClickModel
+from click_model import ClickModel
 from torch import nn
 
 from mec_embed import CompressedEmbedding, CompressionConfig, compress, decompress

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ClickModel
+from click_model import ClickModel
 from torch import Tensor, nn
 
 from mec_embed import CompressedEmbedding, CompressionConfig, compress, distill
