@@ -18,7 +18,7 @@ from mec_embed import CompressionConfig
 from mec_embed.integrations import deepctr
 
 SIZES = {"user": 20_000, "item": 20_000, "category": 200}
-HISTORY, DIM = 20, 16
+HISTORY, DIM = 10, 16
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def build_model() -> DIN:
         ["item", "category"],
         dnn_hidden_units=(64, 32),
         att_hidden_size=(32, 16),
-        l2_reg_embedding=1.0,  # large, for fit sums the loss over the batch
+        dnn_dropout=0.5,
+        l2_reg_embedding=3.0,  # large, for fit sums the loss over the batch
         init_std=0.01,
     )
     model.compile("adam", "binary_crossentropy", metrics=["auc", "binary_crossentropy"])

@@ -75,7 +75,9 @@ def run_once(
         ratio=options.ratio, codebook_dtype=options.codebook_dtype, seed=seed
     )
     report, seconds = _timed(
-        lambda: compress(model, FrequencyStats.from_batches(model, batches), config)
+        lambda: compress(
+            model, FrequencyStats.from_batches(model, batches), config, batches=batches
+        )
     )
     print(report)
     stages.append(_stage("compressed", model, data, seconds))

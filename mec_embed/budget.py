@@ -51,11 +51,14 @@ class Field:
         table: the vector table, or any table on its own.
         partner: the first-order table, or None.
         weights: popularity weights (rows,) float32; their sum is the number of lookups.
+        fisher: Fisher matrix (dim, dim) of a lookup, see :mod:`mec_embed.sensitivity`; None
+            weighs all directions alike.
     """
 
     table: Table
     partner: Table | None
     weights: Tensor
+    fisher: np.ndarray | None = None
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -126,7 +129,24 @@ class Group:
             share * (cov + np.outer(m - mean, m - mean))
             for share, (m, cov) in zip(shares, moments, strict=True)
         )
+        if self.metric is not None:
+            pooled = self.metric.T @ pooled @ self.metric
         return np.clip(np.linalg.eigvalsh(pooled)[::-1], 0, None)
+
+    @cached_property
+    def metric(self) -> np.ndarray | None:
+        """Matrix (dim, dim) whose product with an error has a squared length that counts it.
+
+        The square root of the mean Fisher matrix of the fields.
+        """
+        matrices = [field.fisher for field in self.fields if field.fisher is not None]
+        if len(matrices) < len(self.fields):
+            return None
+        masses = [float(field.weights.double().sum()) / self.mass for field in self.fields]
+        mean = np.average(matrices, axis=0, weights=masses)
+        values, vectors = np.linalg.eigh(mean)
+        root: np.ndarray = (vectors * np.sqrt(values)) @ vectors.T
+        return root
 
     def layouts(self, shape: Shape, config: CompressionConfig) -> list[list[CodeLayout]]:
         """For each field, the layout of its table and of its partner."""
@@ -169,7 +189,11 @@ class Choice:
 
 
 def make_fields(
-    tables: Sequence[Table], weights: Sequence[Tensor], popularity: Sequence[Hashable], pair: bool
+    tables: Sequence[Table],
+    weights: Sequence[Tensor],
+    popularity: Sequence[Hashable],
+    fishers: Sequence[np.ndarray | None],
+    pair: bool,
 ) -> list[Field]:
     """Tables as fields; with ``pair``, first-order tables join the vector table of their ids.
 
@@ -180,6 +204,7 @@ def make_fields(
         tables: to compress.
         weights: popularity weights (rows,) of each.
         popularity: equal for tables whose rows are equally popular; None where it is not known.
+        fishers: Fisher matrix of each, or None.
         pair: whether to pair at all.
     """
     partners: dict[int, int] = {}
@@ -203,10 +228,25 @@ def make_fields(
                 partners[same[0]] = i
     taken = set(partners.values())
     return [
-        Field(table, tables[partners[i]] if i in partners else None, weights[i])
+        Field(
+            table,
+            tables[partners[i]] if i in partners else None,
+            weights[i],
+            _joint(fishers[i], fishers[partners[i]]) if i in partners else fishers[i],
+        )
         for i, table in enumerate(tables)
         if i not in taken
     ]
+
+
+def _joint(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """Fisher matrix of a table and its partner, taken to be independent."""
+    if first is None or second is None:
+        return None
+    joint = np.zeros((len(first) + len(second),) * 2)
+    joint[: len(first), : len(first)] = first
+    joint[len(first) :, len(first) :] = second
+    return joint
 
 
 def predicted_error(spectrum: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -432,6 +472,7 @@ def assign(
     tables: Sequence[Table],
     weights: Sequence[Tensor],
     popularity: Sequence[Hashable],
+    fishers: Sequence[np.ndarray | None],
     keys: Mapping[Table, Hashable],
     config: CompressionConfig,
     budget: int | None,
@@ -442,6 +483,7 @@ def assign(
         tables: to compress.
         weights: popularity weights (rows,) of each; sums are numbers of lookups.
         popularity: see :func:`make_fields`.
+        fishers: see :func:`make_fields`.
         keys: only tables of equal key share codebooks.
         config: kinds of codes, dtype, explicit shape.
         budget: bytes that ``tables`` may take; None uses the explicit shape.
@@ -451,13 +493,13 @@ def assign(
     """
     may_pair = config.codes == "additive"
     if budget is None:
-        fields = make_fields(tables, weights, popularity, may_pair)
+        fields = make_fields(tables, weights, popularity, fishers, may_pair)
         groups = [Group((field,)) for field in fields]
         return Assignment(groups, [explicit_choice(group, config) for group in groups])
     best: Assignment | None = None
     least: int | None = None
     for pair in (True, False) if may_pair else (False,):
-        fields = make_fields(tables, weights, popularity, pair)
+        fields = make_fields(tables, weights, popularity, fishers, pair)
         share = [tuple(keys[table] for table in field.tables) for field in fields]
         fronts: dict[tuple[int, ...], list[Choice]] = {}
         for groups in partitions(fields, share):

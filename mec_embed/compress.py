@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .budget import Assignment, Field, Group, Shape, assign
 from .config import POPULARITY, CompressionConfig
+from .forward import Forward, default_forward
 from .frequency import FrequencyStats, counts_for_tables
 from .layout import CodeLayout, dtype_name
 from .learning.fit import CodeShape, FittedCodes, Rows, fit_codes
@@ -28,6 +29,7 @@ from .modules import (
     CompressedEmbeddingBag,
 )
 from .report import CompressionReport, TableReport
+from .sensitivity import comparable, fisher_matrices
 from .swap import Optimizers, all_optimizers, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
@@ -54,6 +56,8 @@ def compress(
     freq_stats: Counts,
     config: CompressionConfig | None = None,
     *,
+    batches: Iterable[Any] | None = None,
+    forward: Forward = default_forward,
     optimizer: Optimizers = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -69,6 +73,11 @@ def compress(
             from table name (qualified, or the last part where unambiguous) to counts (rows,), or
             None for uniform weights.
         config: what to aim for; ``CompressionConfig()`` (ratio 50) by default.
+        batches: some training batches (up to 64 are read), to measure by gradients what the
+            predictions depend on, see :mod:`mec_embed.sensitivity`: better codes for additive
+            codes, and better bits for all. None weighs all tables and columns alike.
+        forward: how to call the model on a batch, see :meth:`FrequencyStats.from_batches`. It
+            returns logits or probabilities (batch,) or (batch, 1).
         optimizer: of a training that shall go on (or several): the codebooks take the place of the
             old tables in their groups, and the state of the old tables is dropped.
         device: to learn on; by default where the table is.
@@ -88,7 +97,7 @@ def compress(
         >>> print(report)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    draft = _draft(model, freq_stats, config, optimizer)
+    draft = _draft(model, freq_stats, config, optimizer, batches, forward)
     require_faiss()
     check_finite(draft.tables)
     outcome = _Outcome(draft)
@@ -110,13 +119,15 @@ def plan(
     freq_stats: Counts,
     config: CompressionConfig | None = None,
     *,
+    batches: Iterable[Any] | None = None,
+    forward: Forward = default_forward,
     optimizer: Optimizers = None,
 ) -> CompressionReport:
     """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
 
     Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
     """
-    return _Outcome(_draft(model, freq_stats, config, optimizer)).report(None)
+    return _Outcome(_draft(model, freq_stats, config, optimizer, batches, forward)).report(None)
 
 
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
@@ -180,6 +191,8 @@ def _draft(
     freq_stats: Counts,
     config: CompressionConfig | None,
     optimizer: Optimizers,
+    batches: Iterable[Any] | None,
+    forward: Forward,
 ) -> _Draft:
     check_model(model)
     groups_of = optimizer_groups(all_optimizers(model, optimizer))
@@ -214,7 +227,10 @@ def _draft(
             )
         budget -= alone
     keys = {table: _share_key(table, groups_of) for table in tables}
-    assignment = assign(tables, weights, popularity, keys, config, budget)
+    fishers: list[Any] = [None] * len(tables)
+    if batches is not None:
+        fishers = comparable(tables, fisher_matrices(model, tables, batches, forward))
+    assignment = assign(tables, weights, popularity, fishers, keys, config, budget)
     missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
     return _Draft(
@@ -361,7 +377,9 @@ class _Outcome:
         place = torch.device(device) if device is not None else group.first.table.weight.device
         fitted = fit_codes(
             [Rows(_reader(field, place), field.weights) for field in group.fields],
-            CodeShape(*shape, layouts[0][0].codebook_dtype, _widths(group.first)),
+            CodeShape(
+                *shape, layouts[0][0].codebook_dtype, _widths(group.first), _metric(group, shape)
+            ),
             self.draft.config,
             tell,
         )
@@ -425,6 +443,14 @@ def _untouched(table: SkippedTable) -> TableReport:
 
 def _widths(field: Field) -> tuple[int, ...]:
     return tuple(table.dim for table in field.tables)
+
+
+def _metric(group: Group, shape: Shape) -> Tensor | None:
+    """What additive codes measure errors by; product codes keep their columns apart."""
+    if shape[0] == "product" or group.metric is None:
+        return None
+    # Only ratios matter within a group; the largest at 1 keeps float32 in range.
+    return torch.from_numpy(group.metric / abs(group.metric).max()).float()
 
 
 def _reader(field: Field, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .frequency import Forward, default_forward
+from .forward import Forward, default_forward, eval_mode, prediction
 from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag
 from .tables import find_modules
 
@@ -80,7 +80,7 @@ def distill(
     books = _codebook_sets(model)
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
-    modes = _eval_mode(model), _eval_mode(teacher), _dense_gradients(model)
+    modes = eval_mode(model), eval_mode(teacher), _dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         groups = [{"params": [book], "rate": _codebook_rate(book)} for book in codebooks]
         if train_network:
@@ -117,8 +117,8 @@ class _Loss:
 
     def __call__(self, batch: Any) -> Tensor:
         with torch.no_grad():
-            target = _prediction(self.forward(self.teacher, batch))
-        output = _prediction(self.forward(self.model, batch))
+            target = prediction(self.forward(self.teacher, batch))
+        output = prediction(self.forward(self.model, batch))
         if self.probabilities is None:
             # Logits of a batch that all lie in [0, 1] would mean a model that knows nothing.
             self.probabilities = bool(((target >= 0) & (target <= 1)).all())
@@ -128,17 +128,6 @@ class _Loss:
         if self.probabilities:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
         return F.binary_cross_entropy_with_logits(output, target.sigmoid())
-
-
-def _prediction(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "y_pred" in output:
-        output = output["y_pred"]
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the model returned a {type(output).__name__}, expected a tensor of logits or "
-            "probabilities; pass forward= to pick it"
-        )
-    return output.reshape(-1).float()
 
 
 def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
@@ -225,15 +214,3 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sparse:
             module.sparse = True  # type: ignore[assignment]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

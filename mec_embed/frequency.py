@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .forward import Forward, default_forward, eval_mode
 from .tables import EMBEDDINGS, find_modules
-
-Forward = Callable[[nn.Module, Any], Any]
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)`` for a tensor or mapping, ``model(batch[0])`` for a tuple or list."""
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 class FrequencyStats:
@@ -254,7 +248,6 @@ class IdCounter:
 def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
     """While open, every lookup is counted; mode and hooks are put back after."""
     handles = []
-    training = {module: module.training for module in model.modules()}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         counter.add(module, args[0] if args else kwargs["input"])
@@ -264,14 +257,12 @@ def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
     if not handles:
         raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
-    model.eval()
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
 
 
 def counts_for_tables(

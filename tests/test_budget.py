@@ -167,7 +167,9 @@ def test_sizes_are_those_of_the_layouts(
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
 def test_sizes_of_a_pair_of_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     tables = [_table("v.a", 300, 8, dtypes[0]), _table("w.a", 300, 1, dtypes[1])]
-    _assert_sizes(make_fields(tables, [torch.ones(300)] * 2, [None] * 2, True), "additive", None)
+    _assert_sizes(
+        make_fields(tables, [torch.ones(300)] * 2, [None] * 2, [None] * 2, True), "additive", None
+    )
 
 
 @pytest.mark.parametrize("codes", ["additive", "product"])
@@ -309,7 +311,7 @@ def test_assign_names_the_least_bytes_and_they_are_enough() -> None:
     tables = [_table("a", 3000, 8), _table("b", 500, 8), _table("c", 3000, 1)]
     weights = [torch.ones(table.rows) for table in tables]
     keys: dict[Table, Hashable] = {table: table.dim for table in tables}
-    arguments = (tables, weights, [None] * 3, keys, CompressionConfig(ratio=50))
+    arguments = (tables, weights, [None] * 3, [None] * 3, keys, CompressionConfig(ratio=50))
     with pytest.raises(ValueError, match="cannot fit in 10 bytes; the least possible is") as error:
         assign(*arguments, 10)
     least = int(
@@ -340,7 +342,9 @@ def _pairs(
     tables: list[Table], popularity: list[Hashable] | None = None, pair: bool = True
 ) -> set[tuple[str, str]]:
     weights = [torch.full((table.rows,), float(i + 1)) for i, table in enumerate(tables)]
-    fields = make_fields(tables, weights, popularity or [None] * len(tables), pair)
+    fields = make_fields(
+        tables, weights, popularity or [None] * len(tables), [None] * len(tables), pair
+    )
     held = [table for field in fields for table in field.tables]
     assert sorted(t.name for t in held) == sorted(t.name for t in tables)
     for field in fields:
@@ -450,13 +454,13 @@ def test_a_table_of_more_lookups_gets_more_bits() -> None:
     keys: dict[Table, Hashable] = {table: table.name for table in tables}
     config = CompressionConfig(ratio=12)
     budget = 2 * 4000 * 16 * 4 // 12
-    found = assign(tables, weights, [None, None], keys, config, budget)
+    found = assign(tables, weights, [None, None], [None, None], keys, config, budget)
     bits = {
         group.first.table.name: choice.shape[1] * np.log2(choice.shape[2])
         for group, choice in zip(found.groups, found.chosen, strict=True)
     }
     assert bits["often"] >= bits["seldom"] + 10
-    turned = assign(tables, weights[::-1], [None, None], keys, config, budget)
+    turned = assign(tables, weights[::-1], [None, None], [None, None], keys, config, budget)
     swapped = [choice.shape for choice in turned.chosen]
     assert swapped == [choice.shape for choice in found.chosen][::-1]
 
@@ -465,7 +469,7 @@ def test_a_table_of_more_variance_gets_more_bits() -> None:
     tables = [_table("loud", 4000, 16, scale=10.0), _table("quiet", 4000, 16, scale=0.1)]
     weights = [torch.ones(4000)] * 2
     keys: dict[Table, Hashable] = {table: table.name for table in tables}
-    found = assign(tables, weights, [1, 2], keys, CompressionConfig(ratio=12), 42_000)
+    found = assign(tables, weights, [1, 2], [None, None], keys, CompressionConfig(ratio=12), 42_000)
     sizes = {g.first.table.name: c.nbytes for g, c in zip(found.groups, found.chosen, strict=True)}
     assert sizes["loud"] > 1.5 * sizes["quiet"]
 

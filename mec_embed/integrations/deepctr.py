@@ -16,8 +16,11 @@ from ..config import CompressionConfig
 from ..frequency import FrequencyStats
 from ..regularization import Compressed, table_penalty, trainable_tables
 from ..report import CompressionReport
+from ..sensitivity import MOST_BATCHES
 from .counting import Lookups, count_features, whole_numbers
 
+#: Examples in a batch of those that measure sensitivity.
+_BATCH = 512
 #: (table, weight of L1, weight of L2)
 Term = tuple[nn.Module, float, float]
 
@@ -32,8 +35,9 @@ def compress(
 ) -> CompressionReport:
     """Count the ids of ``x``, then :func:`mec_embed.compress` the model in place.
 
-    The model's own optimizer goes on with the codebooks, and its L1 and L2 terms keep their
-    meaning (see :mod:`mec_embed.regularization`).
+    Some rows of ``x`` also measure what the predictions depend on (``batches=`` of
+    :func:`mec_embed.compress`). The model's own optimizer goes on with the codebooks, and its L1
+    and L2 terms keep their meaning (see :mod:`mec_embed.regularization`).
 
     Args:
         model: a DeepCTR-Torch model, trained.
@@ -50,7 +54,14 @@ def compress(
         >>> report = deepctr.compress(model, x)  # doctest: +SKIP
     """
     stats = frequencies(model, x)
-    return compress_model(model, stats, config, device=device, progress=progress)
+    return compress_model(
+        model,
+        stats,
+        config,
+        batches=_batches(model, _columns(model, x)),
+        device=device,
+        progress=progress,
+    )
 
 
 def frequencies(model: nn.Module, x: Any) -> FrequencyStats:
@@ -106,6 +117,15 @@ def _columns(model: Any, x: Any) -> dict[str, np.ndarray]:
     else:
         raise TypeError(f"x must be a mapping or a list of arrays, got {type(x).__name__}")
     return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+
+
+def _batches(model: Any, columns: dict[str, np.ndarray]) -> list[Tensor]:
+    """Rows of ``x``, drawn at random, as ``forward`` takes them: float32 (batch, columns)."""
+    examples = len(next(iter(columns.values())))
+    rows = np.random.default_rng(0).permutation(examples)[: MOST_BATCHES * _BATCH]
+    wide = [np.reshape(array[rows], (len(rows), -1)) for array in columns.values()]
+    x = torch.from_numpy(np.concatenate(wide, 1).astype(np.float32)).to(model.device)
+    return list(x.split(_BATCH))
 
 
 def _ids(model: nn.Module, columns: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

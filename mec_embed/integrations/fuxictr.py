@@ -32,9 +32,11 @@ def compress(
 ) -> CompressionReport:
     """Count the ids of ``data``, then :func:`mec_embed.compress` the model in place.
 
-    The model's own optimizer goes on with the codebooks, ``regularization_loss`` keeps its meaning
-    (see :mod:`mec_embed.regularization`), and ``checkpoint`` gets a new name, so that the next
-    ``fit`` does not overwrite the best uncompressed weights.
+    From a loader, some batches also measure what the predictions depend on (``batches=`` of
+    :func:`mec_embed.compress`). The model's own optimizer goes on with the codebooks,
+    ``regularization_loss`` keeps its meaning (see :mod:`mec_embed.regularization`), and
+    ``checkpoint`` gets a new name, so that the next ``fit`` does not overwrite the best
+    uncompressed weights.
 
     Args:
         model: a FuxiCTR model (a ``BaseModel``), trained.
@@ -50,8 +52,22 @@ def compress(
         >>> model.fit(train_gen, validation_data=valid_gen, epochs=10)  # doctest: +SKIP
         >>> report = fuxictr.compress(model, train_gen)  # doctest: +SKIP
     """
-    stats = frequencies(model, data)
-    return compress_model(model, stats, config, device=device, progress=progress)
+    data = _unpacked(data)
+    return compress_model(
+        model,
+        frequencies(model, data),
+        config,
+        batches=None if isinstance(data, (str, Path, Mapping)) else data,
+        forward=_predictions,
+        device=device,
+        progress=progress,
+    )
+
+
+def _predictions(model: nn.Module, batch: Any) -> Tensor:
+    """Predictions (batch, tasks)."""
+    output = model(batch)
+    return torch.cat([v.flatten(1) for k, v in output.items() if k.endswith("_pred")], 1)
 
 
 def frequencies(model: nn.Module, data: Any) -> FrequencyStats:
@@ -97,11 +113,17 @@ def _real_ids(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _batches(data: Any, features: set[str]) -> Iterable[Mapping[str, Any]]:
+def _unpacked(data: Any) -> Any:
+    """The training part of what a data loader of FuxiCTR returns."""
     if hasattr(data, "make_iterator"):
         data = data.make_iterator()
     if isinstance(data, (tuple, list)) and data and not isinstance(data[0], Mapping):
         data = data[0]  # RankDataLoader returns (train, valid) or (train, valid, test)
+    return data
+
+
+def _batches(data: Any, features: set[str]) -> Iterable[Mapping[str, Any]]:
+    data = _unpacked(data)
     if isinstance(data, Mapping):
         return [data]
     if isinstance(data, (str, Path)):

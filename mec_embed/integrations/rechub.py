@@ -30,6 +30,9 @@ def compress(
 ) -> CompressionReport:
     """Count the ids of ``data``, then :func:`mec_embed.compress` the model in place.
 
+    From a loader, some batches also measure what the predictions depend on (``batches=`` of
+    :func:`mec_embed.compress`).
+
     Args:
         model: a torch-rechub model, trained.
         data: the training loader, as :func:`frequencies` takes it.
@@ -52,6 +55,8 @@ def compress(
         model,
         frequencies(model, data),
         config,
+        batches=None if isinstance(data, Mapping) else data,
+        forward=_predictions,
         optimizer=optimizer,
         device=device,
         progress=progress,
@@ -59,6 +64,13 @@ def compress(
     if trainer is not None:
         _go_on(trainer)
     return report
+
+
+def _predictions(model: nn.Module, batch: Any) -> Any:
+    """Predictions; of models with a loss of their own (``loss_mode=False``), the first output."""
+    device = next(model.parameters()).device
+    output = model({name: values.to(device) for name, values in batch[0].items()})
+    return output[0] if isinstance(output, tuple) else output
 
 
 def frequencies(model: nn.Module, data: Any) -> FrequencyStats:

@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
+from ..forward import Forward, default_forward
 from ..frequency import FrequencyStats
 from ..regularization import Compressed
 from ..report import CompressionReport
@@ -42,6 +43,7 @@ def compress(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    forward: Forward | None = None,
     optimizer: Optimizers = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -55,6 +57,8 @@ def compress(
         model: with ``EmbeddingBagCollection`` or ``EmbeddingCollection`` modules, trained.
         batches: the training data, as :func:`frequencies` takes it.
         config: as in :func:`mec_embed.compress`.
+        forward: how to call the model on a batch, to measure what its predictions depend on
+            (``batches=`` of :func:`mec_embed.compress`); not measured without.
         optimizer: as in :func:`mec_embed.compress`.
         device: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
@@ -65,9 +69,15 @@ def compress(
     Example:
         >>> report = torchrec.compress(model, batches, optimizer=optimizer)  # doctest: +SKIP
     """
-    stats = frequencies(model, batches)
     return compress_model(
-        model, stats, config, optimizer=optimizer, device=device, progress=progress
+        model,
+        frequencies(model, batches),
+        config,
+        batches=None if forward is None else batches,
+        forward=forward or default_forward,
+        optimizer=optimizer,
+        device=device,
+        progress=progress,
     )
 
 

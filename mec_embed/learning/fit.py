@@ -37,6 +37,8 @@ class CodeShape:
         num_subvectors, codebook_size: M and K.
         dtype: that codebooks are stored in.
         widths: columns that are stored together; a scale of int8 codebooks covers one of them.
+        metric: matrix (D, D) float32, or None; the error of a row is the squared length of its
+            product with it. Product codes take none.
     """
 
     kind: CodeKind
@@ -44,6 +46,7 @@ class CodeShape:
     codebook_size: int
     dtype: torch.dtype
     widths: tuple[int, ...]
+    metric: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -192,34 +195,42 @@ def _read_sample(
 class _Units:
     """Learning works on rows of weighted mean 0 and variance 1; codebooks are stored in real units.
 
-    The mean is part of the first additive codebook, or of every product codebook.
+    The mean is part of the first additive codebook, or of every product codebook. With a metric,
+    rows are multiplied by it, so that plain distances are those that count.
     """
 
     shape: CodeShape
     mean: Tensor
     scale: Tensor
+    metric: Tensor | None
+    inverse: Tensor | None
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor, shape: CodeShape) -> _Units:
         """Units in which rows (n, D) have mean 0 and a variance, summed over columns, of 1."""
+        metric = None if shape.metric is None else shape.metric.to(x.device)
+        inverse = None if metric is None else torch.linalg.inv(metric.double()).float()
         share = (weights / weights.sum())[:, None]
         mean = (share * x).sum(0)
-        variance = (share * (x - mean).square()).sum()
+        centred = _times(x - mean, metric)
+        variance = (share * centred.square()).sum()
         # What is left of equal rows is rounding, not variance.
-        flat = variance <= 1e-12 * (share * x.square()).sum()
-        return cls(shape, mean, torch.ones_like(variance) if flat else variance.sqrt())
+        flat = variance <= 1e-12 * (share * _times(x, metric).square()).sum()
+        scale = torch.ones_like(variance) if flat else variance.sqrt()
+        return cls(shape, mean, scale, metric, inverse)
 
     def normalise(self, x: Tensor) -> Tensor:
         """Rows (n, D) in learning units."""
-        return (x - self.mean) / self.scale
+        return _times(x - self.mean, self.metric) / self.scale
 
     def stored(self, codebooks: Tensor) -> Tensor:
         """Codebooks in real units, from learning units, rounded as they will be stored."""
-        return self.shape.round(codebooks * self.scale + self._offset(codebooks))
+        real = _times(codebooks * self.scale, self.inverse)
+        return self.shape.round(real + self._offset(codebooks))
 
     def learned(self, stored: Tensor) -> Tensor:
         """Codebooks in learning units, from real ones."""
-        return (stored - self._offset(stored)) / self.scale
+        return _times(stored - self._offset(stored), self.metric) / self.scale
 
     def _offset(self, codebooks: Tensor) -> Tensor:
         count, _, width = codebooks.shape
@@ -228,6 +239,11 @@ class _Units:
         offset = codebooks.new_zeros(count, 1, width)
         offset[0, 0] = self.mean
         return offset
+
+
+def _times(rows: Tensor, matrix: Tensor | None) -> Tensor:
+    """Rows (..., D) times a matrix (D, D), where there is one."""
+    return rows if matrix is None else rows @ matrix
 
 
 class _Learner:

@@ -1,0 +1,1 @@
+"""AUC at equal real bytes: our method against what one could use instead."""

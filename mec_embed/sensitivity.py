@@ -1,0 +1,137 @@
+"""How much the predictions of a model change when a row of a table does.
+
+For a small change ``d`` of the row that a lookup returns, the expected rise of the log loss, over
+labels that the model itself predicts, is ``d^T G d / 2`` with the Fisher matrix
+``G = E[p (1 - p) J^T J]``, where ``J`` is the gradient of the logit and ``p`` the probability of a
+click. Errors measured by ``G`` can be compared between tables, and columns that the model does not
+look at cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .forward import Forward, eval_mode, prediction
+from .tables import Table
+
+#: Batches read, at most: the mean over these is precise enough.
+MOST_BATCHES = 64
+#: Added to the diagonal, relative to its mean: keeps directions that these batches did not reach.
+_LEAST = 0.05
+
+
+def fisher_matrices(
+    model: nn.Module, tables: Sequence[Table], batches: Iterable[Any], forward: Forward
+) -> list[np.ndarray | None]:
+    """The Fisher matrix (dim, dim) float64 of one lookup of each table; None where none was seen.
+
+    Args:
+        model: returns logits or probabilities (batch,) or (batch, tasks); it runs in eval mode,
+            its weights, gradients and modes are left as they were.
+        tables: of the model.
+        batches: what ``forward`` takes; the first 64 are read.
+        forward: how to call the model on a batch.
+
+    Raises:
+        ValueError: batches is empty, or a gradient is NaN or infinite.
+    """
+    totals = {table: np.zeros((table.dim, table.dim)) for table in tables}
+    lookups = dict.fromkeys(tables, 0)
+    seen: list[tuple[Table, Tensor, float]] = []
+    read = 0
+    generator = torch.Generator().manual_seed(0)
+    with eval_mode(model), torch.enable_grad(), _watched(tables, seen):
+        for batch in batches:
+            seen.clear()
+            logits = _fisher_logits(prediction(forward(model, batch)), generator)
+            leaves = [leaf for _, leaf, _ in seen]
+            grads = torch.autograd.grad(logits.sum(), leaves, allow_unused=True) if leaves else ()
+            for (table, leaf, scale), grad in zip(seen, grads, strict=True):
+                lookups[table] += leaf.numel() // table.dim
+                if grad is not None:
+                    flat = grad.reshape(-1, table.dim).double() * scale
+                    totals[table] += (flat.T @ flat).cpu().numpy()
+            read += 1
+            if read == MOST_BATCHES:
+                break
+    if not read:
+        raise ValueError("batches is empty; pass a list or a DataLoader of training batches")
+    return [_mean(table, totals[table], lookups[table]) for table in tables]
+
+
+def comparable(
+    tables: Sequence[Table], matrices: Sequence[np.ndarray | None]
+) -> list[np.ndarray | None]:
+    """Matrices for all tables or for none: those not seen get the mean over the others."""
+    known = [m.trace() / len(m) for m in matrices if m is not None]
+    if not known:
+        return [None] * len(tables)
+    usual = float(np.mean(known))
+    return [
+        usual * np.eye(table.dim) if matrix is None else matrix
+        for table, matrix in zip(tables, matrices, strict=True)
+    ]
+
+
+def _mean(table: Table, total: np.ndarray, lookups: int) -> np.ndarray | None:
+    if not np.isfinite(total).all():
+        raise ValueError(
+            f"table {table.name!r}: the model's gradients are NaN or infinite for these batches; "
+            "check the model and the batches, or compress without batches="
+        )
+    if not lookups or not total.any():
+        return None
+    mean: np.ndarray = total / lookups
+    mean[np.diag_indices_from(mean)] += _LEAST * mean.trace() / len(mean)
+    return mean
+
+
+def _fisher_logits(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Scalars whose sum has a gradient g with E[g g^T] equal to the Fisher matrix.
+
+    Random signs let the products between different outputs cancel out on average: of several
+    tasks, and of examples that a layer mixes.
+    """
+    values = output.detach()
+    if bool(((values >= 0) & (values <= 1)).all()):
+        scale = (values * (1 - values)).clamp(min=1e-8).rsqrt()
+    else:
+        chance = values.sigmoid()
+        scale = (chance * (1 - chance)).sqrt()
+    signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device) * 2 - 1
+    return output * scale * signs
+
+
+@contextmanager
+def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, float]]) -> Iterator[None]:
+    """While open, every lookup adds (table, its output as a leaf, scale of gradients)."""
+    handles = []
+    for table in tables:
+        hook = _watcher(table, seen)
+        handles.append(table.module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watcher(table: Table, seen: list[tuple[Table, Tensor, float]]) -> Any:
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        leaf = output.detach().float().requires_grad_()
+        scale = 1.0
+        if isinstance(module, nn.EmbeddingBag) and module.mode == "mean":
+            ids = args[0] if args else kwargs["input"]
+            # One id moves the mean of its bag by its share.
+            scale = len(output) / max(1, ids.numel())
+        seen.append((table, leaf, scale))
+        # A copy: what comes next may work in place, which a leaf refuses.
+        return leaf.to(output.dtype, copy=True)
+
+    return watch

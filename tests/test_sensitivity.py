@@ -1,0 +1,192 @@
+"""Fisher matrices of tables, and what compress() makes of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mec_embed import CompressionConfig, compress, plan
+from mec_embed.forward import default_forward
+from mec_embed.sensitivity import MOST_BATCHES, comparable, fisher_matrices
+from mec_embed.tables import find_tables
+
+DIM = 4
+
+
+class Linear(nn.Module):
+    """A logit that is linear in the vectors, so that its Fisher matrix is known."""
+
+    def __init__(self, rows=200, probability=False, bag=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = (
+            nn.EmbeddingBag(rows, DIM, mode=bag) if bag else nn.Embedding(rows, DIM)
+        )
+        self.unused = nn.Embedding(rows, DIM)
+        self.weight = nn.Parameter(torch.tensor([3.0, 1.0, 0.1, 0.0]))
+        self.probability = probability
+
+    def forward(self, ids):
+        logit = self.table(ids).reshape(len(ids), -1, DIM).sum(1) @ self.weight
+        return logit.sigmoid() if self.probability else logit
+
+
+def matrices(model, batches, forward=default_forward):
+    tables, _ = find_tables(model, CompressionConfig())
+    return dict(
+        zip(
+            [table.name for table in tables],
+            fisher_matrices(model, tables, batches, forward),
+            strict=True,
+        )
+    )
+
+
+def expected(model, ids):
+    """Mean of p (1 - p) w w^T, and what is added to the diagonal."""
+    with torch.no_grad():
+        chance = model(ids) if model.probability else model(ids).sigmoid()
+    weight = model.weight.detach().double().numpy()
+    matrix = float((chance * (1 - chance)).double().mean()) * np.outer(weight, weight)
+    return matrix + 0.05 * matrix.trace() / DIM * np.eye(DIM)
+
+
+@pytest.mark.parametrize("probability", [False, True])
+def test_linear_model(probability):
+    model = Linear(probability=probability)
+    ids = torch.arange(200)
+    found = matrices(model, ids.split(64))
+    np.testing.assert_allclose(found["table"], expected(model, ids), rtol=1e-4, atol=1e-7)
+    assert found["unused"] is None
+
+
+@pytest.mark.parametrize(("bag", "part"), [("sum", 1.0), ("mean", 1 / 3)])
+def test_one_id_of_a_bag_moves_a_mean_less(bag, part):
+    model = Linear(bag=bag)
+    ids = torch.randint(200, (300, 3))
+    found = matrices(model, [ids])["table"]
+    whole = expected(model, ids)
+    np.testing.assert_allclose(found, whole * part**2, rtol=1e-4, atol=1e-7)
+
+
+def test_model_is_left_as_it_was():
+    model = Linear().train()
+    model.table.weight.grad = torch.ones_like(model.table.weight)
+    before = copy.deepcopy(model.state_dict())
+    matrices(model, [torch.arange(10)])
+    assert model.training and model.table.training
+    assert not model.table._forward_hooks and not model.table._forward_hooks_with_kwargs
+    assert model.table.weight.grad.eq(1).all() and model.weight.grad is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_frozen_tables_and_in_place_models_are_measured():
+    class InPlace(Linear):
+        def forward(self, ids):
+            vectors = self.table(ids)
+            vectors.mul_(2)
+            return vectors @ self.weight
+
+    model = InPlace()
+    model.table.requires_grad_(False)
+    assert matrices(model, [torch.arange(10)])["table"].trace() > 0
+
+
+def test_several_tasks_do_not_mix():
+    """Two outputs that read different columns: no product between these columns is left."""
+
+    class Tasks(Linear):
+        def forward(self, ids):
+            return self.table(ids)[:, :2]
+
+    model = Tasks()
+    found = matrices(model, torch.arange(200).repeat(50).split(200))["table"]
+    assert abs(found[0, 1]) < 0.1 * found[0, 0]
+
+
+def test_reads_no_more_batches_than_it_needs():
+    read = []
+
+    def batches():
+        for number in range(1000):
+            read.append(number)
+            yield torch.arange(10)
+
+    matrices(Linear(), batches())
+    assert len(read) == MOST_BATCHES
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="batches is empty"):
+        matrices(Linear(), [])
+    model = Linear()
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="'table'.*NaN or infinite"):
+        matrices(model, [torch.arange(10)])
+    with pytest.raises(TypeError, match="pass forward="):
+        matrices(Linear(), [torch.arange(10)], lambda model, batch: (model(batch), 1))
+
+
+def test_comparable_gives_the_mean_to_tables_that_were_not_seen():
+    tables, _ = find_tables(Linear(), CompressionConfig())
+    seen = np.diag([1.0, 2.0, 3.0, 6.0])
+    filled = comparable(tables, [seen, None])
+    np.testing.assert_array_equal(filled[0], seen)
+    np.testing.assert_array_equal(filled[1], 3 * np.eye(DIM))
+    assert comparable(tables, [None, None]) == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_compress_spends_its_codes_on_what_the_model_looks_at(dtype):
+    model = Linear(rows=3000)
+    batches = torch.randint(3000, (20, 500)).unbind(0)
+    before = model(torch.arange(3000)).detach()
+    config = CompressionConfig(num_subvectors=3, codebook_size=16, codebook_dtype=dtype)
+    errors = {}
+    for name, some in (("plain", None), ("measured", batches)):
+        one = copy.deepcopy(model)
+        compress(one, None, config, batches=some, progress=False)
+        errors[name] = float((one(torch.arange(3000)).detach() - before).square().mean())
+    assert errors["measured"] < 0.5 * errors["plain"]
+
+
+def test_the_planner_gives_bits_to_the_table_that_matters():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Embedding(3000, 8), nn.Embedding(3000, 8)
+
+        def forward(self, ids):
+            return self.a(ids).sum(1) + 0.01 * self.b(ids).sum(1)
+
+    batches = torch.randint(3000, (5, 500)).unbind(0)
+    config = CompressionConfig(ratio=15)
+    bits = {t.name: t.row_bits for t in plan(Two(), None, config, batches=batches).tables}
+    assert bits["a"] > 2 * bits["b"]
+    # Without batches the two are alike.
+    alike = {t.name: t.row_bits for t in plan(Two(), None, config).tables}
+    assert alike["a"] == pytest.approx(alike["b"], abs=2)
+
+
+def test_product_codes_use_it_for_bits_only():
+    model = Linear(rows=3000)
+    batches = torch.randint(3000, (5, 500)).unbind(0)
+    config = CompressionConfig(num_subvectors=2, codebook_size=16, codes="product", epochs=0)
+    twin = copy.deepcopy(model)
+    compress(model, None, config, batches=batches, progress=False)
+    compress(twin, None, config, progress=False)
+    assert torch.equal(model.table.codes, twin.table.codes)
+
+
+def test_gradients_off_outside():
+    """compress() under no_grad measures all the same."""
+    model = Linear(rows=3000)
+    batches = torch.randint(3000, (5, 500)).unbind(0)
+    config = CompressionConfig(num_subvectors=2, codebook_size=16, epochs=0)
+    with torch.no_grad():
+        compress(model, None, config, batches=batches, progress=False)
+    assert model.table.codebooks.requires_grad
