@@ -33,7 +33,7 @@ def fisher_matrices(
 
     Args:
         model: returns logits or probabilities (batch,) or (batch, tasks); it runs in eval mode,
-            its weights, gradients and modes are left as they were.
+            its weights, gradients, modes and attributes are left as they were.
         tables: of the model.
         batches: what ``forward`` takes; the first 64 are read.
         forward: how to call the model on a batch.
@@ -46,7 +46,7 @@ def fisher_matrices(
     seen: list[tuple[Table, Tensor, float]] = []
     read = 0
     generator = torch.Generator().manual_seed(0)
-    with eval_mode(model), torch.enable_grad(), _watched(tables, seen):
+    with eval_mode(model), _attributes_kept(model), torch.enable_grad(), _watched(tables, seen):
         for batch in batches:
             seen.clear()
             logits = _fisher_logits(prediction(forward(model, batch)), generator)
@@ -106,6 +106,18 @@ def _fisher_logits(output: Tensor, generator: torch.Generator) -> Tensor:
         scale = (chance * (1 - chance)).sqrt()
     signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device) * 2 - 1
     return output * scale * signs
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What forward sets on modules, such as losses beside the output, would hold its graph."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextmanager

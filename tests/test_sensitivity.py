@@ -21,9 +21,7 @@ class Linear(nn.Module):
     def __init__(self, rows=200, probability=False, bag=None):
         super().__init__()
         torch.manual_seed(0)
-        self.table = (
-            nn.EmbeddingBag(rows, DIM, mode=bag) if bag else nn.Embedding(rows, DIM)
-        )
+        self.table = nn.EmbeddingBag(rows, DIM, mode=bag) if bag else nn.Embedding(rows, DIM)
         self.unused = nn.Embedding(rows, DIM)
         self.weight = nn.Parameter(torch.tensor([3.0, 1.0, 0.1, 0.0]))
         self.probability = probability
@@ -80,6 +78,20 @@ def test_model_is_left_as_it_was():
     assert not model.table._forward_hooks and not model.table._forward_hooks_with_kwargs
     assert model.table.weight.grad.eq(1).all() and model.weight.grad is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_forward_leaves_on_a_module_is_taken_back():
+    class Auxiliary(Linear):
+        auxiliary = None
+
+        def forward(self, ids):
+            logit = super().forward(ids)
+            self.auxiliary = logit.square().mean()
+            return logit
+
+    model = Auxiliary()
+    matrices(model, [torch.arange(10)])
+    assert model.auxiliary is None
 
 
 def test_frozen_tables_and_in_place_models_are_measured():

@@ -131,7 +131,8 @@ def _batches(model: Any, columns: dict[str, np.ndarray]) -> list[Tensor]:
 def _ids(model: nn.Module, columns: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """Ids of each feature that reach the model's pooling."""
     for name, column in _feature_columns(model).items():
-        ids = whole_numbers(name, columns[name])
+        # Models get one float32 matrix, in which ids above 2^24 are rounded.
+        ids = whole_numbers(name, columns[name].astype(np.float32))
         if hasattr(column, "maxlen"):
             ids = ids.reshape(len(ids), -1)
             if column.length_name is None:
