@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("mec_embed needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,examples,dev,fuxictr,deepctr,rechub]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,examples,bench,dev,fuxictr,deepctr,rechub]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps torchrec fbgemm-gpu-cpu
 	$(BIN)/python -m pip install -c constraints.txt tensordict torchmetrics pyre-extensions
 	@touch $@

@@ -8,6 +8,7 @@ from .distill import distill
 from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import CompressedEmbedding, CompressedEmbeddingBag
+from .optimization import keep_row_steps
 from .report import CompressionReport, TableReport
 from .storage import FormatError, load, save
 
@@ -25,6 +26,7 @@ __all__ = [
     "decompress",
     "distill",
     "integrations",
+    "keep_row_steps",
     "load",
     "plan",
     "save",

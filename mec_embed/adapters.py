@@ -65,12 +65,16 @@ def has_base(module: nn.Module, package: str, *names: str) -> bool:
     )
 
 
+#: As a value for :func:`set_attributes`: delete the attribute.
+DELETE = object()
+
+
 def set_attributes(owner: object, **values: object) -> Undo:
-    """Set plain attributes of an object, None to delete; returns how to put the old ones back."""
+    """Set or delete plain attributes of an object; returns how to put the old ones back."""
     held = vars(owner)
     before = {name: held[name] for name in values if name in held}
     for name, value in values.items():
-        if value is None:
+        if value is DELETE:
             held.pop(name, None)
         else:
             held[name] = value

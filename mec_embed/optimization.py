@@ -21,6 +21,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,61 +46,164 @@ _PENALISING = (
     torch.optim.ASGD,
 )
 
+#: Optimizers whose weight decay shrinks parameters beside the step, whatever their groups say.
+_DECOUPLED = tuple(
+    getattr(torch.optim, name) for name in ("AdamW", "Adafactor") if hasattr(torch.optim, name)
+)
+#: Optimizers that keep more of their parameters than a step, or want matrices.
+_REFUSED = ("LBFGS", "Muon")
+
 
 def keep_row_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
     """Let an optimizer move the rows of the model's compressed tables as it would dense ones.
 
-    By hooks around ``step()``: groups, and schedulers that know them, stay as they are. Hooks that
-    an earlier call has set are replaced.
+    :func:`mec_embed.compress`, ``decompress`` and ``load`` do this for the optimizers they are
+    given and those that a framework's model holds. Call it for an optimizer that is made later, or
+    copied or unpickled (torch drops hooks then).
+
+    By hooks around ``step()``: groups, and schedulers that know them, stay as they are.
+
+    Args:
+        optimizer: over parameters of the model; calling again changes nothing.
+        model: with compressed tables.
+
+    Returns:
+        A function that takes the hooks away again.
+
+    Raises:
+        ValueError: an optimizer whose steps cannot be divided among rows (LBFGS, Muon), or that
+            wraps another.
+
+    Example:
+        >>> optimizer = torch.optim.Adam(model.parameters())  # doctest: +SKIP
+        >>> keep_row_steps(optimizer, model)  # doctest: +SKIP
     """
+    check_optimizer(optimizer)
     hooks: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     before = [dict(held) for held in hooks]
-    for held in hooks:
-        for key, hook in list(held.items()):
-            if isinstance(getattr(hook, "__self__", None), _RowSteps):
-                del held[key]
-    tables = [m for m in model.modules() if isinstance(m, Compressed)]
-    if tables:
-        steps = _RowSteps(tables)
-        optimizer.register_step_pre_hook(steps.before)
-        optimizer.register_step_post_hook(steps.after)
 
     def undo() -> None:
         for held, old in zip(hooks, before, strict=True):
             held.clear()
             held.update(old)
 
+    try:
+        tables = [m for m in model.modules() if isinstance(m, Compressed)]
+        tables += _taken_away(optimizer, hooks)
+        if tables:
+            steps = _RowSteps(list(dict.fromkeys(tables)))
+            optimizer.register_step_pre_hook(steps.before)
+            optimizer.register_step_post_hook(steps.after)
+    except BaseException:
+        undo()
+        raise
     return undo
+
+
+def _taken_away(optimizer: torch.optim.Optimizer, hooks: list[Any]) -> list[Compressed]:
+    """Removes earlier hooks; their tables, of whichever model, that the optimizer still trains."""
+    found: list[Compressed] = []
+    for held in hooks:
+        for key, hook in list(held.items()):
+            steps = getattr(hook, "__self__", None)
+            if isinstance(steps, _RowSteps):
+                del held[key]
+                found += steps.tables()
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return [table for table in found if id(table.codebooks) in trained]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for optimizers whose steps cannot be kept."""
+    kind = type(optimizer).__name__
+    inside = [getattr(optimizer, name, None) for name in ("_optimizer", "_optims", "optimizer")]
+    hooked = hasattr(optimizer, "_optimizer_step_pre_hooks")
+    if any(one is not None for one in inside) or not hooked:
+        raise ValueError(
+            f"optimizer is a {kind}, which keeps parameters of the optimizers inside it; pass "
+            "those, and wrap them anew afterwards"
+        )
+    if kind in _REFUSED:
+        raise ValueError(
+            f"optimizer is a {kind}, whose steps cannot be divided among rows; leave it out, and "
+            "make a new one over the parameters of the compressed model"
+        )
+
+
+@dataclass
+class _Begun:
+    """One codebook set during a step."""
+
+    books: Tensor
+    rows: Tensor
+    summands: int
+    group: dict[str, Any]
+    start: Tensor
+    grad: Tensor | None = None
 
 
 class _RowSteps:
     """The hooks around the steps of one optimizer."""
 
     def __init__(self, tables: list[Compressed]) -> None:
-        self.tables = [weakref.ref(table) for table in tables]
-        #: (codebooks, where the step starts from, part of the step that is taken)
-        self.begun: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._tables = [weakref.ref(table) for table in tables]
+        self.begun: list[_Begun] = []
+
+    def tables(self) -> list[Compressed]:
+        """Those that are still there."""
+        return [table for table in (ref() for ref in self._tables) if table is not None]
 
     @torch.no_grad()
-    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Add weight decay for all rows; remember where each codebook starts from."""
-        self.begun = []
-        for books, rows, summands, group in self._held(optimizer):
-            decay = group.get("weight_decay") or 0.0
-            start = books.clone()
-            if _decoupled(optimizer, group):
-                start *= 1 - group["lr"] * decay
-            elif decay and isinstance(optimizer, _PENALISING):
-                _add_penalty(optimizer, group, books, (rows - 1) * books * decay)
-            sums = isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
-            part = (1 / rows if sums else rows.rsqrt()) / summands
-            self.begun.append((books, start, part))
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Remember where each codebook starts from; add weight decay for all rows."""
+        self.begun = [
+            _Begun(books, rows, summands, group, books.clone())
+            for books, rows, summands, group in self._held(optimizer)
+        ]
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_penalties(optimizer)
+            return None
+
+        def with_penalties() -> Any:
+            loss = closure()
+            self._add_penalties(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": with_penalties}
+
+    @torch.no_grad()
+    def _add_penalties(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add to gradients what the optimizer's own weight decay leaves out."""
+        for one in self.begun:
+            decay, grad = one.group.get("weight_decay"), one.books.grad
+            penalises = isinstance(optimizer, _PENALISING) and not _decoupled(optimizer, one.group)
+            if not decay or not penalises or grad is None or grad.is_sparse:
+                continue
+            one.grad = grad.clone()
+            more = (one.rows - 1) * one.books * (-decay if one.group.get("maximize") else decay)
+            # Fused optimizers under a GradScaler see gradients that are still scaled.
+            scale = getattr(optimizer, "grad_scale", None)
+            grad.add_(more if scale is None else more * scale)
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Take each codeword back to its part of the step."""
-        for books, start, part in self.begun:
-            books.copy_(start + part * (books - start))
+        """Take each codeword back to its part of the step, and gradients to what they were."""
+        sums = isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
+        overflow = getattr(optimizer, "found_inf", None)
+        for one in self.begun:
+            books = one.books
+            if books.grad is None:
+                continue  # the optimizer has passed it over
+            start = one.start
+            if _decoupled(optimizer, one.group):
+                start = start * (1 - one.group["lr"] * (one.group.get("weight_decay") or 0.0))
+            part = (1 / one.rows if sums else one.rows.rsqrt()) / one.summands
+            moved = start + part * (books - start)
+            # After an overflow, a fused optimizer under a GradScaler has not moved anything.
+            books.copy_(moved if overflow is None else torch.where(overflow > 0, one.start, moved))
+            if one.grad is not None:
+                books.grad.copy_(one.grad)
         self.begun = []
 
     def _held(
@@ -107,8 +211,8 @@ class _RowSteps:
     ) -> Iterator[tuple[Tensor, Tensor, int, dict[str, Any]]]:
         """(codebooks, rows (M, K, 1) that use each codeword, codewords summed, group)."""
         users: dict[int, list[Compressed]] = defaultdict(list)
-        for table in [ref() for ref in self.tables]:
-            if table is not None and table.layout.bits:
+        for table in self.tables():
+            if table.layout.bits:
                 users[id(table.codebooks)].append(table)
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -121,16 +225,4 @@ class _RowSteps:
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Whether weight decay shrinks parameters beside the step."""
-    return bool(group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW))
-
-
-def _add_penalty(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], books: Tensor, more: Tensor
-) -> None:
-    """Add to the gradient what the optimizer's own weight decay leaves out."""
-    if books.grad is None or books.grad.is_sparse:
-        return
-    # Fused optimizers under a GradScaler see gradients that are still scaled.
-    scale = getattr(optimizer, "grad_scale", None)
-    more = more if scale is None else more * scale
-    books.grad.add_(more, alpha=-1 if group.get("maximize") else 1)
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECOUPLED)

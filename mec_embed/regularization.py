@@ -36,13 +36,15 @@ def rows_per_codeword(table: Compressed) -> Tensor:
     """Rows (M, K) float32 of the table that use each codeword."""
     codes = table.codes
     # Codes change only when a state is loaded, which counts up their version.
-    state = (codes.data_ptr(), codes._version, codes.device)
+    version = 0 if codes.is_inference() else codes._version
+    state = (codes.data_ptr(), version, codes.device)
     known = _COUNTS.get(table)
     if known is None or known[0] != state:
         known = _COUNTS[table] = (state, _count(table))
     return known[1]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _count(table: Compressed) -> Tensor:
     layout, codes = table.layout, table.codes

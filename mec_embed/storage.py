@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .layout import CodeLayout, dtype_from_name, dtype_name
 from .modules import CodebookSet, CodeTable, CompressedEmbedding, CompressedEmbeddingBag
-from .swap import Replacement, replace_modules
+from .swap import Optimizers, Replacement, all_optimizers, replace_modules
 from .tables import EMBEDDINGS, check_model, find_modules
 
 FORMAT_VERSION = 1
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         save_file(tensors, temporary, {_KEY: json.dumps(manifest), "format": "pt"})
 
 
-def load(model: Model, path: str | Path) -> Model:
+def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Model:
     """Fill a fresh, uncompressed model of the same architecture from a file, in place.
 
     Everything is read and checked before the model is touched.
@@ -76,6 +76,7 @@ def load(model: Model, path: str | Path) -> Model:
         model: built as the saved model was before compression (its weights do not matter), on any
             device; a model that is already compressed in the same way is fine too.
         path: a file that :func:`save` wrote.
+        optimizer: over the model's parameters, as in :func:`mec_embed.compress`.
 
     Returns:
         ``model``, compressed.
@@ -89,27 +90,27 @@ def load(model: Model, path: str | Path) -> Model:
         >>> model = load(build_model(), "model.safetensors")  # doctest: +SKIP
     """
     check_model(model)
+    all_optimizers(model, optimizer)
     manifest, tensors = _read(Path(path))
     with _format_errors(path):
         replacements = _build_modules(model, manifest, path)
     _check_fit(model, replacements, tensors, manifest, path)
     _fill(replacements, tensors)
-    with _undone_on_error(model, replacements):
-        replace_modules(model, replacements)
-        model.load_state_dict(tensors | manifest["extra"])
+    with _values_kept(model, replacements):
+        state = tensors | manifest["extra"]
+        replace_modules(model, replacements, optimizer, lambda: model.load_state_dict(state))
     return model
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, replacements: list[Replacement]) -> Iterator[None]:
-    """Put modules and values back if the model refuses its state (``set_extra_state`` can)."""
+def _values_kept(model: nn.Module, replacements: list[Replacement]) -> Iterator[None]:
+    """Put values back if the model refuses its state (``set_extra_state`` can)."""
     tables = {id(tensor) for _, old, _ in replacements for tensor in [*old.parameters()]}
     values = [*model.parameters(), *model.buffers()]
     before = [(t, t.detach().clone()) for t in values if id(t) not in tables]
     try:
         yield
     except BaseException:
-        replace_modules(model, [(aliases, new, old) for aliases, old, new in replacements])
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)

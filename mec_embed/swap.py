@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Undo, adapted, held_optimizers
-from .optimization import keep_row_steps
+from .adapters import Undo, adapted, do_nothing, held_optimizers
+from .optimization import check_optimizer, keep_row_steps
 from .tables import Alias
 
 #: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
@@ -37,7 +37,10 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.EmbeddingBag(1, 1))) | {
 
 
 def replace_modules(
-    model: nn.Module, replacements: Sequence[Replacement], optimizer: Optimizers = None
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    optimizer: Optimizers = None,
+    then: Callable[[], object] = do_nothing,
 ) -> None:
     """Put each new module in place of the old one under every alias; all or none.
 
@@ -45,6 +48,7 @@ def replace_modules(
         model: that holds the old modules; what adapters know of it follows too.
         replacements: (aliases, old module, new module).
         optimizer: or several, in whose groups new parameters follow the old ones.
+        then: what else belongs to the swap: if it raises, all is undone.
     """
     successors = _successors(replacements)
     optimizers = all_optimizers(model, optimizer)
@@ -61,6 +65,7 @@ def replace_modules(
             undo.append(keep_row_steps(one, model))
         for adapter, module, _ in list(adapted(model)):
             undo.append(adapter.follow(module, [(old, new) for _, old, new in replacements]))
+        then()
     except BaseException:
         for step in reversed(undo):
             step()
@@ -86,8 +91,14 @@ def _successors(replacements: Sequence[Replacement]) -> Successors:
 
 
 def all_optimizers(model: nn.Module, optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    """The optimizers given and those that the model holds, each once; TypeError for others."""
+    """The optimizers given and those that the model holds, each once.
+
+    Raises:
+        TypeError: something else. ValueError: see :func:`keep_row_steps`.
+    """
     both = [*_as_list(optimizer), *held_optimizers(model)]
+    for one in both:
+        check_optimizer(one)
     return list({id(one): one for one in both}.values())
 
 
@@ -107,11 +118,6 @@ def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     for one in several:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
-        if hasattr(one, "_optimizer") or hasattr(one, "_optims"):
-            raise ValueError(
-                f"optimizer is a {type(one).__name__}, which keeps parameters of the optimizers "
-                "inside it; pass those, and wrap them anew afterwards"
-            )
     return several
 
 
@@ -142,11 +148,22 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
                 continue
             fresh = [entry for entry in successors[param] if id(entry[1]) not in entered]
             entries += fresh
+            for _, follower in fresh:
+                _start_state(optimizer, group, follower)
             entered |= {id(entry[1]) for entry in fresh}
             optimizer.state.pop(param, None)
         group["params"] = [param for _, param in entries]
         if "param_names" in group:
             group["param_names"] = [name for name, _ in entries]
+
+
+def _start_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: nn.Parameter
+) -> None:
+    """What Adagrad's constructor gives every parameter; others start theirs at the first step."""
+    if type(optimizer) is torch.optim.Adagrad:
+        total = torch.full_like(param, group["initial_accumulator_value"])
+        optimizer.state[param] = {"step": torch.tensor(0.0), "sum": total}
 
 
 def optimizer_groups(

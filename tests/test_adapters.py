@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mec_embed import CompressedEmbedding, CompressionConfig, compress, decompress, load, save
-from mec_embed.adapters import Adapter, has_base, set_attributes
+from mec_embed.adapters import DELETE, Adapter, has_base, set_attributes
 
 CONFIG = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
 
@@ -104,7 +104,7 @@ def test_set_attributes_puts_back():
     assert vars(thing) == {"a": 2, "b": 3}
     undo()
     assert vars(thing) == {"a": 1}
-    undo = set_attributes(thing, a=None)
+    undo = set_attributes(thing, a=DELETE)
     assert vars(thing) == {}
     undo()
     assert vars(thing) == {"a": 1}

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from mec_embed import CodeLayout, CompressedEmbedding, CompressionConfig, compress, decompress
-from mec_embed.optimization import keep_row_steps
+from mec_embed import (
+    CodeLayout,
+    CompressedEmbedding,
+    CompressionConfig,
+    compress,
+    decompress,
+    keep_row_steps,
+    load,
+    save,
+)
 from mec_embed.regularization import embedding_penalty, rows_per_codeword
 
 ROWS, DIM = 300, 8
@@ -205,3 +213,136 @@ def test_tables_kept_as_rows_step_as_before():
     optimizer.step()
     assert model[0].codebooks[0, 1].tolist() == [-0.5] * DIM
     assert not model[0].codebooks[0, 2].any()
+
+
+def two_tables(**options):
+    return nn.ModuleDict({name: nn.Embedding(ROWS, DIM, **options) for name in "ab"})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_decoupled_decay_leaves_tables_alone_that_get_no_gradient(frozen):
+    model = two_tables()
+    model["a"].weight.requires_grad_(not frozen)
+    model, optimizer = compressed(torch.optim.AdamW, model, lr=0.1, weight_decay=0.1)
+    before = model["a"].codebooks.detach().clone()
+    model["b"](torch.arange(9)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model["a"].codebooks, before)
+
+
+def test_one_optimizer_over_two_models_keeps_the_steps_of_both():
+    model = two_tables()
+    towers = {name: nn.Sequential(model[name]) for name in "ab"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for tower in towers.values():
+        compress(tower, None, PLAIN, optimizer=optimizer, progress=False)
+    before = {name: tower[0].codebooks.detach().clone() for name, tower in towers.items()}
+    for tower in towers.values():
+        tower(torch.arange(ROWS)).sum().backward()
+    optimizer.step()
+    for name, tower in towers.items():
+        # Each codeword gets the gradient of its rows, once for each, and moves by half of one.
+        moved = (tower[0].codebooks.detach() - before[name]).abs().max()
+        assert moved.item() == pytest.approx(0.5)
+    decompress(towers["a"], optimizer=optimizer)
+    assert len(hooks(optimizer)) == 2
+    decompress(towers["b"], optimizer=optimizer)
+    assert not hooks(optimizer)
+
+
+def test_weight_decay_with_a_closure():
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, codes="product", epochs=0)
+    model, optimizer = compressed(torch.optim.SGD, config=config, lr=0.1, weight_decay=0.5)
+    before = model[0].codebooks.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.tensor([1])) * 0).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(model[0].codebooks.detach(), before * 0.95)
+
+
+def test_gradients_are_after_the_step_what_they_were_before():
+    model, optimizer = compressed(torch.optim.SGD, lr=0.1, weight_decay=0.5)
+    model(torch.arange(9)).sum().backward()
+    before = model[0].codebooks.grad.clone()
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(model[0].codebooks.grad, before)
+
+
+def test_overflow_under_a_grad_scaler_moves_nothing():
+    model, optimizer = compressed(torch.optim.AdamW, lr=0.1, weight_decay=0.5, fused=True)
+    before = model[0].codebooks.detach().clone()
+    model(torch.arange(9)).sum().backward()
+    # What GradScaler does around the step of a fused optimizer.
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(model[0].codebooks, before)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Muon"])
+def test_optimizers_whose_steps_cannot_be_kept_are_refused(name):
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = getattr(torch.optim, name)(model.parameters())
+    with pytest.raises(ValueError, match=f"optimizer is a {name}.*make a new one"):
+        compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+    assert type(model[0]) is nn.Embedding
+
+
+def test_wrappers_are_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    with pytest.raises(ValueError, match="Wrapper, which keeps parameters of the optimizers"):
+        optimizer = Wrapper(torch.optim.SGD(model.parameters()))
+        compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+
+
+def test_penalty_in_inference_mode_does_not_spoil_training():
+    model, _ = compressed(torch.optim.SGD)
+    with torch.inference_mode():
+        embedding_penalty(model)
+    embedding_penalty(model).backward()
+    assert model[0].codebooks.grad is not None
+
+
+def test_adagrad_has_its_state_as_its_constructor_gives_it():
+    model, optimizer = compressed(torch.optim.Adagrad, initial_accumulator_value=0.5)
+    state = optimizer.state[model[0].codebooks]
+    assert state["sum"].eq(0.5).all() and float(state["step"]) == 0
+    model(torch.arange(9)).sum().backward()
+    optimizer.step()
+
+
+def test_load_takes_an_optimizer(tmp_path):
+    model, _ = compressed(torch.optim.SGD)
+    save(model, tmp_path / "m")
+    fresh = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    load(fresh, tmp_path / "m", optimizer=optimizer)
+    assert optimizer.param_groups[0]["params"] == [fresh[0].codebooks]
+    assert len(hooks(optimizer)) == 2
+
+
+def test_an_optimizer_made_later_can_be_told():
+    model, optimizer = compressed(torch.optim.SGD, lr=0.1)
+    later = torch.optim.SGD(model.parameters(), lr=0.1)
+    undo = keep_row_steps(later, model)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    keep_row_steps(twin_optimizer, twin)
+    for one, stepper in ((model, later), (twin, twin_optimizer)):
+        one(torch.arange(9)).sum().backward()
+        stepper.step()
+    assert torch.equal(model[0].codebooks, twin[0].codebooks)
+    undo()
+    assert not hooks(later) and len(hooks(optimizer)) == 2

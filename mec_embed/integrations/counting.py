@@ -37,7 +37,8 @@ def count_features(
                     counter.add(table, ids, feature)
     if not counter.counts:
         raise ValueError(
-            f"no ids were counted: none of the features {', '.join(sorted(lookups))} is in the data"
+            f"no ids were counted: none of the features {', '.join(sorted(lookups))} is in the "
+            "data, or their tables are compressed already"
         )
     return FrequencyStats(counter.counts)
 

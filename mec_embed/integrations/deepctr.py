@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
+from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats
@@ -169,7 +169,7 @@ class _Adapter(Adapter):
         return set_attributes(
             module,
             regularization_weight=left,
-            get_regularization_loss=_RegularizationLoss(module, terms) if terms else None,
+            get_regularization_loss=_RegularizationLoss(module, terms) if terms else DELETE,
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
+from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats, parquet_columns
@@ -166,7 +166,7 @@ class _Adapter(Adapter):
         return set_attributes(
             module,
             checkpoint=_renamed(getattr(module, "checkpoint", None), compressed),
-            regularization_loss=_RegularizationLoss(module) if compressed else None,
+            regularization_loss=_RegularizationLoss(module) if compressed else DELETE,
         )
 
 

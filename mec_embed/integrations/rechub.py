@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
+from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats
+from ..optimization import keep_row_steps
 from ..regularization import hidden_codebooks, table_penalty, trainable_tables
 from ..report import CompressionReport
 from .counting import count_features
@@ -50,7 +52,7 @@ def compress(
         >>> trainer.fit(train_loader, valid_loader)  # doctest: +SKIP
         >>> report = rechub.compress(model, train_loader, trainer=trainer)  # doctest: +SKIP
     """
-    optimizer = None if trainer is None else trainer.optimizer
+    optimizer = None if trainer is None else _optimizers(trainer)
     report = compress_model(
         model,
         frequencies(model, data),
@@ -62,8 +64,42 @@ def compress(
         progress=progress,
     )
     if trainer is not None:
-        _go_on(trainer)
+        follow(trainer, model)
     return report
+
+
+def follow(trainer: Any, model: nn.Module) -> None:
+    """Let a trainer that was made after compressing (or loading) train the model as it should.
+
+    Its penalty on embeddings then reaches the codebooks, its optimizer keeps row steps
+    (:func:`mec_embed.keep_row_steps`), and its early stopping starts anew.
+
+    Args:
+        trainer: over the parameters of ``model``.
+        model: with compressed tables.
+    """
+    for optimizer in _optimizers(trainer):
+        keep_row_steps(optimizer, model)
+    penalty = getattr(trainer, "reg_loss_fn", None)
+    if hasattr(penalty, "embedding_l2"):
+        trainer.reg_loss_fn = _RegularizationLoss(penalty)
+    stopper: Any = getattr(trainer, "early_stopper", None)
+    if hasattr(stopper, "best_weights"):
+        fresh = copy.copy(stopper)
+        fresh.best_weights, fresh.trial_counter = None, 0
+        fresh.best_auc = float("inf") if getattr(fresh, "mode", "max") == "min" else 0
+        trainer.early_stopper = fresh
+
+
+def _optimizers(trainer: Any) -> list[torch.optim.Optimizer]:
+    """All that a trainer holds (those of adaptive multitask methods are several)."""
+    found = [one for one in vars(trainer).values() if isinstance(one, torch.optim.Optimizer)]
+    if not found:
+        raise ValueError(
+            f"trainer is a {type(trainer).__name__} that holds no optimizer; pass a torch-rechub "
+            "trainer, or leave it out"
+        )
+    return found
 
 
 def _predictions(model: nn.Module, batch: Any) -> Any:
@@ -118,7 +154,7 @@ class _Adapter(Adapter):
         replaced = {old for old, _ in swapped}
         features: Any = module.features
         undo = [
-            set_attributes(feature, embed=None)
+            set_attributes(feature, embed=DELETE)
             for feature in features
             if vars(feature).get("embed") in replaced
         ]
@@ -128,15 +164,6 @@ class _Adapter(Adapter):
 def _all(steps: list[Undo]) -> None:
     for step in steps:
         step()
-
-
-def _go_on(trainer: Any) -> None:
-    """Let a trainer's penalty and early stopping fit the compressed model."""
-    if not isinstance(trainer.reg_loss_fn, _RegularizationLoss):
-        trainer.reg_loss_fn = _RegularizationLoss(trainer.reg_loss_fn)
-    stopper = getattr(trainer, "early_stopper", None)
-    if stopper is not None:
-        trainer.early_stopper = type(stopper)(patience=stopper.patience, mode=stopper.mode)
 
 
 class _RegularizationLoss(nn.Module):

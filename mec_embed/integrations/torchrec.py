@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import ADAPTERS, Adapter, Swapped, Undo, has_base, set_attributes
+from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..forward import Forward, default_forward
@@ -167,7 +167,7 @@ class _Adapter(Adapter):
 
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
         compressed = any(isinstance(m, Compressed) for m in module.modules())
-        return set_attributes(module, reset_parameters=_refuse_reset if compressed else None)
+        return set_attributes(module, reset_parameters=_refuse_reset if compressed else DELETE)
 
 
 def _refuse_reset() -> None:

@@ -138,3 +138,26 @@ def test_frequencies_of_arrays(folder):
 def test_frequencies_errors():
     with pytest.raises(ValueError, match="EmbeddingLayer"):
         rechub.frequencies(nn.Sequential(nn.Embedding(3, 2)), {})
+
+
+def test_a_trainer_made_afterwards_can_be_told(folder):
+    model = zoo.build("DeepFM", folder)
+    mec_embed.compress(model, None, contract.CONFIG, progress=False)
+    trainer = zoo.trainer(model, "DeepFM", folder)
+    alone = float(trainer.reg_loss_fn(model))
+    rechub.follow(trainer, model)
+    assert trainer.optimizer._optimizer_step_pre_hooks
+    assert float(trainer.reg_loss_fn(model)) > 10 * alone
+    rechub.follow(trainer, model)  # once more changes nothing
+    assert len(trainer.optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_trainers_that_hold_no_optimizer_are_refused_before_anything(folder):
+    model = zoo.build("DeepFM", folder)
+    with pytest.raises(ValueError, match="holds no optimizer"):
+        rechub.compress(model, zoo.loader("DeepFM"), trainer=object.__new__(_Trainer))
+    assert not contract.tables(model)
+
+
+class _Trainer:
+    """Holds nothing."""
