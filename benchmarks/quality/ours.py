@@ -1,0 +1,48 @@
+"""Our method as a user calls it, and with one part taken away at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from benchmarks.quality.common import Base, Method, tables
+from mec_embed import CompressionConfig, compress
+
+
+def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> nn.Module | None:
+    """``compress()`` with int8 codebooks; ``measured``: with ``batches=``."""
+    model = base.copy()
+    counts = {}
+    for part, field, _ in tables(model):
+        name = "embeddings" if part is model.embeddings else "first_order"
+        counts[f"{name}.{field}"] = base.counts[field]
+    values: dict[str, Any] = {"codebook_dtype": "int8", "seed": base.seed} | options
+    # max_bytes, not ratio: rounding shall not decide whether the budget is kept.
+    config = CompressionConfig(ratio=None, max_bytes=base.budget(ratio), **values)
+    try:
+        batches = list(base.batches()) if measured else None
+        compress(model, counts, config, batches=batches, progress=False)
+    except ValueError as error:
+        if "the least possible" in str(error) or "left alone take" in str(error):
+            return None
+        raise
+    return model
+
+
+OURS: dict[str, Method] = {
+    "mec_embed": ours,
+    "mec_embed without batches": partial(ours, measured=False),
+}
+#: For the ablation: one part of the method less than "mec_embed".
+ABLATION: dict[str, Method] = {
+    "product codes": partial(ours, codes="product"),
+    "uniform weights": partial(ours, popularity="uniform"),
+    "linear weights": partial(ours, popularity="linear"),
+    "log weights": partial(ours, popularity="log"),
+    "no MEC epochs": partial(ours, epochs=0),
+    "no usage term": partial(ours, usage_weight=0.0),
+    "no contrastive term": partial(ours, contrastive_weight=0.0),
+    "float16 codebooks": partial(ours, codebook_dtype="float16"),
+}

@@ -1,0 +1,127 @@
+"""The Pareto plot and the table of a study.
+
+``python -m benchmarks.quality.plot benchmarks/results/quality.csv --plot docs/quality.svg`` prints
+a Markdown table (change of test AUC against the uncompressed model, mean over seeds) and draws AUC
+against bytes, one panel a data set and model (needs matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+#: (data, model, dim)
+Panel = tuple[str, str, str]
+#: Colours are for methods of interest; the others share grey.
+COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
+STAGES = ("right after", "tuned")
+
+
+def main() -> None:
+    """Print the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
+    parser.add_argument("--metric", default="test_auc", help="a column of the results")
+    options = parser.parse_args()
+    results = read(options.files, options.metric)
+    print("\n\n".join(table(panel, methods) for panel, methods in results.items()))
+    if options.plot:
+        draw(results, options.plot, options.metric)
+
+
+def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float, Any]]]:
+    """Panel -> method -> ratio asked -> {"bytes": mean, stage: changes of the metric by seed}."""
+    rows = [row for file in files for row in _rows(file)]
+    base = {
+        (_panel(row), row["seed"]): float(row[metric])
+        for row in rows
+        if row["method"] == "uncompressed"
+    }
+    found: dict[Panel, dict[str, dict[float, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["method"] == "uncompressed" or row["stage"] == "impossible":
+            continue
+        panel = _panel(row)
+        # Trained methods have no state before training: both stages are the trained one.
+        stages = {"compressed": STAGES[:1], "tuned": STAGES[1:], "trained": STAGES[:1]}
+        cell = found[panel][row["method"]].setdefault(float(row["ratio"]), defaultdict(list))
+        cell["bytes"].append(int(row["bytes"]))
+        cell["ratio"].append(int(row["bytes_before"]) / int(row["bytes"]))
+        for stage in stages[row["stage"]]:
+            cell[stage].append(float(row[metric]) - base[panel, row["seed"]])
+    return found
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _panel(row: dict[str, str]) -> Panel:
+    return row["data"], row["model"], row["dim"]
+
+
+def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
+    """Markdown: one line a method, one column a ratio, "right after / tuned"."""
+    ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
+    seeds = max(len(cell[STAGES[0]]) for cells in methods.values() for cell in cells.values())
+    head = ["method", *(f"{ratio:g}x" for ratio in ratios)]
+    lines = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**, {seeds} seed{'s' * (seeds > 1)}", ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for method, cells in methods.items():
+        if set(cells) == {0.0}:
+            cell = cells[0.0]
+            lines.append(_line([f"{method} ({mean(cell['ratio']):.1f}x): {_cell(cell)}"]))
+        else:
+            lines.append(_line([method, *(_cell(cells.get(ratio)) for ratio in ratios)]))
+    return "\n".join(lines)
+
+
+def _line(values: list[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _cell(cell: dict[str, list[float]] | None) -> str:
+    if cell is None:
+        return "-"
+    return " / ".join(f"{mean(cell[stage]):+.4f}" for stage in STAGES if cell[stage])
+
+
+def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:
+    """One panel a data set and model; points are means, bars standard deviations over seeds."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(6 * len(results), 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, (panel, methods) in zip(axes[0], results.items(), strict=True):
+        for number, (method, cells) in enumerate(methods.items()):
+            _draw_method(axis, method, cells, number)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel="bytes of all tables", title=", ".join(panel))
+        axis.set_yscale("symlog", linthresh=1e-3)
+    axes[0][0].set_ylabel(f"change of {metric}, tuned")
+    axes[0][-1].legend(fontsize=7, loc="lower right")
+    figure.savefig(file)
+
+
+def _draw_method(axis: Any, method: str, cells: dict[float, Any], number: int) -> None:
+    points = []
+    for cell in cells.values():
+        values = cell[STAGES[1]] or cell[STAGES[0]]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        points.append((mean(cell["bytes"]), mean(values), spread))
+    sizes, means, spreads = zip(*sorted(points), strict=True)
+    style = {"color": COLOURS.get(method, str(0.35 + 0.05 * (number % 8)))}
+    style |= {"linewidth": 2.2 if method in COLOURS else 1, "marker": "osv^Dpxh*<>P"[number % 12]}
+    axis.errorbar(sizes, means, yerr=spreads, label=method, markersize=4, **style)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Run methods on data sets at byte budgets; results go, line by line, into a CSV file.
+
+``python -m benchmarks.quality.study --data criteo_dac80k --ratios 25 50 100 --seeds 3`` appends to
+``benchmarks/results/quality.csv`` what is not in it yet: an interrupted study goes on where it
+stopped. ``--quick`` is a subset of about ten minutes. Data are read from ``MEC_EMBED_DATA``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import mec_embed
+from benchmarks.quality.common import Base, Method, embedding_bytes
+from benchmarks.quality.models import MODELS, STUDY_SETTINGS, build, settings_for
+from benchmarks.quality.ours import ABLATION, OURS
+from benchmarks.quality.posthoc import POSTHOC
+from benchmarks.quality.trained import TRAINED
+from benchmarks.quality.tuning import tune
+from examples.ctr.data import ClickData, counts, load_parquet
+from examples.ctr.generator import generate
+from examples.ctr.training import evaluate, train
+
+METHODS: dict[str, Method] = {**OURS, **POSTHOC, **TRAINED, **ABLATION}
+#: What runs where no method is named.
+USUAL = [*OURS, *POSTHOC, *TRAINED]
+#: Methods of one size; they run once, at whatever ratio that is.
+ONE_SIZE = ("fp16", "int8", "int4", "int2")
+KEY = ("data", "model", "dim", "seed", "method", "ratio")
+COLUMNS = (
+    *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
+    "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    options = _parse()
+    done = read_keys(options.out)
+    jobs = list(_jobs(options))
+    with tqdm(jobs, unit="run") as bar:
+        for (name, model, seed), group in itertools.groupby(bar, key=lambda job: job[:3]):
+            todo = [job[3:] for job in group if _key(job, options) not in done]
+            if not todo:
+                continue
+            base = _base(name, model, options, seed)
+            label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
+            if (*map(str, label.values()), "uncompressed", "1.0") not in done:
+                record(options.out, base, label, "uncompressed", 1.0, "trained", base.model, 0.0)
+            for method, ratio in todo:
+                bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
+                _run(options, base, label, method, ratio)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=["criteo_dac80k"], choices=STUDY_SETTINGS)
+    parser.add_argument("--models", nargs="+", default=["DeepFM"], choices=MODELS)
+    parser.add_argument("--dim", type=int, help="default: as in the settings of the data set")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[10, 25, 50, 100, 200])
+    parser.add_argument("--methods", nargs="+", default=USUAL, choices=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--no-tuning", action="store_true", help="only right after compressing")
+    parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
+    parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.csv"))
+    options = parser.parse_args()
+    if options.quick:
+        options.ratios, options.seeds = [25.0, 100.0], 1
+    return options
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, int, str, float]]:
+    """(data, model, seed, method, ratio) of all runs."""
+    for name, model, seed in itertools.product(options.data, options.models, range(options.seeds)):
+        for method in options.methods:
+            ratios = [0.0] if method in ONE_SIZE else options.ratios
+            yield from ((name, model, seed, method, ratio) for ratio in ratios)
+
+
+def _key(job: tuple[str, str, int, str, float], options: argparse.Namespace) -> tuple[str, ...]:
+    name, model, seed, method, ratio = job
+    dim = settings_for(name, options.dim).dim
+    return tuple(map(str, (name, model, dim, seed, method, ratio)))
+
+
+def read_keys(file: Path) -> set[tuple[str, ...]]:
+    """The runs that a result file already holds."""
+    if not file.exists():
+        return set()
+    with file.open(newline="") as lines:
+        return {tuple(row[name] for name in KEY) for row in csv.DictReader(lines)}
+
+
+def _data(name: str) -> ClickData:
+    if name == "generator":
+        return generate()
+    folder = os.environ.get("MEC_EMBED_DATA")
+    if not folder:
+        raise SystemExit("set MEC_EMBED_DATA to the folder of the data sets")
+    return load_parquet(Path(folder) / f"{name}.parquet", STUDY_SETTINGS[name].min_count)
+
+
+def _base(name: str, model: str, options: argparse.Namespace, seed: int) -> Base:
+    """The trained base model, from its file where there is one."""
+    settings, data = settings_for(name, options.dim), _data(name)
+    trained = build(model, data, settings, seed)
+    file = options.bases / f"{name}_{model}_{settings.dim}_{seed}.safetensors"
+    if file.exists():
+        trained.load_state_dict(load_file(file))
+    else:
+        train(
+            trained,
+            data,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            l2=settings.l2,
+            patience=settings.patience,
+            seed=seed,
+        )
+        options.bases.mkdir(parents=True, exist_ok=True)
+        save_file(trained.state_dict(), file)
+    return Base(data, settings, trained.eval(), counts(data), seed)
+
+
+def _run(
+    options: argparse.Namespace, base: Base, label: dict[str, Any], method: str, ratio: float
+) -> None:
+    """One method at one ratio: right after compressing, and tuned."""
+    torch.manual_seed(base.seed)
+    started = time.perf_counter()
+    model = METHODS[method](base, ratio or 1.0)
+    seconds = time.perf_counter() - started
+    if model is None:
+        _append(options.out, {**label, "method": method, "ratio": ratio, "stage": "impossible"})
+        return
+    if ratio and embedding_bytes(model) > base.budget(ratio):
+        raise RuntimeError(f"{method} takes more than its budget at {ratio:g}x")
+    stage = "trained" if method in TRAINED else "compressed"
+    record(options.out, base, label, method, ratio, stage, model, seconds)
+    if options.no_tuning:
+        return
+    started = time.perf_counter()
+    tuned = tune(model, base)
+    seconds = time.perf_counter() - started
+    record(options.out, base, label, method, ratio, "tuned", tuned, seconds)
+
+
+def record(
+    file: Path,
+    base: Base,
+    label: dict[str, Any],
+    method: str,
+    ratio: float,
+    stage: str,
+    model: torch.nn.Module,
+    seconds: float,
+) -> None:
+    """Evaluate a model and append a line."""
+    line: dict[str, Any] = {**label, "method": method, "ratio": ratio, "stage": stage}
+    for split in ("valid", "test"):
+        metrics = asdict(evaluate(model, base.data, split))
+        line |= {f"{split}_{name}": f"{value:.6f}" for name, value in metrics.items()}
+    line |= {"bytes": embedding_bytes(model), "bytes_before": base.nbytes}
+    line |= {"seconds": f"{seconds:.1f}", "mec_embed": mec_embed.__version__}
+    line |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    _append(file, line | {"processor": _processor()})
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    fresh = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

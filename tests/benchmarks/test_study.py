@@ -1,0 +1,87 @@
+"""The quality study on a small click log: results, resuming, table and plot."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.quality import plot, study
+from benchmarks.quality.common import embedding_bytes
+from benchmarks.quality.models import DCNv2, settings_for
+from examples.ctr.generator import generate
+
+METHODS = ["mec_embed", "int8", "pq", "hashing"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the study on a tiny generator; returns the lines of the result file."""
+    small = replace(settings_for("generator", 8), epochs=1, batch_size=256)
+    monkeypatch.setattr(study, "settings_for", lambda name, dim: small)
+    monkeypatch.setattr(
+        study, "_data", lambda name: generate(examples=4000, fields=4, max_rows=2000)
+    )
+    file = tmp_path / "quality.csv"
+
+    def call(*arguments: str) -> list[dict[str, str]]:
+        command = ["study", "--data", "generator", "--seeds", "1", "--out", str(file)]
+        command += ["--bases", str(tmp_path / "bases"), *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        study.main()
+        with file.open(newline="") as lines:
+            return list(csv.DictReader(lines))
+
+    return call
+
+
+def test_study_writes_both_stages_within_budget_and_resumes(run, monkeypatch, tmp_path, capsys):
+    lines = run("--methods", *METHODS, "--ratios", "8")
+    stages = {(line["method"], line["stage"]) for line in lines}
+    assert ("uncompressed", "trained") in stages and ("hashing", "trained") in stages
+    for method in METHODS:
+        assert (method, "tuned") in stages
+    before = int(lines[0]["bytes"])
+    for line in lines[1:]:
+        if line["method"] != "int8":
+            assert int(line["bytes"]) <= before / 8
+    assert all(0.4 < float(line["test_auc"]) < 1 for line in lines)
+
+    monkeypatch.setitem(study.METHODS, "pq", None)  # would fail if it ran again
+    assert run("--methods", *METHODS, "--ratios", "8") == lines
+    more = run("--methods", "mec_embed", "--ratios", "8", "16", "--no-tuning")
+    assert len(more) == len(lines) + 1
+
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv"), "--plot"])
+    monkeypatch.setattr("sys.argv", [*__import__("sys").argv, str(tmp_path / "plot.svg")])
+    plot.main()
+    printed = capsys.readouterr().out
+    assert "| method | 8x | 16x |" in printed and "| mec_embed |" in printed
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_method_over_its_budget_is_an_error(run, monkeypatch):
+    monkeypatch.setitem(study.METHODS, "pq", lambda base, ratio: base.copy())
+    with pytest.raises(RuntimeError, match="pq takes more than its budget at 8x"):
+        run("--methods", "pq", "--ratios", "8")
+
+
+def test_impossible_budgets_are_written_down(run):
+    lines = run("--methods", "mec_embed", "--ratios", "2000", "--no-tuning")
+    assert [line["stage"] for line in lines] == ["trained", "impossible"]
+
+
+def test_dcnv2_is_its_formula():
+    torch.manual_seed(0)
+    model = DCNv2(["a", "b"], [5, 6], dim=3, hidden=(4,), layers=2)
+    ids = torch.tensor([[1, 2], [4, 5]])
+    x0 = torch.cat([model.embeddings["a"](ids[:, 0]), model.embeddings["b"](ids[:, 1])], 1)
+    x = x0
+    for layer in model.cross:
+        x = x0 * (x @ layer.weight.T + layer.bias) + x
+    torch.testing.assert_close(model(ids), (model.head(x) + model.mlp(x0))[:, 0])
+    assert embedding_bytes(model) == (5 + 6) * 3 * 4
