@@ -38,7 +38,7 @@ OURS: dict[str, Method] = {
 #: For the ablation: one part of the method less than "mec_embed".
 ABLATION: dict[str, Method] = {
     "product codes": partial(ours, codes="product"),
-    "uniform weights": partial(ours, popularity="uniform"),
+    "uniform weights": partial(ours, popularity="none"),
     "linear weights": partial(ours, popularity="linear"),
     "log weights": partial(ours, popularity="log"),
     "no MEC epochs": partial(ours, epochs=0),
