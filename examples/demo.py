@@ -28,7 +28,7 @@ from examples.ctr.base import build_model
 from examples.ctr.data import ClickData, load_parquet
 from examples.ctr.generator import generate
 from examples.ctr.settings import SETTINGS, Settings
-from examples.ctr.training import Metrics, evaluate, iterate_batches, train
+from examples.ctr.training import Metrics, evaluate, iterate_batches, train_with
 from mec_embed import CompressionConfig, FrequencyStats, compress, distill, load, save
 
 COLUMNS = ("stage", "test AUC", "change", "logloss", "embedding bytes", "file bytes", "seconds")
@@ -65,7 +65,7 @@ def run_once(
     if options.dense:
         _, seconds = _timed(lambda: model.load_state_dict(load_file(options.dense)))
     else:
-        _, seconds = _timed(lambda: _train(model, data, settings, seed))
+        _, seconds = _timed(lambda: train_with(settings, model, data, seed))
     save_file(model.state_dict(), dense_file)
     stages = [_stage("uncompressed", model, data, seconds, dense_file)]
 
@@ -120,19 +120,6 @@ def _data(options: argparse.Namespace) -> tuple[ClickData, Settings]:
     if options.tiny:
         return generate(examples=40_000, fields=8, max_rows=20_000), settings
     return generate(), settings
-
-
-def _train(model: nn.Module, data: ClickData, settings: Settings, seed: int) -> None:
-    train(
-        model,
-        data,
-        epochs=settings.epochs,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        l2=settings.l2,
-        patience=settings.patience,
-        seed=seed,
-    )
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -7,6 +7,7 @@ module, so that the generic :func:`mec_embed.compress` is right for every framew
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,14 +18,14 @@ Swapped = Sequence[tuple[nn.Module, nn.Module]]
 Undo = Callable[[], None]
 
 
-class Adapter:
+class Adapter(ABC):
     """Knows what modules of one kind hold beside their submodules; the base knows nothing."""
 
+    @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether this adapter knows ``module``; must not import the framework."""
-        raise NotImplementedError
 
-    def check(self, module: nn.Module, name: str) -> None:
+    def check(self, module: nn.Module, name: str) -> None:  # noqa: B027
         """ValueError where a model that holds ``module`` cannot be compressed."""
 
     def optimizers(self, module: nn.Module) -> list[torch.optim.Optimizer]:

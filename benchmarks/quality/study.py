@@ -31,7 +31,7 @@ from benchmarks.quality.trained import TRAINED
 from benchmarks.quality.tuning import tune
 from examples.ctr.data import ClickData, counts, load_parquet
 from examples.ctr.generator import generate
-from examples.ctr.training import evaluate, train
+from examples.ctr.training import evaluate, train_with
 
 METHODS: dict[str, Method] = {**OURS, **POSTHOC, **TRAINED, **ABLATION}
 #: What runs where no method is named.
@@ -121,16 +121,7 @@ def _base(name: str, model: str, options: argparse.Namespace, seed: int) -> Base
     if file.exists():
         trained.load_state_dict(load_file(file))
     else:
-        train(
-            trained,
-            data,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            batch_size=settings.batch_size,
-            l2=settings.l2,
-            patience=settings.patience,
-            seed=seed,
-        )
+        train_with(settings, trained, data, seed)
         options.bases.mkdir(parents=True, exist_ok=True)
         save_file(trained.state_dict(), file)
     return Base(data, settings, trained.eval(), counts(data), seed)

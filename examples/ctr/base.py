@@ -14,7 +14,7 @@ from examples.ctr.data import ClickData, load_parquet
 from examples.ctr.generator import generate
 from examples.ctr.models import DeepFM
 from examples.ctr.settings import SETTINGS, Settings
-from examples.ctr.training import evaluate, train
+from examples.ctr.training import evaluate, train_with
 
 FOLDER_VARIABLE = "MEC_EMBED_DATA"
 
@@ -44,16 +44,7 @@ def train_base(data: ClickData, settings: Settings, seed: int = 0) -> tuple[Deep
     """Train a base model; returns it with its checkpoint, as `load_base` reads it."""
     model = build_model(data.fields, data.rows, settings, seed)
     start = time.perf_counter()
-    history = train(
-        model,
-        data,
-        epochs=settings.epochs,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        l2=settings.l2,
-        patience=settings.patience,
-        seed=seed,
-    )
+    history = train_with(settings, model, data, seed)
     seconds = time.perf_counter() - start
     test = evaluate(model, data, "test")
     checkpoint = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.ctr.data import ClickData
+from examples.ctr.settings import Settings
 
 EVALUATION_BATCH = 16384
 
@@ -62,6 +63,22 @@ def train(
     model.load_state_dict(best_state)
     model.eval()
     return history
+
+
+def train_with(
+    settings: Settings, model: nn.Module, data: ClickData, seed: int = 0
+) -> list[Metrics]:
+    """`train` with the values of a data set's settings."""
+    return train(
+        model,
+        data,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        l2=settings.l2,
+        patience=settings.patience,
+        seed=seed,
+    )
 
 
 def evaluate(model: nn.Module, data: ClickData, split: str) -> Metrics:
