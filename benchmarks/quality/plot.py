@@ -107,7 +107,7 @@ def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: 
         axis.set(xscale="log", xlabel="bytes of all tables", title=", ".join(panel))
         axis.set_yscale("symlog", linthresh=1e-3)
     axes[0][0].set_ylabel(f"change of {metric}, tuned")
-    axes[0][-1].legend(fontsize=7, loc="lower right")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
 
 
