@@ -8,22 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quality.big_generator import GENERATOR_SETTINGS
+from benchmarks.quality.configs import FUXICTR_SETTINGS
 from examples.ctr.data import ClickData
 from examples.ctr.models import DNN, DeepFM
 from examples.ctr.settings import SETTINGS, Settings
 
-#: Frappe's as published for DeepFM by BARS (openbenchmark.github.io), but for the patience.
-STUDY_SETTINGS = SETTINGS | {
-    "frappe_x1": Settings(
-        hidden=(400, 400, 400),
-        l2=0.05,
-        dim=10,
-        dropout=0.2,
-        batch_norm=True,
-        batch_size=4096,
-        epochs=40,
-        min_count=1,
-    ),
+#: Ends the name of a data set in which ids seen once have rows of their own.
+ALL_IDS = "_all_ids"
+STUDY_SETTINGS = {
+    **SETTINGS,
+    **FUXICTR_SETTINGS,
+    **GENERATOR_SETTINGS,
+    "frappe_x1": FUXICTR_SETTINGS["Frappe_x1"],
+    f"criteo_dac80k{ALL_IDS}": replace(SETTINGS["criteo_dac80k"], min_count=1),
     "movielenslatest_x1_test": Settings(hidden=(200, 100), l2=1e-3, dim=10, batch_size=2048),
 }
 
@@ -48,15 +46,75 @@ class DCNv2(DNN):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map int64 ids (B, F) to float logits (B,)."""
-        columns = zip(self.embeddings.values(), ids.unbind(dim=1), strict=True)
-        start = torch.cat([table(column) for table, column in columns], dim=1)
+        start = _vectors(self, ids).flatten(1)
         crossed = start
         for layer in self.cross:
             crossed = start * layer(crossed) + crossed
         return (self.head(crossed) + self.mlp(start)).squeeze(1)
 
 
-MODELS: dict[str, type[DNN]] = {"DNN": DNN, "DeepFM": DeepFM, "DCNv2": DCNv2}
+class GDCN(DCNv2):
+    """GDCN-P (Wang et al., 2023): DCN V2 whose cross layers are gated, entry by entry."""
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        rows: Sequence[int],
+        dim: int = 40,
+        hidden: Sequence[int] = (400, 400),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        layers: int = 3,
+    ) -> None:
+        super().__init__(fields, rows, dim, hidden, dropout, batch_norm, layers)
+        width = len(fields) * dim
+        self.gates = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map int64 ids (B, F) to float logits (B,)."""
+        start = _vectors(self, ids).flatten(1)
+        crossed = start
+        for layer, gate in zip(self.cross, self.gates, strict=True):
+            crossed = start * layer(crossed) * gate(crossed).sigmoid() + crossed
+        return (self.head(crossed) + self.mlp(start)).squeeze(1)
+
+
+class PNN(DNN):
+    """IPNN (Qu et al., 2016): an MLP on the embeddings and the inner products of all field pairs.
+
+    Its arguments are those of `DNN`.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        rows: Sequence[int],
+        dim: int = 40,
+        hidden: Sequence[int] = (400, 400),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__(fields, rows, dim, hidden, dropout, batch_norm)
+        pairs = len(fields) * (len(fields) - 1) // 2
+        first = self.mlp[0]
+        self.mlp[0] = nn.Linear(first.in_features + pairs, first.out_features)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map int64 ids (B, F) to float logits (B,)."""
+        vectors = _vectors(self, ids)
+        fields = vectors.shape[1]
+        first, second = torch.triu_indices(fields, fields, offset=1, device=ids.device)
+        products = (vectors @ vectors.mT)[:, first, second]
+        return self.mlp(torch.cat([vectors.flatten(1), products], dim=1)).squeeze(1)
+
+
+MODELS: dict[str, type[DNN]] = {
+    "DNN": DNN,
+    "DeepFM": DeepFM,
+    "DCNv2": DCNv2,
+    "GDCN": GDCN,
+    "PNN": PNN,
+}
 
 
 def settings_for(data: str, dim: int | None) -> Settings:
@@ -68,7 +126,7 @@ def settings_for(data: str, dim: int | None) -> Settings:
 def build(name: str, data: ClickData, settings: Settings, seed: int) -> nn.Module:
     """An untrained model; the same seed gives the same initial weights."""
     torch.manual_seed(seed)
-    return MODELS[name](
+    model = MODELS[name](
         data.fields,
         data.rows,
         settings.dim,
@@ -76,3 +134,22 @@ def build(name: str, data: ClickData, settings: Settings, seed: int) -> nn.Modul
         settings.dropout,
         settings.batch_norm,
     )
+    if settings.fuxictr_init:
+        model.apply(_draw_as_fuxictr)
+    return model
+
+
+def _draw_as_fuxictr(module: nn.Module) -> None:
+    """Initial values that BARS's figures were trained from."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=1e-4)
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _vectors(model: DNN, ids: Tensor) -> Tensor:
+    """Field vectors (B, F, dim) of int64 ids (B, F)."""
+    columns = zip(model.embeddings.values(), ids.unbind(dim=1), strict=True)
+    return torch.stack([table(column) for table, column in columns], dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import os
 import platform
@@ -23,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import mec_embed
+from benchmarks.quality.big_generator import TOTAL_IDS, generate_named, train_sparse
 from benchmarks.quality.common import Base, Method, embedding_bytes
-from benchmarks.quality.models import MODELS, STUDY_SETTINGS, build, settings_for
+from benchmarks.quality.fuxictr_data import FIELDS, load_folder
+from benchmarks.quality.models import ALL_IDS, MODELS, STUDY_SETTINGS, build, settings_for
 from benchmarks.quality.ours import ABLATION, OURS
 from benchmarks.quality.posthoc import POSTHOC
 from benchmarks.quality.trained import TRAINED
@@ -74,6 +77,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-tuning", action="store_true", help="only right after compressing")
     parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
+    parser.add_argument("--fuxictr-root", type=Path, help="folder of Criteo_x1, Avazu_x1, ...")
     parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.csv"))
     options = parser.parse_args()
@@ -104,24 +108,36 @@ def read_keys(file: Path) -> set[tuple[str, ...]]:
         return {tuple(row[name] for name in KEY) for row in csv.DictReader(lines)}
 
 
-def _data(name: str) -> ClickData:
+@functools.lru_cache(maxsize=1)
+def _data(name: str, fuxictr_root: Path | None = None) -> ClickData:
     if name == "generator":
         return generate()
+    if name in TOTAL_IDS:
+        return generate_named(name)
+    if name in FIELDS:
+        if fuxictr_root is None:
+            raise SystemExit(f"{name}: give --fuxictr-root, the folder that holds {name}/train.csv")
+        return load_folder(fuxictr_root / name, name, STUDY_SETTINGS[name].min_count)
     folder = os.environ.get("MEC_EMBED_DATA")
     if not folder:
         raise SystemExit("set MEC_EMBED_DATA to the folder of the data sets")
-    return load_parquet(Path(folder) / f"{name}.parquet", STUDY_SETTINGS[name].min_count)
+    file = Path(folder) / f"{name.removesuffix(ALL_IDS)}.parquet"
+    return load_parquet(file, STUDY_SETTINGS[name].min_count)
 
 
 def _base(name: str, model: str, options: argparse.Namespace, seed: int) -> Base:
     """The trained base model, from its file where there is one."""
-    settings, data = settings_for(name, options.dim), _data(name)
+    settings, data = settings_for(name, options.dim), _data(name, options.fuxictr_root)
     trained = build(model, data, settings, seed)
     file = options.bases / f"{name}_{model}_{settings.dim}_{seed}.safetensors"
     if file.exists():
         trained.load_state_dict(load_file(file))
     else:
-        train_with(settings, trained, data, seed)
+        if name in TOTAL_IDS:
+            # Dense Adam would move millions of rows that a batch does not use.
+            train_sparse(trained, data, settings, seed)
+        else:
+            train_with(settings, trained, data, seed)
         options.bases.mkdir(parents=True, exist_ok=True)
         save_file(trained.state_dict(), file)
     return Base(data, settings, trained.eval(), counts(data), seed)

@@ -21,14 +21,21 @@ RATES = (3e-4, 2e-3)
 
 def tune(model: nn.Module, base: Base) -> nn.Module:
     """The best, by validation AUC, of the model as it is and the tuned one."""
-    candidates = [model]
     batches = list(base.batches(base.seed + 1))
     if any(isinstance(module, CompressedEmbedding) for module in model.modules()):
-        candidates.append(copy.deepcopy(model))
-        epochs = base.settings.distill_epochs
-        distill(candidates[-1], base.model, batches, epochs=epochs, seed=base.seed, progress=False)
-    else:
-        candidates += [_distilled(copy.deepcopy(model), base, batches, rate) for rate in RATES]
+        tuned = copy.deepcopy(model)
+        distill(
+            tuned,
+            base.model,
+            batches,
+            epochs=base.settings.distill_epochs,
+            score=lambda one: evaluate(one, base.data, "valid").auc,
+            seed=base.seed,
+            progress=False,
+        )
+        return tuned
+    candidates = [model]
+    candidates += [_distilled(copy.deepcopy(model), base, batches, rate) for rate in RATES]
     return max(candidates, key=lambda one: evaluate(one, base.data, "valid").auc)
 
 

@@ -16,7 +16,10 @@ class Settings:
         lr: Adam's learning rate.
         batch_size: examples a step.
         epochs: most epochs to train.
-        patience: epochs without a better validation AUC before training stops.
+        patience: epochs in a row without a better validation AUC before training stops.
+        lr_decay: the learning rate is multiplied by this after each epoch without a better
+            validation AUC.
+        fuxictr_init: initial values as FuxiCTR draws them (tables N(0, 1e-4^2), layers Xavier).
         min_count: training occurrences an id needs to get a row of its own.
         distill_epochs: epochs of distillation after compressing.
     """
@@ -30,6 +33,8 @@ class Settings:
     batch_size: int = 8192
     epochs: int = 20
     patience: int = 2
+    lr_decay: float = 1.0
+    fuxictr_init: bool = False
     min_count: int = 2
     distill_epochs: int = 4
 

@@ -32,10 +32,13 @@ def train(
     batch_size: int = 8192,
     l2: float = 1e-3,
     patience: int = 2,
+    lr_decay: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Metrics]:
     """Train with Adam until the validation AUC has not risen for ``patience`` epochs.
+
+    After each such epoch the learning rate is multiplied by ``lr_decay``.
 
     The loss is the mean log loss of the batch plus ``l2 / 2`` times the squared norm of every
     ``nn.Embedding`` table, as in FuxiCTR; other modules, such as compressed tables, carry no
@@ -58,6 +61,8 @@ def train(
             best_auc, best_state, stale = history[-1].auc, copy.deepcopy(model.state_dict()), 0
         else:
             stale += 1
+            for group in optimizer.param_groups:
+                group["lr"] *= lr_decay
         if stale >= patience:
             break
     model.load_state_dict(best_state)
@@ -77,6 +82,7 @@ def train_with(
         batch_size=settings.batch_size,
         l2=settings.l2,
         patience=settings.patience,
+        lr_decay=settings.lr_decay,
         seed=seed,
     )
 

@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch):
     small = replace(settings_for("generator", 8), epochs=1, batch_size=256)
     monkeypatch.setattr(study, "settings_for", lambda name, dim: small)
     monkeypatch.setattr(
-        study, "_data", lambda name: generate(examples=4000, fields=4, max_rows=2000)
+        study, "_data", lambda name, root: generate(examples=4000, fields=4, max_rows=2000)
     )
     file = tmp_path / "quality.csv"
 
