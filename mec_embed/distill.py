@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ def distill(
     mix: float = 0.5,
     train_network: bool = True,
     forward: Forward = default_forward,
+    score: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
@@ -62,6 +63,9 @@ def distill(
         train_network: train every trainable parameter of the model, or the codebooks only.
         forward: how to call a model on a batch, see :meth:`FrequencyStats.from_batches`. It
             returns logits or probabilities (batch,) or (batch, 1).
+        score: says how good the model is, larger is better, such as its validation AUC. It is
+            called before the first and after every epoch, in eval mode and without gradients, and
+            the best state is kept. None keeps the last.
         seed: of the shuffling.
         progress: show a progress bar.
 
@@ -88,6 +92,7 @@ def distill(
             network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
             groups.append({"params": network, "rate": 1.0})
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=lr)
+        best = _Best(model, optimizer, score)
         loss_of = _Loss(model, teacher, forward)
         for epoch in range(epochs):
             bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
@@ -105,7 +110,43 @@ def distill(
             if not seen:
                 raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
             history.append(total / seen)
+            best.update()
+        best.restore()
     return history
+
+
+class _Best:
+    """The best state of what is trained, if there is a score."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        score: Callable[[nn.Module], float] | None,
+    ) -> None:
+        self.model, self.score = model, score
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.value = -math.inf
+        self.state: list[Tensor] = []
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Keep the state if it is the best so far."""
+        if self.score is None:
+            return
+        value = float(self.score(self.model))
+        self.model.eval()  # a score may have left the model in another mode
+        if math.isnan(value):
+            raise ValueError("score returned NaN, expected a number that is larger for the better")
+        if value > self.value:
+            self.value, self.state = value, [p.clone() for p in self.trained]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best state back."""
+        for param, value in zip(self.trained, self.state, strict=False):
+            param.copy_(value)
 
 
 class _Loss:

@@ -467,3 +467,37 @@ def test_mixing_touches_only_the_inputs_of_a_tuple() -> None:
     found = mixed((ids, labels), 1.0, torch.Generator().manual_seed(0))
     assert type(found) is tuple and found[1] is labels
     assert not torch.equal(found[0], ids) and torch.equal(found[0].sort(0).values, ids)
+
+
+# --- the best state -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("best", [0, 2, 3])
+def test_the_state_of_the_best_score_is_kept(dtype: str | None, best: int) -> None:
+    model, teacher = _pair(dtype)
+    before = _state(model)
+    seen: list[dict[str, Tensor]] = []
+
+    def score(one: nn.Module) -> float:
+        assert one is model and not one.training and not torch.is_grad_enabled()
+        seen.append(_state(one))
+        one.train()  # the modes of the training are not for a score to change
+        return 1.0 if len(seen) == best + 1 else 0.0 - len(seen)
+
+    _distill(model, teacher, epochs=3, score=score)
+    assert len(seen) == 4
+    network = [key for key in before if key.startswith("mlp")]
+    assert all(torch.equal(model.state_dict()[key], seen[best][key]) for key in network)
+    if best == 0:
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    else:
+        assert not torch.equal(model.state_dict()["mlp.0.weight"], before["mlp.0.weight"])
+
+
+def test_a_score_of_nan_is_refused_and_nothing_changes() -> None:
+    model, teacher = _pair()
+    before = _state(model)
+    with pytest.raises(ValueError, match="score returned NaN"):
+        _distill(model, teacher, score=lambda one: float("nan"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
