@@ -11,6 +11,7 @@ from .modules import CompressedEmbedding, CompressedEmbeddingBag
 from .optimization import keep_row_steps
 from .report import CompressionReport, TableReport
 from .storage import FormatError, load, save
+from .tiers import TieredEmbedding, TieredEmbeddingBag
 
 __all__ = [
     "CodeLayout",
@@ -21,6 +22,8 @@ __all__ = [
     "FormatError",
     "FrequencyStats",
     "TableReport",
+    "TieredEmbedding",
+    "TieredEmbeddingBag",
     "__version__",
     "compress",
     "decompress",

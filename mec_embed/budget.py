@@ -8,8 +8,8 @@ covariance of the rows, measured on a sample.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,9 +19,12 @@ from torch import Tensor
 from .config import CompressionConfig
 from .layout import CodeKind, CodeLayout, packed_bytes
 from .tables import Table, check_finite
+from .tiers import TierMap
 
 #: Rows sampled (by weight) for the covariance of a table.
 _SAMPLE = 4096
+#: Rows read at once for their mean.
+_MEAN_ROWS = 1 << 16
 #: Largest number of codewords in all additive codebooks: the least-squares problem has this side.
 _MOST_WORDS = 2048
 _MOST_CODEBOOKS = 32
@@ -30,6 +33,10 @@ _MOST_FITTED = 0.9
 #: Bits that a code of b bits is worth of an ideal code's: fitted to the errors of additive codes
 #: learned from real tables (docs/experiments.md): .725 b at 1 bit, .97 b at 8.
 _WORTH, _WORTH_PER_BIT, _WORTH_MOST = 0.69, 0.035, 0.98
+#: Cuts between tiers that are tried: up to two to this power, less one, occurrences.
+_MOST_CUTS = 9
+#: Rows that a tier must have to be worth codebooks of its own.
+_LEAST_TIER_ROWS = 64
 #: Rounding error of a row in each storage dtype, relative to its square.
 _ROUNDING = {
     torch.int8: 2e-5,
@@ -53,17 +60,38 @@ class Field:
         weights: popularity weights (rows,) float32; their sum is the number of lookups.
         fisher: Fisher matrix (dim, dim) of a lookup, see :mod:`mec_embed.sensitivity`; None
             weighs all directions alike.
+        counts: occurrences (rows,) of each row, or None.
+        tier: ``"head"`` or ``"tail"`` where this is a tier of the tables, else None.
+        ids: rows of the tables (rows,) int64 that are in the tier; None for all.
     """
 
     table: Table
     partner: Table | None
     weights: Tensor
     fisher: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    tier: str | None = None
+    ids: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table, or of its tier."""
+        return len(self.weights)
+
+    @cached_property
+    def mass(self) -> float:
+        """Number of lookups."""
+        return float(self.weights.double().sum())
 
     @property
     def tables(self) -> tuple[Table, ...]:
         """The table and its partner."""
         return (self.table,) if self.partner is None else (self.table, self.partner)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense rows."""
+        return sum(self.rows * table.dim * table.weight.element_size() for table in self.tables)
 
     @property
     def dim(self) -> int:
@@ -72,16 +100,28 @@ class Field:
 
     def read(self, ids: Tensor, device: torch.device) -> Tensor:
         """Rows (n, dim) float32 of ``ids``, the partner's column last."""
+        if self.ids is not None:
+            ids = self.ids[ids]
         parts = [
             table.weight.detach()[ids.to(table.weight.device)].to(device, torch.float32)
             for table in self.tables
         ]
         return torch.cat(parts, dim=1)
 
+    @property
+    def mean(self) -> tuple[Tensor, ...]:
+        """Weighted mean row (dim,) of the table, and of its partner."""
+        ids = torch.arange(self.rows)
+        device = self.table.weight.device
+        total = torch.zeros(self.dim, dtype=torch.float64, device=device)
+        for chunk in ids.split(_MEAN_ROWS):
+            total += self.weights[chunk].to(device).double() @ self.read(chunk, device).double()
+        return (total / self.mass).split([table.dim for table in self.tables])
+
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Weighted mean (dim,) and covariance (dim, dim) of the rows, from a sample by weight."""
-        rows = len(self.weights)
+        rows = self.rows
         if rows <= _SAMPLE:
             ids, mass = torch.arange(rows), self.weights.double()
         else:
@@ -112,17 +152,17 @@ class Group:
     @cached_property
     def mass(self) -> float:
         """Number of lookups that reach the group."""
-        return float(sum(float(field.weights.double().sum()) for field in self.fields))
+        return sum(field.mass for field in self.fields)
 
     @cached_property
     def rows(self) -> int:
         """Rows of all fields."""
-        return sum(field.table.rows for field in self.fields)
+        return sum(field.rows for field in self.fields)
 
     @cached_property
     def spectrum(self) -> np.ndarray:
         """Eigenvalues of the pooled covariance, descending, and the pooled mean square."""
-        shares = [float(field.weights.double().sum()) / self.mass for field in self.fields]
+        shares = [field.mass / self.mass for field in self.fields]
         moments = [field.moments for field in self.fields]
         mean = sum(share * m for share, (m, _) in zip(shares, moments, strict=True))
         pooled = sum(
@@ -142,7 +182,7 @@ class Group:
         matrices = [field.fisher for field in self.fields if field.fisher is not None]
         if len(matrices) < len(self.fields):
             return None
-        masses = [float(field.weights.double().sum()) / self.mass for field in self.fields]
+        masses = [field.mass / self.mass for field in self.fields]
         mean = np.average(matrices, axis=0, weights=masses)
         values, vectors = np.linalg.eigh(mean)
         root: np.ndarray = (vectors * np.sqrt(values)) @ vectors.T
@@ -154,11 +194,11 @@ class Group:
         return [
             [
                 CodeLayout(
-                    kind if table is field.table else "additive",
-                    table.rows,
+                    "additive" if kind == "product" and table is field.partner else kind,
+                    field.rows,
                     table.dim,
                     subvectors,
-                    table.rows if kind == "rows" else size,
+                    size,
                     config.codebook_dtype_for(table.weight.dtype),
                 )
                 for table in field.tables
@@ -191,7 +231,7 @@ class Choice:
 def make_fields(
     tables: Sequence[Table],
     weights: Sequence[Tensor],
-    popularity: Sequence[Hashable],
+    counts: Sequence[np.ndarray | None],
     fishers: Sequence[np.ndarray | None],
     pair: bool,
 ) -> list[Field]:
@@ -203,11 +243,12 @@ def make_fields(
     Args:
         tables: to compress.
         weights: popularity weights (rows,) of each.
-        popularity: equal for tables whose rows are equally popular; None where it is not known.
+        counts: occurrences (rows,) of each row; None where they are not known.
         fishers: Fisher matrix of each, or None.
         pair: whether to pair at all.
     """
     partners: dict[int, int] = {}
+    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
     if pair:
         vectors = [i for i, table in enumerate(tables) if table.dim > 1]
         for i, table in enumerate(tables):
@@ -233,6 +274,7 @@ def make_fields(
             tables[partners[i]] if i in partners else None,
             weights[i],
             _joint(fishers[i], fishers[partners[i]]) if i in partners else fishers[i],
+            counts[i],
         )
         for i, table in enumerate(tables)
         if i not in taken
@@ -295,8 +337,9 @@ def _most_subvectors(kind: CodeKind, bits: int) -> int:
 
 def choices(group: Group, config: CompressionConfig) -> list[Choice]:
     """The ways to store a group that are best at their bytes, by rising bytes."""
-    before = sum(table.nbytes for field in group.fields for table in field.tables)
-    found = [Choice(None, before, 0.0)]
+    before = sum(field.nbytes for field in group.fields)
+    # A tier cannot stay as it is, as the other one does not.
+    found = [] if group.first.tier else [Choice(None, before, 0.0)]
     shapes = code_shapes(group, config)
     if shapes:
         sizes, errors = _sizes(group, shapes, config), _distortions(group, shapes)
@@ -306,6 +349,10 @@ def choices(group: Group, config: CompressionConfig) -> list[Choice]:
             if choice[1] < before
         ]
     found += _row_choices(group, config)
+    if group.first.tier == "tail":
+        shared: Shape = ("shared", 1, 1)
+        variance = float(group.spectrum.sum())
+        found.append(Choice(shared, group.layout_bytes(shared, config), variance * group.mass))
     found.sort(key=lambda choice: (choice.nbytes, choice.distortion))
     front: list[Choice] = []
     for choice in found:
@@ -318,7 +365,7 @@ def _sizes(group: Group, shapes: Sequence[Shape], config: CompressionConfig) -> 
     """Bytes (shapes,), as :meth:`Group.layout_bytes` counts them, for many shapes at once."""
     subvectors, sizes = np.array([shape[1:] for shape in shapes]).T
     row_bits = subvectors * np.ceil(np.log2(sizes)).astype(np.int64)
-    codes = sum(packed_bytes(field.table.rows, row_bits) for field in group.fields)
+    codes = sum(packed_bytes(field.rows, row_bits) for field in group.fields)
     unit = CodeLayout("additive", 1, group.first.table.dim, 1, 1, _dtype(group, config))
     books = subvectors * sizes * unit.codebook_bytes
     if shapes[0][0] == "product":
@@ -340,11 +387,11 @@ def _scale_bytes(codeword: CodeLayout) -> int:
 
 def _row_choices(group: Group, config: CompressionConfig) -> list[Choice]:
     """Rows in a narrower dtype, where the configuration allows one."""
-    table, dtype = group.first.table, _dtype(group, config)
-    alone = len(group.fields) == 1 and group.first.partner is None
-    if not alone or dtype.itemsize >= table.weight.element_size():
+    field, dtype = group.first, _dtype(group, config)
+    alone = len(group.fields) == 1 and field.partner is None
+    if not alone or field.tier or dtype.itemsize >= field.table.weight.element_size():
         return []
-    shape: Shape = ("rows", 1, table.rows)
+    shape: Shape = ("rows", 1, field.rows)
     error = _ROUNDING[dtype] * float(group.spectrum.sum())
     return [Choice(shape, group.layout_bytes(shape, config), error * group.mass)]
 
@@ -372,7 +419,7 @@ def explicit_choice(group: Group, config: CompressionConfig) -> Choice:
             f"embedding_dim={group.first.table.dim} for product codes; use a divisor or "
             "codes='additive'"
         )
-    before = sum(table.nbytes for field in group.fields for table in field.tables)
+    before = sum(field.nbytes for field in group.fields)
     after = group.layout_bytes(shape, config)
     if after >= before:
         return Choice(None, before, 0.0)
@@ -433,31 +480,67 @@ def _spend(sizes: np.ndarray, errors: np.ndarray, picked: np.ndarray, budget: in
         picked[group] = chosen
 
 
-def partitions(fields: Sequence[Field], keys: Sequence[Hashable]) -> Iterator[list[Group]]:
-    """Ways to share codebooks: those of equal key and between two sizes share, the others do not.
+def cut_counts(fields: Sequence[Field]) -> list[int]:
+    """Occurrences at which tables may be split into tiers: powers of two that split some table."""
+    most = max((int(field.counts.max()) for field in fields if field.counts is not None), default=0)
+    return [1 << power for power in range(_MOST_CUTS) if 1 << power <= most]
 
-    Args:
-        fields: to group.
-        keys: fields share only where these are equal (dim, dtype, device, optimizer group ...).
+
+def split_fields(fields: Sequence[Field], cut: int) -> list[Field]:
+    """Fields in tiers: rows that occur at least ``cut`` times, and the others.
+
+    Fields without counts, or with few rows on either side, stay whole.
     """
-    yield [Group((field,)) for field in fields]
+    tiers: list[Field] = []
+    for field in fields:
+        popular = None if field.counts is None else field.counts >= cut
+        if popular is None or min(popular.sum(), (~popular).sum()) < _LEAST_TIER_ROWS:
+            tiers.append(field)
+            continue
+        for tier, inside in (("head", popular), ("tail", ~popular)):
+            ids = torch.from_numpy(inside.nonzero()[0])
+            part = replace(field, weights=field.weights[ids], counts=None, tier=tier, ids=ids)
+            tiers.append(part)
+    return tiers
+
+
+def popular_rows(head: Field) -> Tensor:
+    """Bool (rows,) of the table whose popular rows are the field ``head``."""
+    popular = torch.zeros(head.table.rows, dtype=torch.bool)
+    popular[head.ids] = True
+    return popular
+
+
+#: Fields share codebooks if their rows are more than the first and at most the second; None: none.
+Sharing = tuple[int, int] | None
+
+
+def sharings(fields: Sequence[Field]) -> list[Sharing]:
+    """The ways to share codebooks that are tried."""
+    sizes = sorted({field.rows for field in fields})
+    lows = sorted({0, *(size for size in (256, 1024, 4096) if size < sizes[-1])})
+    highs = [*(size for size in (10_000, 40_000, 160_000, 640_000) if size < sizes[-1]), sizes[-1]]
+    return [None, *((low, high) for low in lows for high in highs)]
+
+
+def grouped(
+    fields: Sequence[Field], keys: Sequence[Hashable], sharing: Sharing
+) -> list[Group] | None:
+    """Fields of equal key (dim, dtype, device ...) and in the range of sizes share codebooks.
+
+    None where that gives each field its own.
+    """
+    if sharing is None:
+        return [Group((field,)) for field in fields]
     by_key: dict[Hashable, list[Field]] = defaultdict(list)
     for field, key in zip(fields, keys, strict=True):
         by_key[key].append(field)
-    if all(len(members) < 2 for members in by_key.values()):
-        return
-    sizes = sorted({field.table.rows for field in fields})
-    lows = sorted({0, *(size for size in (256, 1024, 4096) if size < sizes[-1])})
-    highs = [*(size for size in (10_000, 40_000, 160_000, 640_000) if size < sizes[-1]), sizes[-1]]
-    for low in lows:
-        for high in highs:
-            groups = []
-            for members in by_key.values():
-                shared = tuple(f for f in members if low < f.table.rows <= high)
-                groups += [Group((f,)) for f in members if not low < f.table.rows <= high]
-                groups += [Group(shared)] if shared else []
-            if any(len(group.fields) > 1 for group in groups):
-                yield groups
+    groups = []
+    for members in by_key.values():
+        shared = tuple(f for f in members if sharing[0] < f.rows <= sharing[1])
+        groups += [Group((f,)) for f in members if not sharing[0] < f.rows <= sharing[1]]
+        groups += [Group(shared)] if shared else []
+    return groups if len(groups) < len(fields) else None
 
 
 @dataclass(frozen=True)
@@ -467,22 +550,27 @@ class Assignment:
     groups: list[Group]
     chosen: list[Choice]
 
+    @property
+    def distortion(self) -> float:
+        """Predicted weighted squared error of all tables."""
+        return sum(choice.distortion for choice in self.chosen)
+
 
 def assign(
     tables: Sequence[Table],
     weights: Sequence[Tensor],
-    popularity: Sequence[Hashable],
+    counts: Sequence[np.ndarray | None],
     fishers: Sequence[np.ndarray | None],
     keys: Mapping[Table, Hashable],
     config: CompressionConfig,
     budget: int | None,
 ) -> Assignment:
-    """Group the tables and choose the layout of each group.
+    """Group the tables, or tiers of them, and choose the layout of each group.
 
     Args:
         tables: to compress.
         weights: popularity weights (rows,) of each; sums are numbers of lookups.
-        popularity: see :func:`make_fields`.
+        counts: see :func:`make_fields`.
         fishers: see :func:`make_fields`.
         keys: only tables of equal key share codebooks.
         config: kinds of codes, dtype, explicit shape.
@@ -493,35 +581,73 @@ def assign(
     """
     may_pair = config.codes == "additive"
     if budget is None:
-        fields = make_fields(tables, weights, popularity, fishers, may_pair)
+        fields = make_fields(tables, weights, counts, fishers, may_pair)
         groups = [Group((field,)) for field in fields]
         return Assignment(groups, [explicit_choice(group, config) for group in groups])
-    best: Assignment | None = None
-    least: int | None = None
+    search = _Search(keys, config, budget)
     for pair in (True, False) if may_pair else (False,):
-        fields = make_fields(tables, weights, popularity, fishers, pair)
-        share = [tuple(keys[table] for table in field.tables) for field in fields]
-        fronts: dict[tuple[int, ...], list[Choice]] = {}
-        for groups in partitions(fields, share):
-            options = []
-            for group in groups:
-                members = tuple(id(field) for field in group.fields)
-                if members not in fronts:
-                    fronts[members] = choices(group, config)
-                options.append(fronts[members])
-            smallest = sum(front[0].nbytes for front in options)
-            least = smallest if least is None else min(least, smallest)
-            chosen = allocate(options, budget)
-            if chosen and (best is None or _total(chosen) < _total(best.chosen)):
-                best = Assignment(groups, chosen)
-    if best is None:
+        fields = make_fields(tables, weights, counts, fishers, pair)
+        for sharing in sharings(fields):
+            search.try_one(fields, sharing, 0)
+    if search.best is None:
         raise ValueError(
             f"the tables to compress cannot fit in {budget:,} bytes; the least possible is "
-            f"{least:,} bytes: lower ratio (or raise max_bytes), use codebook_dtype='int8', or "
-            "compress more tables (min_rows, include, exclude)"
+            f"{search.least:,} bytes: lower ratio (or raise max_bytes), use "
+            "codebook_dtype='int8', or compress more tables (min_rows, include, exclude)"
         )
-    return best
+    if config.tiers:
+        search.try_tiers()
+    return search.best
 
 
-def _total(chosen: Sequence[Choice]) -> float:
-    return sum(choice.distortion for choice in chosen)
+class _Search:
+    """Tries groupings and keeps the best."""
+
+    def __init__(
+        self, keys: Mapping[Table, Hashable], config: CompressionConfig, budget: int
+    ) -> None:
+        self.keys, self.config, self.budget = keys, config, budget
+        self.best: Assignment | None = None
+        self.least: int | None = None
+        self.fields: Sequence[Field] = ()
+        self._fronts: dict[tuple[Field, ...], list[Choice]] = {}
+
+    def try_one(self, fields: Sequence[Field], sharing: Sharing, taken: int) -> bool:
+        """Try one grouping, ``taken`` bytes of the budget being spent already; True for a gain."""
+        keys = [(f.tier, *(self.keys[table] for table in f.tables)) for f in fields]
+        groups = grouped(fields, keys, sharing)
+        if groups is None:
+            return False
+        options = [self._front(group) for group in groups]
+        smallest = sum(front[0].nbytes for front in options)
+        self.least = smallest if self.least is None else min(self.least, smallest)
+        chosen = allocate(options, self.budget - taken)
+        if chosen is None:
+            return False
+        found = Assignment(groups, chosen)
+        if self.best is not None and found.distortion >= self.best.distortion:
+            return False
+        self.best, self.fields = found, fields
+        return True
+
+    def try_tiers(self) -> None:
+        """From the best whole tables on: the best cut without sharing, then sharing at that cut."""
+        whole, best_cut = self.fields, None
+        splits = {}
+        for cut in cut_counts(whole):
+            fields = split_fields(whole, cut)
+            if len(fields) > len(whole):
+                heads = [field for field in fields if field.tier == "head"]
+                taken = sum(TierMap.nbytes_of(popular_rows(head)) for head in heads)
+                splits[cut] = fields, taken
+                if self.try_one(fields, None, taken):
+                    best_cut = cut
+        for cut in splits if best_cut is None else [best_cut]:
+            fields, taken = splits[cut]
+            for sharing in sharings(fields):
+                self.try_one(fields, sharing, taken)
+
+    def _front(self, group: Group) -> list[Choice]:
+        if group.fields not in self._fronts:
+            self._fronts[group.fields] = choices(group, self.config)
+        return self._fronts[group.fields]

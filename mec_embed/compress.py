@@ -7,13 +7,13 @@ import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Assignment, Field, Group, Shape, assign
+from .budget import Assignment, Field, Group, Shape, assign, popular_rows
 from .config import POPULARITY, CompressionConfig
 from .forward import Forward, default_forward
 from .frequency import FrequencyStats, counts_for_tables
@@ -27,6 +27,8 @@ from .modules import (
     CodeTable,
     CompressedEmbedding,
     CompressedEmbeddingBag,
+    DecodedBags,
+    DecodedTable,
 )
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
@@ -41,11 +43,13 @@ from .tables import (
     find_tables,
     untouched,
 )
+from .tiers import TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 
 logger = logging.getLogger("mec_embed")
 
 Counts = FrequencyStats | Mapping[str, Any] | None
 Compressed = CompressedEmbedding | CompressedEmbeddingBag
+T = TypeVar("T")
 
 #: A row that never occurs counts as this many occurrences: little, but it gets a code.
 _UNSEEN = 0.1
@@ -105,6 +109,7 @@ def compress(
     with _grad_mode(), tqdm(groups, "compressing", unit="table", disable=not progress) as bar:
         for group, shape in bar:
             outcome.learn(group, shape, device, _teller(bar, group))
+        outcome.assemble()
     report = outcome.report(time.perf_counter() - started)
     replace_modules(
         model,
@@ -145,21 +150,19 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
         ValueError: the model holds no compressed table.
     """
     check_model(model)
-    found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
+    found = list(find_replacements(model))
     if not found:
         raise ValueError("the model holds no compressed table; nothing to decompress")
     replace_modules(model, [(aliases, old, _dense(old)) for old, aliases in found], optimizer)
     return len(found)
 
 
-def _dense(module: nn.Module) -> nn.Module:
+def _dense(module: DecodedTable) -> nn.Module:
     """The dense module that decodes as ``module`` does."""
-    if not isinstance(module, (CompressedEmbedding, CompressedEmbeddingBag)):
-        raise TypeError(f"expected a compressed module, got {type(module).__name__}")
     table = module.dequantize()
     options: dict[str, Any] = {"padding_idx": module.padding_idx, "sparse": module.sparse}
     kind: type[nn.Module] = nn.Embedding
-    if isinstance(module, CompressedEmbeddingBag):
+    if isinstance(module, DecodedBags):
         kind = nn.EmbeddingBag
         options |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     dense = kind(*table.shape, **options, _weight=table)
@@ -175,6 +178,7 @@ class _Draft:
     order: list[str]
     tables: list[Table]
     skipped: list[SkippedTable]
+    popularity: str
     weights: list[Tensor]
     lookups: list[float | None]
     assignment: Assignment
@@ -207,14 +211,14 @@ def _draft(
         [name for table in skipped for name in (table.name, *table.aliases)],
     )
     totals = [None if c is None else float(c.sum()) for c in counts]
+    popularity = config.popularity or ("sqrt" if batches is None else "linear")
     known = [max(total, 1.0) for total in totals if total is not None]
     # A table without counts is looked up as often as the others are on average.
     usual = sum(known) / len(known) if known else 1.0
     weights = [
-        _row_weights(table.rows, c, config.popularity, usual)
+        _row_weights(table.rows, c, popularity, usual)
         for table, c in zip(tables, counts, strict=True)
     ]
-    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
     alone = sum(table.nbytes for table in skipped)
     before = sum(table.nbytes for table in tables) + alone
     budget = config.budget(before)
@@ -230,11 +234,19 @@ def _draft(
     fishers: list[Any] = [None] * len(tables)
     if batches is not None:
         fishers = comparable(tables, fisher_matrices(model, tables, batches, forward))
-    assignment = assign(tables, weights, popularity, fishers, keys, config, budget)
+    assignment = assign(tables, weights, counts, fishers, keys, config, budget)
     missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
     return _Draft(
-        config, order, tables, skipped, weights, totals, assignment, _notes(freq_stats, missing)
+        config,
+        order,
+        tables,
+        skipped,
+        popularity,
+        weights,
+        totals,
+        assignment,
+        _notes(freq_stats, missing),
     )
 
 
@@ -286,18 +298,39 @@ def _teller(bar: Any, group: Group) -> Progress:
     return tell
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """How a table, or one tier of it, is stored.
+
+    ``codes_of`` and ``codebooks_of`` name the table whose tensors it uses, if it is not the owner.
+    """
+
+    layout: CodeLayout
+    codes_of: str | None
+    codebooks_of: str | None
+    mass: float
+
+
 class _Outcome:
     """The replacements and what the report says of each table, filled group by group."""
 
     def __init__(self, draft: _Draft) -> None:
         self.draft = draft
-        self.modules: dict[Table, Compressed] = {}
+        self.modules: dict[Table, DecodedTable] = {}
+        #: Table -> tier (None for a whole table) -> what is planned, learned and told of it.
+        self.pieces: dict[Table, dict[str | None, _Piece]] = {}
+        self.learned: dict[Table, dict[str | None, Compressed]] = {}
+        self.told: dict[Table, dict[str | None, dict[str, Any]]] = {}
+        #: Map of the tiers of a table, and the table that it was made for.
+        self.maps: dict[Table, tuple[TierMap, Table]] = {}
         self.rows: dict[str, TableReport] = {}
         for skipped in draft.skipped:
             self.rows[skipped.name] = _untouched(skipped)
         pairs = zip(draft.assignment.groups, draft.assignment.chosen, strict=True)
         for group, choice in pairs:
             self._plan_group(group, choice.shape)
+        for table in self.pieces:
+            self.rows[table.name] = self._planned(table)
 
     def _plan_group(self, group: Group, shape: Shape | None) -> None:
         if shape is None:
@@ -308,63 +341,90 @@ class _Outcome:
                         untouched(table.module, table.aliases, reason)
                     )
             return
-        first = group.first
-        for field, layouts in zip(
-            group.fields, group.layouts(shape, self.draft.config), strict=True
-        ):
-            for place, (table, layout) in enumerate(zip(field.tables, layouts, strict=True)):
-                owner = first.tables[place]
-                self.rows[table.name] = self._planned(
-                    table,
+        layouts = group.layouts(shape, self.draft.config)
+        for field, field_layouts in zip(group.fields, layouts, strict=True):
+            if field.tier == "head":
+                tier_map = TierMap.of(popular_rows(field))
+                self.maps |= {table: (tier_map, field.table) for table in field.tables}
+            for place, (table, layout) in enumerate(zip(field.tables, field_layouts, strict=True)):
+                owner = group.first.tables[place]
+                self.pieces.setdefault(table, {})[field.tier] = _Piece(
                     layout,
                     field.table.name if place else None,
                     owner.name if owner is not table else None,
+                    field.mass,
                 )
 
-    def _planned(
-        self, table: Table, layout: CodeLayout, codes_of: str | None, books_of: str | None
-    ) -> TableReport:
+    def _planned(self, table: Table) -> TableReport:
         index = self.draft.tables.index(table)
         lookups = self.draft.lookups[index]
+        pieces = self._by_tier(self.pieces[table])
+        layouts = [piece.layout for piece in pieces]
+        codes = sum(piece.layout.code_bytes for piece in pieces if not piece.codes_of)
+        books = sum(piece.layout.codebook_bytes for piece in pieces if not piece.codebooks_of)
+        words = sum(layout.num_subvectors * layout.codebook_size for layout in layouts)
+        tier_map, owner = self.maps.get(table, (None, table))
         return TableReport(
             name=table.name,
             aliases=table.names[1:],
             rows=table.rows,
             dim=table.dim,
             dtype=dtype_name(table.weight.dtype),
-            layout=layout.describe(),
-            row_bits=layout.row_bits,
+            layout=" | ".join(layout.describe() for layout in layouts),
+            row_bits=round(sum(one.row_bits * one.num_embeddings for one in layouts) / table.rows),
             bytes_before=table.nbytes,
-            code_bytes=0 if codes_of else layout.code_bytes,
-            codebook_bytes=0 if books_of else layout.codebook_bytes,
-            other_bytes=0,
-            shares_codes_with=codes_of,
-            shares_codebooks_with=books_of,
-            popularity="uniform" if lookups is None else self.draft.config.popularity,
+            code_bytes=codes,
+            codebook_bytes=books,
+            other_bytes=tier_map.nbytes if tier_map is not None and owner is table else 0,
+            shares_codes_with=next((p.codes_of for p in pieces if p.codes_of), None),
+            shares_codebooks_with=next((p.codebooks_of for p in pieces if p.codebooks_of), None),
+            popularity="uniform" if lookups is None else self.draft.popularity,
             lookups=lookups,
-            codewords=layout.num_subvectors * layout.codebook_size if layout.bits else None,
+            codewords=words if any(layout.bits for layout in layouts) else None,
         )
+
+    def _by_tier(self, values: Mapping[str | None, T]) -> list[T]:
+        """The value of the whole table, or those of head and tail."""
+        return [values[tier] for tier in (None, "head", "tail") if tier in values]
 
     def learn(
         self, group: Group, shape: Shape, device: torch.device | str | None, tell: Progress
     ) -> None:
-        """Learn one group: its modules, and its lines of the report."""
+        """Learn one group: its parts of modules, and what the report says of them."""
         started = time.perf_counter()
         layouts = group.layouts(shape, self.draft.config)
-        if shape[0] == "rows":
-            self._keep_rows(group.first.table, layouts[0][0])
+        if shape[0] in ("rows", "shared"):
+            self._keep_rows(group, layouts)
         else:
             self._learn_codes(group, shape, layouts, device, tell)
-        for field in group.fields:
-            for table in field.tables:
-                error = weighted_error(self.modules[table], table.weight, field.weights)
-                self._update(table, weighted_error=error)
-        self._update(group.first.table, seconds=time.perf_counter() - started)
+        told = self.told.setdefault(group.first.table, {}).setdefault(group.first.tier, {})
+        told["seconds"] = time.perf_counter() - started
 
-    def _keep_rows(self, table: Table, layout: CodeLayout) -> None:
-        books = CodebookSet(layout, table.weight.requires_grad)
-        books.store(table.weight.detach()[None].cpu())
-        self.modules[table] = _module(table, layout, CodeTable(layout), books)
+    def _keep_rows(self, group: Group, layouts: list[list[CodeLayout]]) -> None:
+        """Rows as they are in the codebooks' dtype, or their mean for all of them."""
+        means = [[field.mass / group.mass * part for part in field.mean] for field in group.fields]
+        books = []
+        for place, (table, layout) in enumerate(zip(group.first.tables, layouts[0], strict=True)):
+            rows = table.weight.detach()
+            if layout.kind == "shared":
+                rows = torch.stack([mean[place] for mean in means]).sum(0).to(rows.dtype)[None]
+            books.append(CodebookSet(layout, table.weight.requires_grad))
+            books[-1].store(rows[None].cpu())
+        for field, field_layouts in zip(group.fields, layouts, strict=True):
+            codes = CodeTable(field_layouts[0])
+            for table, layout, book in zip(field.tables, field_layouts, books, strict=True):
+                self._keep(table, field.tier, layout, codes, book)
+
+    def _keep(
+        self,
+        table: Table,
+        tier: str | None,
+        layout: CodeLayout,
+        codes: CodeTable,
+        book: CodebookSet,
+    ) -> None:
+        module = _module(table, tier, layout, codes, book)
+        self.learned.setdefault(table, {})[tier] = module
 
     def _learn_codes(
         self,
@@ -401,27 +461,53 @@ class _Outcome:
             codes = CodeTable(layouts[number][0])
             codes.codes.copy_(fitted.encoded[number].packed)
             for table, layout, book in zip(field.tables, layouts[number], books, strict=True):
-                self.modules[table] = _module(table, layout, codes, book)
-                self._describe(table, fitted, number)
+                self._keep(table, field.tier, layout, codes, book)
+                self.told.setdefault(table, {})[field.tier] = _told(fitted, number)
 
-    def _describe(self, table: Table, fitted: FittedCodes, number: int) -> None:
-        encoded = fitted.encoded[number]
-        self._update(
-            table,
-            start_error=fitted.start_error,
-            learned_error=fitted.error,
-            perplexity=sum(encoded.perplexity) / len(encoded.perplexity),
-            dead_codes=encoded.dead_codes,
-            objective=fitted.history[-1] if fitted.history else {},
-        )
+    def assemble(self) -> None:
+        """Put tiers together; measure and describe every table."""
+        weights = dict(zip(self.draft.tables, self.draft.weights, strict=True))
+        for table, tiers in self.learned.items():
+            parts: list[Any] = self._by_tier(tiers)
+            whole = parts[0] if len(parts) == 1 else _tiered(table, self.maps[table][0], *parts)
+            self.modules[table] = whole
+            told = self._summary(table)
+            error = weighted_error(whole, table.weight, weights[table])
+            row = self.rows[table.name]
+            self.rows[table.name] = replace(row, weighted_error=error, **told)
 
-    def _update(self, table: Table, **values: Any) -> None:
-        self.rows[table.name] = replace(self.rows[table.name], **values)
+    def _summary(self, table: Table) -> dict[str, Any]:
+        """What is told of the tiers of a table: totals, and means weighted by lookups."""
+        told = self.told.get(table, {})
+        if len(told) < 2:
+            return next(iter(told.values()), {})
+        mass = {tier: self.pieces[table][tier].mass for tier in told}
+        summary: dict[str, Any] = {}
+        for name in ("seconds", "dead_codes", "start_error", "learned_error", "perplexity"):
+            known = {tier: values[name] for tier, values in told.items() if name in values}
+            total = name in ("seconds", "dead_codes")
+            if known:
+                share = sum(mass[tier] for tier in known)
+                weighted = sum(known[tier] * (1 if total else mass[tier] / share) for tier in known)
+                summary[name] = weighted
+        return summary | {"objective": told.get("head", {}).get("objective", {})}
 
     def report(self, seconds: float | None) -> CompressionReport:
         """All tables in the order of the model."""
         rows = tuple(self.rows[name] for name in self.draft.order)
         return CompressionReport(rows, self.draft.config, tuple(self.draft.notes), seconds)
+
+
+def _told(fitted: FittedCodes, number: int) -> dict[str, Any]:
+    """What the report says of one array of rows."""
+    encoded = fitted.encoded[number]
+    return {
+        "start_error": fitted.start_error,
+        "learned_error": fitted.error,
+        "perplexity": sum(encoded.perplexity) / len(encoded.perplexity),
+        "dead_codes": encoded.dead_codes,
+        "objective": fitted.history[-1] if fitted.history else {},
+    }
 
 
 def _untouched(table: SkippedTable) -> TableReport:
@@ -457,12 +543,12 @@ def _reader(field: Field, device: torch.device) -> Any:
     return lambda ids: field.read(ids, device)
 
 
-def _module(table: Table, layout: CodeLayout, codes: CodeTable, books: CodebookSet) -> Compressed:
-    """The replacement of a table, on its device, around its codes and codebooks."""
+def _module(
+    table: Table, tier: str | None, layout: CodeLayout, codes: CodeTable, books: CodebookSet
+) -> Compressed:
+    """The replacement of a table, or of a tier, on its device, around its codes and codebooks."""
     old = table.module
     options: dict[str, Any] = {
-        "padding_idx": old.padding_idx,
-        "zero_padding": table.zero_padding,
         "sparse": old.sparse,
         "dtype": table.weight.dtype,
         "requires_grad": table.weight.requires_grad,
@@ -471,13 +557,34 @@ def _module(table: Table, layout: CodeLayout, codes: CodeTable, books: CodebookS
         "codebook_set": books,
     }
     device = table.weight.device
+    if tier is not None:
+        return CompressedEmbedding(layout, **options).to(device)
+    options |= _padding(table)
     if isinstance(old, nn.EmbeddingBag):
-        options |= {"mode": old.mode, "include_last_offset": old.include_last_offset}
-        return CompressedEmbeddingBag(layout, **options).to(device)
+        return CompressedEmbeddingBag(layout, **options, **_bags(old)).to(device)
     return CompressedEmbedding(layout, **options).to(device)
 
 
-def weighted_error(module: Compressed, weight: Tensor, weights: Tensor) -> float:
+def _tiered(
+    table: Table, tier_map: TierMap, head: CompressedEmbedding, tail: CompressedEmbedding
+) -> DecodedTable:
+    """The replacement of a table in tiers, on its device."""
+    old, options = table.module, {"name": table.name, **_padding(table)}
+    if isinstance(old, nn.EmbeddingBag):
+        bags = TieredEmbeddingBag(tier_map, head, tail, **options, **_bags(old))
+        return bags.to(table.weight.device)
+    return TieredEmbedding(tier_map, head, tail, **options).to(table.weight.device)
+
+
+def _padding(table: Table) -> dict[str, Any]:
+    return {"padding_idx": table.module.padding_idx, "zero_padding": table.zero_padding}
+
+
+def _bags(old: nn.EmbeddingBag) -> dict[str, Any]:
+    return {"mode": old.mode, "include_last_offset": old.include_last_offset}
+
+
+def weighted_error(module: DecodedTable, weight: Tensor, weights: Tensor) -> float:
     """Weighted squared error of what ``module`` decodes / weighted variance of the dense rows.
 
     Args:

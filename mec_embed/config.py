@@ -49,7 +49,10 @@ class CompressionConfig:
         include: shell-style patterns; a table is compressed if its qualified name matches one.
         exclude: shell-style patterns; a table whose name matches one stays as it is.
         popularity: weight of a row that occurs n times in training: ``"sqrt"``, ``"linear"``,
-            ``"log"`` (floor(log2 n), at least 1, as in MEC) or ``"none"``.
+            ``"log"`` (floor(log2 n), at least 1, as in MEC) or ``"none"``. None is ``"linear"``
+            where ``batches=`` tell what a lookup costs, and else ``"sqrt"``.
+        tiers: whether popular rows may get more bits than the other rows of their table, where the
+            planner predicts a gain; needs counts and a byte target.
         usage_weight: weight of the usage regularizer (even use of the codewords); 0 is off.
         contrastive_weight: weight of the contrastive loss (a row against its own codes with one
             of them replaced); 0 is off.
@@ -74,7 +77,8 @@ class CompressionConfig:
     min_rows: int = 8
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    popularity: str = "sqrt"
+    popularity: str | None = None
+    tiers: bool = True
     usage_weight: float = 1e-4
     contrastive_weight: float = 2e-3
     epochs: int = 4
@@ -85,9 +89,12 @@ class CompressionConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_target()
         _one_of("codes", self.codes, ("additive", "product"))
-        _one_of("popularity", self.popularity, tuple(POPULARITY))
+        if self.popularity is not None:
+            _one_of("popularity", self.popularity, tuple(POPULARITY))
         if self.codebook_dtype is not None:
             _one_of("codebook_dtype", self.codebook_dtype, _CODEBOOK_DTYPES)
+        if not isinstance(self.tiers, bool):
+            raise TypeError(f"tiers must be True or False, got {self.tiers!r}")
         _integer("min_rows", self.min_rows, low=1)
         _integer("epochs", self.epochs, low=0)
         _integer("seed", self.seed, low=0, high=2**31 - 1)

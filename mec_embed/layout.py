@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-CodeKind = Literal["additive", "product", "rows"]
+CodeKind = Literal["additive", "product", "rows", "shared"]
 
 #: Bytes after the last code, so that a kernel may load 64 bits from where any row starts.
 PACKED_PADDING = 8
@@ -32,8 +32,9 @@ class CodeLayout:
 
     ``kind`` is ``"additive"`` (a row is the sum of one codeword from each of ``num_subvectors``
     codebooks), ``"product"`` (the concatenation: each codebook covers
-    ``embedding_dim / num_subvectors`` columns) or ``"rows"`` (no codes: row ``i`` is codeword
-    ``i`` of the only codebook, stored in ``codebook_dtype``).
+    ``embedding_dim / num_subvectors`` columns), ``"rows"`` (no codes: row ``i`` is codeword ``i``
+    of the only codebook, stored in ``codebook_dtype``) or ``"shared"`` (no codes: one codeword is
+    every row).
 
     Args:
         kind: see above.
@@ -57,8 +58,8 @@ class CodeLayout:
     codebook_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.kind not in ("additive", "product", "rows"):
-            raise ValueError(f"kind must be 'additive', 'product' or 'rows', got {self.kind!r}")
+        if self.kind not in get_args(CodeKind):
+            raise ValueError(f"kind must be one of {get_args(CodeKind)}, got {self.kind!r}")
         for name in ("num_embeddings", "embedding_dim", "num_subvectors", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -72,6 +73,8 @@ class CodeLayout:
             self.num_embeddings,
         ):
             raise ValueError("a table kept as rows has one codebook of num_embeddings codewords")
+        if self.kind == "shared" and (self.num_subvectors, self.codebook_size) != (1, 1):
+            raise ValueError("a table of one shared row has one codebook of one codeword")
         if self.kind != "rows" and self.codebook_size > 1 << 16:
             raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
         if self.codebook_dtype is not torch.int8 and not self.codebook_dtype.is_floating_point:
@@ -79,8 +82,8 @@ class CodeLayout:
 
     @property
     def bits(self) -> int:
-        """Bits of one code; 0 where rows are stored as they are."""
-        return 0 if self.kind == "rows" else bits_for(self.codebook_size)
+        """Bits of one code; 0 where there are none."""
+        return 0 if self.kind in ("rows", "shared") else bits_for(self.codebook_size)
 
     @property
     def row_bits(self) -> int:
@@ -110,6 +113,8 @@ class CodeLayout:
         """Short text such as ``additive 5x32``."""
         if self.kind == "rows":
             return f"rows {dtype_name(self.codebook_dtype)}"
+        if self.kind == "shared":
+            return "one row"
         return f"{self.kind} {self.num_subvectors}x{self.codebook_size}"
 
     def to_dict(self) -> dict[str, Any]:

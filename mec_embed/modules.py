@@ -87,8 +87,84 @@ def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
-class _Compressed(nn.Module):
-    """What both modules share: the stores, the lookup and the dense view."""
+class DecodedTable(nn.Module):
+    """What all replacements of a table share: rows are decoded when asked for."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    sparse: bool
+    trainable: bool
+    name: str
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+        raise NotImplementedError
+
+    def _like(self) -> Tensor:
+        """A tensor with the dtype of the output, on the device of the table."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim): decoded, differentiable, read-only."""
+        return self.decode(torch.arange(self.num_embeddings, device=self._like().device))
+
+    def dequantize(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim), decoded in chunks, without gradient."""
+        like = self._like()
+        table = like.new_empty(self.num_embeddings, self.embedding_dim)
+        with torch.no_grad():
+            for start in range(0, self.num_embeddings, DECODE_ROWS):
+                rows = table[start : start + DECODE_ROWS]
+                ids = torch.arange(start, start + len(rows), device=like.device)
+                rows.copy_(self.decode(ids))
+        return table
+
+
+class DecodedRows(DecodedTable):
+    """Looks rows up, as ``nn.Embedding`` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Decode the rows ``input``."""
+        return self.decode(input)
+
+
+class DecodedBags(DecodedTable):
+    """Reduces bags of rows, as ``nn.EmbeddingBag`` does."""
+
+    mode: str
+    include_last_offset: bool
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Decode the rows ``input`` and reduce each bag."""
+        rows = self.decode(input.reshape(-1))
+        place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
+        skipped = None
+        if self.padding_idx is not None or not input.numel():
+            # Padding ids are left out of a bag, so they point at one extra row that is skipped.
+            rows = F.pad(rows, (0, 0, 0, 1))
+            skipped = input.numel()
+            if self.padding_idx is not None:
+                place = place.masked_fill(input.reshape(-1).eq(self.padding_idx), skipped)
+        return F.embedding_bag(
+            place.view(input.shape),
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=skipped,
+        )
+
+
+class _Compressed(DecodedTable):
+    """What both modules share: the stores and the lookup."""
 
     output_dtype: Tensor
 
@@ -107,6 +183,8 @@ class _Compressed(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.num_embeddings = layout.num_embeddings
+        self.embedding_dim = layout.embedding_dim
         self.padding_idx = padding_idx
         self.zero_padding = zero_padding
         self.sparse = sparse
@@ -121,16 +199,6 @@ class _Compressed(nn.Module):
         self.register_buffer("output_dtype", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
-    def num_embeddings(self) -> int:
-        """Rows of the table."""
-        return self.layout.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        """Columns of the table."""
-        return self.layout.embedding_dim
-
-    @property
     def codes(self) -> Tensor:
         """Packed codes, uint8 (bytes,)."""
         return self.code_table.codes
@@ -140,24 +208,14 @@ class _Compressed(nn.Module):
         """Codebooks (num_subvectors, codebook_size, subvector_dim); a parameter if float."""
         return self.codebook_set.codebooks
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (num_embeddings, embedding_dim): decoded, differentiable, read-only."""
-        return self.decode(torch.arange(self.num_embeddings, device=self.codes.device))
-
-    def dequantize(self) -> Tensor:
-        """The dense table (num_embeddings, embedding_dim), decoded in chunks, without gradient."""
-        device, dtype = self.codes.device, self.output_dtype.dtype
-        table = torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype, device=device)
-        with torch.no_grad():
-            for start in range(0, self.num_embeddings, DECODE_ROWS):
-                rows = table[start : start + DECODE_ROWS]
-                rows.copy_(self.decode(torch.arange(start, start + len(rows), device=device)))
-        return table
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.output_dtype.dtype, device=self.codes.device)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
         layout, books = self.layout, self.codebook_set
+        if layout.kind == "shared":
+            ids = torch.zeros_like(ids)
         return ops.lookup(
             ids,
             self.code_table.codes,
@@ -184,7 +242,7 @@ class _Compressed(nn.Module):
         return ", ".join(parts)
 
 
-class CompressedEmbedding(_Compressed):
+class CompressedEmbedding(DecodedRows, _Compressed):
     """A drop-in for ``nn.Embedding`` that holds bit-packed codes and small codebooks.
 
     :func:`mec_embed.compress` makes these; by hand, a fresh one decodes to zeros.
@@ -214,12 +272,8 @@ class CompressedEmbedding(_Compressed):
         torch.Size([1, 3, 8])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Decode the rows ``input``."""
-        return self.decode(input)
 
-
-class CompressedEmbeddingBag(_Compressed):
+class CompressedEmbeddingBag(DecodedBags, _Compressed):
     """A drop-in for ``nn.EmbeddingBag``.
 
     Other arguments as :class:`CompressedEmbedding`.
@@ -255,32 +309,6 @@ class CompressedEmbeddingBag(_Compressed):
         super().__init__(layout, **options)
         self.mode = mode
         self.include_last_offset = include_last_offset
-
-    def forward(
-        self,
-        input: Tensor,
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Decode the rows ``input`` and reduce each bag."""
-        rows = self.decode(input.reshape(-1))
-        place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
-        skipped = None
-        if self.padding_idx is not None or not input.numel():
-            # Padding ids are left out of a bag, so they point at one extra row that is skipped.
-            rows = F.pad(rows, (0, 0, 0, 1))
-            skipped = input.numel()
-            if self.padding_idx is not None:
-                place = place.masked_fill(input.reshape(-1).eq(self.padding_idx), skipped)
-        return F.embedding_bag(
-            place.view(input.shape),
-            rows,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=skipped,
-        )
 
     def extra_repr(self) -> str:
         """Shape, layout and options, as ``repr`` shows them."""

@@ -212,7 +212,7 @@ class _RowSteps:
         """(codebooks, rows (M, K, 1) that use each codeword, codewords summed, group)."""
         users: dict[int, list[Compressed]] = defaultdict(list)
         for table in self.tables():
-            if table.layout.bits:
+            if table.layout.kind != "rows":
                 users[id(table.codebooks)].append(table)
         for group in optimizer.param_groups:
             for param in group["params"]:

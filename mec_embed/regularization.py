@@ -50,7 +50,8 @@ def _count(table: Compressed) -> Tensor:
     layout, codes = table.layout, table.codes
     shape = (layout.num_subvectors, layout.codebook_size)
     if not layout.bits:
-        return torch.ones(shape, device=codes.device)
+        users = layout.num_embeddings if layout.kind == "shared" else 1
+        return torch.full(shape, float(users), device=codes.device)
     total = torch.zeros(shape, device=codes.device)
     for start in range(0, layout.num_embeddings, DECODE_ROWS):
         stop = min(start + DECODE_ROWS, layout.num_embeddings)

@@ -22,14 +22,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .layout import CodeLayout, dtype_from_name, dtype_name
-from .modules import CodebookSet, CodeTable, CompressedEmbedding, CompressedEmbeddingBag
+from .modules import (
+    CodebookSet,
+    CodeTable,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    DecodedBags,
+    DecodedTable,
+)
 from .swap import Optimizers, Replacement, all_optimizers, replace_modules
 from .tables import EMBEDDINGS, check_model, find_modules
+from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 
-FORMAT_VERSION = 1
+#: Version 2 has tables in tiers; a file without them is written as version 1.
+FORMAT_VERSION = 2
 _KEY = "mec_embed"
 _EXTRA = "_extra_state"
-_KINDS = (CompressedEmbedding, CompressedEmbeddingBag)
+_CODED = (CompressedEmbedding, CompressedEmbeddingBag)
+_TIERED = (TieredEmbedding, TieredEmbeddingBag)
+_BAGS = (CompressedEmbeddingBag.__name__, TieredEmbeddingBag.__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,9 +68,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     check_model(model)
     tensors, extra, shared = _unique_tensors(model)
+    tables = _describe_tables(model)
     manifest = {
-        "version": FORMAT_VERSION,
-        "tables": _describe_tables(model),
+        "version": FORMAT_VERSION if any("tiers" in table for table in tables) else 1,
+        "tables": tables,
         "shared": shared,
         "extra": extra,
     }
@@ -166,34 +178,61 @@ def _json_able(key: str, value: Any) -> Any:
 
 
 def _describe_tables(model: nn.Module) -> list[dict[str, Any]]:
-    tables: list[dict[str, Any]] = []
-    codes: dict[int, int] = {}
-    books: dict[int, int] = {}
-    for module, aliases in find_modules(model, _KINDS):
-        number = len(tables)
-        entry = {
-            "names": [alias.name for alias in aliases],
-            "module": type(module).__name__,
-            "layout": module.layout.to_dict(),
-            "codebook_dtype": dtype_name(module.codebooks.dtype),
-            "dtype": dtype_name(module.output_dtype.dtype),
-            "padding_idx": module.padding_idx,
-            "zero_padding": module.zero_padding,
-            "sparse": module.sparse,
-            "trainable": module.trainable,
-            "requires_grad": module.codebooks.requires_grad,
-            "codes_of": codes.setdefault(id(module.code_table), number),
-            "codebooks_of": books.setdefault(id(module.codebook_set), number),
-        }
-        if isinstance(module, CompressedEmbeddingBag):
-            entry |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
-        tables.append(entry)
+    numbers = _Numbers()
+    tables = [
+        _describe_table(module, [alias.name for alias in aliases], numbers)
+        for module, aliases in find_replacements(model)
+    ]
     if not tables:
         raise ValueError(
             "the model holds no compressed table; call compress() first, or save it with torch or "
             "safetensors as any model"
         )
     return tables
+
+
+class _Numbers:
+    """Counts coded tables (tiers are such) and maps; each tensor belongs to the first user."""
+
+    def __init__(self) -> None:
+        self.coded = self.maps = 0
+        self.codes: dict[int, int] = {}
+        self.books: dict[int, int] = {}
+        self.map_of: dict[int, int] = {}
+
+
+def _describe_table(module: Any, names: list[str], numbers: _Numbers) -> dict[str, Any]:
+    entry = {
+        "names": names,
+        "module": type(module).__name__,
+        "padding_idx": module.padding_idx,
+        "zero_padding": module.zero_padding,
+    }
+    if isinstance(module, DecodedBags):
+        entry |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+    if not isinstance(module, _TIERED):
+        return entry | _describe_codes(module, numbers)
+    number, numbers.maps = numbers.maps, numbers.maps + 1
+    return entry | {
+        "rows": module.tier_map.rows,
+        "runs": module.tier_map.runs,
+        "map_of": numbers.map_of.setdefault(id(module.tier_map), number),
+        "tiers": [_describe_codes(tier, numbers) for tier in module.tiers],
+    }
+
+
+def _describe_codes(module: Any, numbers: _Numbers) -> dict[str, Any]:
+    number, numbers.coded = numbers.coded, numbers.coded + 1
+    return {
+        "layout": module.layout.to_dict(),
+        "codebook_dtype": dtype_name(module.codebooks.dtype),
+        "dtype": dtype_name(module.output_dtype.dtype),
+        "sparse": module.sparse,
+        "trainable": module.trainable,
+        "requires_grad": module.codebooks.requires_grad,
+        "codes_of": numbers.codes.setdefault(id(module.code_table), number),
+        "codebooks_of": numbers.books.setdefault(id(module.codebook_set), number),
+    }
 
 
 @contextmanager
@@ -280,11 +319,11 @@ def _build_modules(
     """(aliases, old module, new module) for every table of the file; codes and codebooks empty."""
     places = {
         alias.name: (module, aliases)
-        for module, aliases in find_modules(model, (*EMBEDDINGS, *_KINDS))
+        for module, aliases in [*find_modules(model, EMBEDDINGS), *find_replacements(model)]
         for alias in aliases
     }
     replacements: list[Replacement] = []
-    built: list[Any] = []
+    builder = _Builder()
     for entry in manifest["tables"]:
         names = _check_entry(entry)["names"]
         if names[0] not in places:
@@ -300,71 +339,124 @@ def _build_modules(
                 f"{path}: table {names[0]!r} has the names {names}, in the model it has "
                 f"{[alias.name for alias in aliases]}; share the same modules as when saving"
             )
-        new = _build_module(entry, built)
+        new = builder.table(entry)
         _check_table(old, new, names[0], path)
-        built.append(new)
         replacements.append((aliases, old, new))
     return replacements
 
 
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+_TABLE_TYPES: dict[str, tuple[type, ...]] = {
     "names": (list,),
     "module": (str,),
-    "layout": (dict,),
     "padding_idx": (int, type(None)),
     "zero_padding": (bool,),
+}
+_CODES_TYPES: dict[str, tuple[type, ...]] = {
+    "layout": (dict,),
     "sparse": (bool,),
     "trainable": (bool,),
     "requires_grad": (bool,),
     "codes_of": (int,),
     "codebooks_of": (int,),
 }
+_MAP_TYPES: dict[str, tuple[type, ...]] = {
+    "rows": (int,),
+    "runs": (int, type(None)),
+    "map_of": (int,),
+    "tiers": (list,),
+}
+
+
+def _check_types(entry: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
+    for name, allowed in types.items():
+        if type(entry[name]) not in allowed:
+            raise ValueError(f"{name} has the type {type(entry[name]).__name__}")
 
 
 def _check_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry of a table; ValueError or KeyError for values of the wrong type."""
-    types = dict(_ENTRY_TYPES)
-    if entry["module"] == CompressedEmbeddingBag.__name__:
-        types["include_last_offset"] = (bool,)
+    _check_types(entry, _TABLE_TYPES)
+    if entry["module"] in _BAGS:
+        _check_types(entry, {"include_last_offset": (bool,)})
         if entry["mode"] not in ("sum", "mean", "max"):
             raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {entry['mode']!r}")
-    for name, allowed in types.items():
-        if type(entry[name]) not in allowed:
-            raise ValueError(f"{name} has the type {type(entry[name]).__name__}")
-    if not dtype_from_name(entry["dtype"]).is_floating_point:
-        raise ValueError(f"dtype must be floating, got {entry['dtype']!r}")
     return entry
 
 
-def _build_module(entry: dict[str, Any], built: list[Any]) -> nn.Module:
-    layout = CodeLayout.from_dict(entry["layout"] | {"codebook_dtype": entry["codebook_dtype"]})
-    number = len(built)
-    codes_of, books_of = entry["codes_of"], entry["codebooks_of"]
-    if not (0 <= codes_of <= number and 0 <= books_of <= number):
-        raise ValueError(f"tables can share with earlier ones only, got {codes_of}, {books_of}")
-    # On the meta device a size that a damaged manifest claims costs nothing.
-    with torch.device("meta"):
-        own_codes, own_books = CodeTable(layout), CodebookSet(layout, entry["requires_grad"])
-    options: dict[str, Any] = {
-        "padding_idx": entry["padding_idx"],
-        "zero_padding": entry["zero_padding"],
-        "sparse": entry["sparse"],
-        "dtype": dtype_from_name(entry["dtype"]),
-        "requires_grad": entry["trainable"],
-        "name": entry["names"][0],
-        "code_table": own_codes if codes_of == number else built[codes_of].code_table,
-        "codebook_set": own_books if books_of == number else built[books_of].codebook_set,
-    }
-    kinds = {kind.__name__: kind for kind in _KINDS}
-    if entry["module"] == CompressedEmbeddingBag.__name__:
-        options |= {name: entry[name] for name in ("mode", "include_last_offset")}
-    return kinds[entry["module"]](layout, **options)
+class _Builder:
+    """Builds the modules that a manifest describes, on the meta device, in its order.
+
+    On the meta device a size that a damaged manifest claims costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self.coded: list[Any] = []
+        self.maps: list[TierMap] = []
+
+    def table(self, entry: dict[str, Any]) -> DecodedTable:
+        """The module of one table, its entry checked already but for its codes."""
+        name = entry["names"][0]
+        options = {key: entry[key] for key in ("padding_idx", "zero_padding")} | {"name": name}
+        if entry["module"] in _BAGS:
+            options |= {key: entry[key] for key in ("mode", "include_last_offset")}
+        coded = {"CompressedEmbedding": CompressedEmbedding, _BAGS[0]: CompressedEmbeddingBag}
+        if entry["module"] in coded:
+            return self._codes(coded[entry["module"]], entry, options)
+        tiered = {"TieredEmbedding": TieredEmbedding, _BAGS[1]: TieredEmbeddingBag}
+        kind = tiered[entry["module"]]
+        tier_map = self._map(entry)
+        head, tail = (
+            self._codes(CompressedEmbedding, tier, {"name": name}) for tier in entry["tiers"]
+        )
+        if head.num_embeddings + tail.num_embeddings != tier_map.rows:
+            raise ValueError("the tiers do not make up the table")
+        if head.embedding_dim != tail.embedding_dim:
+            raise ValueError("the tiers differ in embedding_dim")
+        return kind(tier_map, head, tail, **options)
+
+    def _map(self, entry: dict[str, Any]) -> TierMap:
+        _check_types(entry, _MAP_TYPES)
+        rows, runs, map_of = entry["rows"], entry["runs"], entry["map_of"]
+        if rows < 2 or not (runs is None or 2 <= runs <= MOST_RUNS):
+            raise ValueError(f"a map of {rows} rows in {runs} runs is not possible")
+        if not 0 <= map_of <= len(self.maps):
+            raise ValueError(f"tables can share with earlier ones only, got {map_of}")
+        with torch.device("meta"):
+            own = TierMap(rows, runs)
+        self.maps.append(own if map_of == len(self.maps) else self.maps[map_of])
+        if (self.maps[-1].rows, self.maps[-1].runs) != (rows, runs):
+            raise ValueError("tables that share a map differ in it")
+        return self.maps[-1]
+
+    def _codes(self, kind: Any, entry: dict[str, Any], options: dict[str, Any]) -> Any:
+        _check_types(entry, _CODES_TYPES)
+        dtype = dtype_from_name(entry["dtype"])
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating, got {entry['dtype']!r}")
+        layout = CodeLayout.from_dict(entry["layout"] | {"codebook_dtype": entry["codebook_dtype"]})
+        number = len(self.coded)
+        codes_of, books_of = entry["codes_of"], entry["codebooks_of"]
+        if not (0 <= codes_of <= number and 0 <= books_of <= number):
+            raise ValueError(f"tables can share with earlier ones only, got {codes_of}, {books_of}")
+        with torch.device("meta"):
+            own_codes, own_books = CodeTable(layout), CodebookSet(layout, entry["requires_grad"])
+        module = kind(
+            layout,
+            sparse=entry["sparse"],
+            dtype=dtype,
+            requires_grad=entry["trainable"],
+            code_table=own_codes if codes_of == number else self.coded[codes_of].code_table,
+            codebook_set=own_books if books_of == number else self.coded[books_of].codebook_set,
+            **options,
+        )
+        self.coded.append(module)
+        return module
 
 
 def _check_table(old: nn.Module, new: Any, name: str, path: str | Path) -> None:
     """FormatError unless the table in the model is what the file replaces."""
-    bag = isinstance(old, (nn.EmbeddingBag, CompressedEmbeddingBag))
-    if bag is not isinstance(new, CompressedEmbeddingBag):
+    bag = isinstance(old, (nn.EmbeddingBag, DecodedBags))
+    if bag is not isinstance(new, DecodedBags):
         raise FormatError(
             f"{path}: table {name!r} was saved as {type(new).__name__}, the model has a "
             f"{type(old).__name__}"
@@ -428,7 +520,9 @@ def _fill(replacements: list[Replacement], tensors: dict[str, Tensor]) -> None:
                 loaded = tensors[f"{aliases[0].name}.{key}"].to(device)
                 owner = new.get_submodule(key.rpartition(".")[0])
                 _put(owner, key.rpartition(".")[2], loaded, value)
-        new.output_dtype = new.output_dtype.to(device)
+        for module in new.modules():
+            if isinstance(module, _CODED):
+                module.output_dtype = module.output_dtype.to(device)
 
 
 def _put(owner: nn.Module, name: str, loaded: Tensor, meta: Tensor) -> None:

@@ -23,10 +23,14 @@ from mec_embed.budget import (
     assign,
     choices,
     code_shapes,
+    cut_counts,
     explicit_choice,
+    grouped,
     make_fields,
-    partitions,
+    popular_rows,
     predicted_error,
+    sharings,
+    split_fields,
 )
 from mec_embed.tables import Alias, Table
 
@@ -339,12 +343,15 @@ def test_a_plan_keeps_to_the_budget_and_uses_it(
 
 
 def _pairs(
-    tables: list[Table], popularity: list[Hashable] | None = None, pair: bool = True
+    tables: list[Table], times: list[int | None] | None = None, pair: bool = True
 ) -> set[tuple[str, str]]:
+    """Names of the pairs; ``times`` says how often each row of each table occurs."""
     weights = [torch.full((table.rows,), float(i + 1)) for i, table in enumerate(tables)]
-    fields = make_fields(
-        tables, weights, popularity or [None] * len(tables), [None] * len(tables), pair
-    )
+    counts = [
+        None if often is None else np.full(table.rows, often)
+        for table, often in zip(tables, times or [None] * len(tables), strict=True)
+    ]
+    fields = make_fields(tables, weights, counts, [None] * len(tables), pair)
     held = [table for field in fields for table in field.tables]
     assert sorted(t.name for t in held) == sorted(t.name for t in tables)
     for field in fields:
@@ -375,14 +382,22 @@ def test_of_several_the_name_decides() -> None:
     ("vector", "first", "joins"),
     [(None, None, True), (1, 1, True), (1, None, True), (1, 2, False), (None, 1, False)],
 )
-def test_popularity_must_agree(vector: Hashable, first: Hashable, joins: bool) -> None:
+def test_popularity_must_agree(vector: int | None, first: int | None, joins: bool) -> None:
     tables = [_table("v.a", 30, 4), _table("w.a", 30, 1)]
     assert bool(_pairs(tables, [vector, first])) is joins
 
 
 def test_popularity_tells_tables_of_equal_rows_apart() -> None:
     tables = [_table("v.a", 30, 4), _table("v.b", 30, 4), _table("w.x", 30, 1)]
-    assert _pairs(tables, ["p", "q", "q"]) == {("v.b", "w.x")}
+    assert _pairs(tables, [1, 2, 2]) == {("v.b", "w.x")}
+
+
+def test_popularity_of_equal_sum_is_told_apart_by_rows() -> None:
+    tables = [_table("v.a", 30, 4), _table("w.a", 30, 1)]
+    rising = np.arange(30)
+    for counts, joins in (([rising, rising], True), ([rising, rising[::-1]], False)):
+        fields = make_fields(tables, [torch.ones(30)] * 2, counts, [None] * 2, True)
+        assert (len(fields) == 1) is joins
 
 
 def test_a_vector_table_takes_one_partner() -> None:
@@ -406,10 +421,15 @@ def test_a_field_reads_both_tables_of_some_rows() -> None:
 # --- sharing ------------------------------------------------------------------------------------
 
 
+def _ways(fields: list[Field], keys: list[str]) -> list[list[Group]]:
+    found = [grouped(fields, keys, sharing) for sharing in sharings(fields)]
+    return [groups for groups in found if groups is not None]
+
+
 def test_only_equal_keys_share() -> None:
     fields = [_field(rows, 4) for rows in (100, 300, 2000, 5000, 30_000)]
     keys = ["x", "x", "y", "x", "y"]
-    ways = list(partitions(fields, keys))
+    ways = _ways(fields, keys)
     assert all(len(group.fields) == 1 for group in ways[0]) and len(ways[0]) == 5
     assert len(ways) > 2
     for groups in ways:
@@ -430,7 +450,7 @@ def test_only_equal_keys_share() -> None:
 @pytest.mark.parametrize("keys", [["x"], ["x", "y", "z"]])
 def test_nothing_to_share_is_one_way(keys: list[str]) -> None:
     fields = [_field(rows, 4) for rows in (100, 300, 2000)[: len(keys)]]
-    (groups,) = partitions(fields, keys)
+    (groups,) = _ways(fields, keys)
     assert [group.fields for group in groups] == [(field,) for field in fields]
 
 
@@ -443,6 +463,93 @@ def test_many_small_tables_share_codebooks_and_other_dims_do_not() -> None:
     owners = [rows[f"a{i}"].shares_codebooks_with for i in range(6)]
     assert owners[0] is None and set(owners[1:]) == {"a0"}
     assert rows["b"].shares_codebooks_with is None and rows["c"].shares_codebooks_with is None
+
+
+# --- tiers --------------------------------------------------------------------------------------
+
+
+def _counted(counts: np.ndarray, pair: bool = False) -> Field:
+    tables = [_table("table", len(counts), 8), _table("first", len(counts), 1)]
+    weights = torch.from_numpy(counts).float() + 0.1
+    return Field(tables[0], tables[1] if pair else None, weights, counts=counts)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_split_keeps_every_row_once_with_its_weight(pair: bool) -> None:
+    counts = np.random.default_rng(0).integers(0, 10, 1000)
+    whole = _counted(counts, pair)
+    head, tail = split_fields([whole], 4)
+    assert (head.tier, tail.tier) == ("head", "tail")
+    assert torch.equal(popular_rows(head), torch.from_numpy(counts >= 4))
+    assert torch.equal(popular_rows(tail), torch.from_numpy(counts < 4))
+    assert head.nbytes + tail.nbytes == whole.nbytes
+    for tier in (head, tail):
+        assert tier.tables == whole.tables and tier.rows == len(tier.ids)
+        assert torch.equal(tier.weights, whole.weights[tier.ids])
+        own = torch.tensor([0, tier.rows - 1])
+        device = torch.device("cpu")
+        assert torch.equal(tier.read(own, device), whole.read(tier.ids[own], device))
+
+
+@pytest.mark.parametrize("popular", [0, 1, 63, 64, 500, 936, 937, 1000])
+def test_a_tier_of_few_rows_is_not_made(popular: int) -> None:
+    counts = np.where(np.arange(1000) < popular, 8, 0)
+    fields = split_fields([_counted(counts)], 4)
+    assert [field.tier for field in fields] == (
+        ["head", "tail"] if 64 <= popular <= 936 else [None]
+    )
+
+
+def test_fields_without_counts_stay_whole() -> None:
+    field = _field(1000, 4)
+    assert split_fields([field], 1) == [field] and cut_counts([field]) == []
+
+
+@pytest.mark.parametrize(
+    ("most", "cuts"), [(0, []), (1, [1]), (5, [1, 2, 4]), (10**6, [2**i for i in range(9)])]
+)
+def test_cuts_are_the_powers_of_two_that_some_row_reaches(most: int, cuts: list[int]) -> None:
+    assert cut_counts([_field(9, 4), _counted(np.array([0, most]))]) == cuts
+
+
+def test_the_mean_of_a_tier_is_that_of_its_rows() -> None:
+    whole = _counted(np.random.default_rng(0).integers(0, 10, 1000), pair=True)
+    for tier in split_fields([whole], 4):
+        x = torch.cat([table.weight for table in whole.tables], 1).detach()[tier.ids].double()
+        weights = tier.weights.double()
+        expected = (weights @ x) / weights.sum()
+        vector, first = tier.mean
+        torch.testing.assert_close(torch.cat([vector, first]), expected)
+
+
+def test_only_the_tail_may_be_one_row_and_neither_stays_as_it_was() -> None:
+    head, tail = split_fields([_counted(np.arange(1000) % 10)], 4)
+    config = CompressionConfig()
+    shapes = [{c.shape for c in choices(Group((tier,)), config)} for tier in (head, tail)]
+    assert ("shared", 1, 1) in shapes[1] and ("shared", 1, 1) not in shapes[0]
+    assert not any(None in found for found in shapes)
+    one_row = next(c for c in choices(Group((tail,)), config) if c.shape == ("shared", 1, 1))
+    assert one_row.nbytes == 8 * 4
+    assert one_row.distortion == pytest.approx(Group((tail,)).spectrum.sum() * tail.mass)
+
+
+def _zipf_plan(budget: int, tiers: bool) -> planner.Assignment:
+    table = _table("table", 20_000, 16)
+    counts = np.random.default_rng(0).permutation(50_000 // np.arange(1, 20_001))
+    weights = torch.from_numpy(counts).float() + 0.1
+    config = CompressionConfig(ratio=20, tiers=tiers)
+    return assign([table], [weights], [counts], [None], {table: 0}, config, budget)
+
+
+@pytest.mark.parametrize("ratio", [10, 30, 80])
+def test_tiers_are_taken_where_they_lose_less_within_the_budget(ratio: int) -> None:
+    budget = 20_000 * 16 * 4 // ratio
+    whole, tiered = _zipf_plan(budget, False), _zipf_plan(budget, True)
+    assert len(whole.groups) == 1 and len(tiered.groups) == 2
+    assert tiered.distortion < whole.distortion
+    head = next(g.first for g in tiered.groups if g.first.tier == "head")
+    taken = planner.TierMap.nbytes_of(popular_rows(head))
+    assert 0 < taken and sum(c.nbytes for c in tiered.chosen) + taken <= budget
 
 
 # --- what the planner prefers -------------------------------------------------------------------
@@ -469,7 +576,7 @@ def test_a_table_of_more_variance_gets_more_bits() -> None:
     tables = [_table("loud", 4000, 16, scale=10.0), _table("quiet", 4000, 16, scale=0.1)]
     weights = [torch.ones(4000)] * 2
     keys: dict[Table, Hashable] = {table: table.name for table in tables}
-    found = assign(tables, weights, [1, 2], [None, None], keys, CompressionConfig(ratio=12), 42_000)
+    found = assign(tables, weights, [None] * 2, [None] * 2, keys, CompressionConfig(ratio=12), 42_000)
     sizes = {g.first.table.name: c.nbytes for g, c in zip(found.groups, found.chosen, strict=True)}
     assert sizes["loud"] > 1.5 * sizes["quiet"]
 

@@ -54,6 +54,9 @@ def test_value_out_of_range(field, value):
         ("exclude", "user"),
         ("include", [1]),
         ("exclude", [None]),
+        ("tiers", None),
+        ("tiers", 1),
+        ("tiers", "yes"),
     ],
 )
 def test_value_of_wrong_type(field, value):
@@ -143,7 +146,8 @@ OTHERS = st.fixed_dictionaries(
         "min_rows": st.integers(1, 2**40),
         "include": st.lists(st.text(), max_size=3),
         "exclude": st.lists(st.text(), max_size=3),
-        "popularity": st.sampled_from(["sqrt", "linear", "log", "none"]),
+        "popularity": st.sampled_from([None, "sqrt", "linear", "log", "none"]),
+        "tiers": st.booleans(),
         "usage_weight": st.floats(0, 1e30),
         "contrastive_weight": st.floats(0, 1e30),
         "epochs": st.integers(0, 10**6),

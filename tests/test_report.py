@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mec_embed import CompressionConfig, CompressionReport, TableReport, compress, plan
+from mec_embed.tiers import TieredEmbedding
 
 
 def _table(**options: object) -> TableReport:
@@ -185,10 +186,31 @@ def test_bytes_after_are_those_of_the_tensors() -> None:
     assert sum(unique.values()) == report.bytes_after
 
 
-def test_ratio_of_one_table(reports: tuple[CompressionReport, CompressionReport]) -> None:
-    (table,) = (t for t in reports[1].tables if t.name == "large")
+def test_ratio_of_one_table() -> None:
+    whole = plan(_model(), COUNTS, dataclasses.replace(OPTIONS, tiers=False))
+    (table,) = (t for t in whole.tables if t.name == "large")
     assert table.bytes_before == 3000 * 16 * 4
     assert table.code_bytes == (3000 * table.row_bits + 7) // 8 + 8
+
+
+def test_a_table_in_tiers_shows_both_and_counts_its_map() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"large": nn.Embedding(3000, 16), "first": nn.Embedding(3000, 1)})
+    counts = np.arange(3000) // 10
+    report = compress(
+        model, dict.fromkeys(model, counts), CompressionConfig(ratio=20, epochs=0), progress=False
+    )
+    large, first = report.tables
+    module = model["large"]
+    assert isinstance(module, TieredEmbedding)
+    layouts = [tier.layout for tier in module.tiers]
+    assert large.layout == f"{layouts[0].describe()} | {layouts[1].describe()}"
+    assert large.layout in str(report)
+    bits = [layout.row_bits * layout.num_embeddings for layout in layouts]
+    assert large.row_bits == round(sum(bits) / 3000)
+    assert large.code_bytes == sum(layout.code_bytes for layout in layouts)
+    assert large.other_bytes == module.tier_map.nbytes > 0
+    assert first.shares_codes_with == "large" and first.other_bytes == first.code_bytes == 0
 
 
 # --- dict and JSON ------------------------------------------------------------------------------

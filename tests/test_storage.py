@@ -630,12 +630,22 @@ def test_a_safetensors_file_without_a_manifest(metadata: Any, tmp_path: Path) ->
     _assert_refused(Rich(), path, "without a mec_embed manifest")
 
 
-@pytest.mark.parametrize("version", [2, 10**6, 0, -1, "1", None, 1.0, [1]])
+@pytest.mark.parametrize("version", [3, 10**6, 0, -1, "1", None, 1.0, [1]])
 def test_other_versions(version: Any, saved: tuple[Rich, Path], tmp_path: Path) -> None:
     manifest = {**_manifest(saved[1]), "version": version}
     path = _with_manifest(saved[1], tmp_path / "m.safetensors", manifest)
-    newer = isinstance(version, int) and version > 1
+    newer = isinstance(version, int) and version > storage.FORMAT_VERSION
     _assert_refused(Rich(), path, "version", *(["upgrade"] if newer else []))
+
+
+def test_a_file_without_tiers_is_of_the_first_version(
+    saved: tuple[Rich, Path], tmp_path: Path
+) -> None:
+    """So that older versions of mec_embed read it; the second version reads the same."""
+    manifest = _manifest(saved[1])
+    assert manifest["version"] == 1
+    path = _with_manifest(saved[1], tmp_path / "m.safetensors", {**manifest, "version": 2})
+    _assert_same(load(Rich(), path), saved[0])
 
 
 def test_an_entry_is_ignored_that_a_reader_does_not_need(

@@ -162,7 +162,9 @@ class _Adapter(Adapter):
             gone = {id(_tensor(w)) for w in weights if id(_tensor(w)) in owners}
             terms += [(owners[key], l1, l2) for key in gone]
             left.append(([w for w in weights if id(_tensor(w)) not in gone], l1, l2))
-        terms = [(new_of.get(table, table), l1, l2) for table, l1, l2 in terms]
+        terms = [
+            (part, l1, l2) for table, l1, l2 in terms for part in _parts(new_of.get(table, table))
+        ]
         dense = [term for term in terms if not isinstance(term[0], Compressed)]
         left += [([table.weight], l1, l2) for table, l1, l2 in dense]
         terms = [term for term in terms if isinstance(term[0], Compressed)]
@@ -171,6 +173,11 @@ class _Adapter(Adapter):
             regularization_weight=left,
             get_regularization_loss=_RegularizationLoss(module, terms) if terms else DELETE,
         )
+
+
+def _parts(table: nn.Module) -> list[nn.Module]:
+    """The tiers of a table that has some, or the table itself."""
+    return [module for module in table.modules() if isinstance(module, Compressed)] or [table]
 
 
 def _tensor(entry: Any) -> Tensor:

@@ -5,6 +5,6 @@ implementation that serves every device and that every faster backend is compare
 """
 
 from . import reference, schema
-from .schema import lookup
+from .schema import lookup, tiers
 
-__all__ = ["lookup", "reference", "schema"]
+__all__ = ["lookup", "reference", "schema", "tiers"]

@@ -106,5 +106,52 @@ def lookup_backward(
     return total.view(shape).to(dtype)
 
 
+#: Rows that share one count of the popular rows before them, in maps by bitmap.
+BLOCK_ROWS = 128
+
+
+def tiers(
+    input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """See :data:`mec_embed.ops.schema.tiers`."""
+    check_ids(input, num_embeddings, name)
+    ids = input.reshape(-1).long()
+    if len(bitmap):
+        popular, place = _tiers_by_bitmap(ids, before, bitmap)
+    else:
+        popular, place = _tiers_by_runs(ids, starts, before)
+    return popular.view(input.shape), place.view(input.shape)
+
+
+def _tiers_by_runs(ids: Tensor, starts: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of rows are popular and unpopular in turn, the first is popular (and may be empty)."""
+    run = (ids[..., None] >= starts).sum(-1) - 1
+    popular = run % 2 == 0
+    # Of the rows before the run, those not popular are the others.
+    ahead = torch.where(popular, starts[run] - before[run], before[run])
+    return popular, ids - ahead
+
+
+def _tiers_by_bitmap(ids: Tensor, before: Tensor, bitmap: Tensor) -> tuple[Tensor, Tensor]:
+    """One bit a row, and for each block of rows the number of popular rows before it."""
+    block, place = ids // BLOCK_ROWS, ids % BLOCK_ROWS
+    own = bitmap.view(-1, BLOCK_ROWS // 8)[block].int()
+    byte, bit = (place // 8)[..., None], (place % 8)[..., None]
+    number = torch.arange(BLOCK_ROWS // 8, device=ids.device)
+    partial = (1 << bit) - 1
+    earlier = torch.where(number < byte, 255, torch.where(number == byte, partial, 0))
+    rank = before[block] + _ones(own & earlier.int()).sum(-1)
+    popular = ((own.gather(-1, byte)[..., 0] >> bit[..., 0]) & 1).bool()
+    return popular, torch.where(popular, rank, ids - rank)
+
+
+def _ones(byte: Tensor) -> Tensor:
+    """Number of bits that are set in integers below 256."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
+
+
 LIBRARY.impl("lookup", lookup, "CompositeExplicitAutograd")
+LIBRARY.impl("tiers", tiers, "CompositeExplicitAutograd")
 LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")

@@ -20,6 +20,10 @@ LIBRARY.define(
     "int embedding_dim, int bits, int padding_idx, int num_subvectors, int codebook_size, "
     "int subvector_dim, ScalarType dtype) -> Tensor"
 )
+LIBRARY.define(
+    "tiers(Tensor input, Tensor starts, Tensor before, Tensor bitmap, int num_embeddings, "
+    "str name) -> (Tensor, Tensor)"
+)
 
 #: Decode rows of a compressed table.
 #:
@@ -38,6 +42,17 @@ LIBRARY.define(
 #: Returns:
 #:     (*input.shape, embedding_dim) of ``dtype``.
 lookup = torch.ops.mec_embed.lookup
+#: Which tier each row of a table is in, and its place there; see :class:`mec_embed.tiers.TierMap`.
+#:
+#: Args:
+#:     input: ids, int32 or int64, any shape.
+#:     starts, before, bitmap: the map.
+#:     num_embeddings: rows of the table.
+#:     name: the table's name, for errors.
+#:
+#: Returns:
+#:     Whether each id is popular, bool, and its row within its tier, int64; both as ``input``.
+tiers = torch.ops.mec_embed.tiers
 _lookup_backward = torch.ops.mec_embed.lookup_backward
 
 
@@ -57,6 +72,14 @@ def _(
     name: str,
 ) -> Tensor:
     return codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
+
+
+@torch.library.register_fake("mec_embed::tiers", lib=LIBRARY)
+def _(
+    input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
+) -> tuple[Tensor, Tensor]:
+    popular = input.new_empty(input.shape, dtype=torch.bool)
+    return popular, input.new_empty(input.shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("mec_embed::lookup_backward", lib=LIBRARY)

@@ -1,0 +1,223 @@
+"""Tables in two tiers: popular rows get more bits than the others.
+
+A :class:`TierMap` says which rows are popular. Each tier is a compressed table of its own, so that
+all that holds for codes, codebooks and their training holds for tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .modules import CompressedEmbedding, DecodedBags, DecodedRows, DecodedTable
+from .ops.reference import BLOCK_ROWS
+from .tables import Alias, find_modules
+
+#: Runs of popular and unpopular rows in turn, up to which these are listed one by one.
+MOST_RUNS = 16
+#: Most rows that the counts of a bitmap can hold.
+_MOST_POPULAR = 2**31 - 1
+
+
+class TierMap(nn.Module):
+    """Which rows of a table are popular, and the place of each row within its tier.
+
+    Rows that are sorted by popularity but for a few exceptions, as tokenizers number them, are
+    listed as runs: some bytes for the whole table. Others get a bitmap with one count for each
+    128 rows: 1.25 bits a row.
+
+    Args:
+        rows: of the table.
+        runs: number of runs, or None for a bitmap.
+    """
+
+    starts: Tensor
+    before: Tensor
+    bitmap: Tensor
+
+    def __init__(self, rows: int, runs: int | None) -> None:
+        """A map without values."""
+        super().__init__()
+        self.rows = rows
+        self.runs = runs
+        blocks = 0 if runs is not None else -(-rows // BLOCK_ROWS)
+        kind = torch.int64 if runs is not None else torch.int32
+        self.register_buffer("starts", torch.zeros(runs or 0, dtype=torch.int64))
+        self.register_buffer("before", torch.zeros(runs or blocks, dtype=kind))
+        self.register_buffer("bitmap", torch.zeros(blocks * BLOCK_ROWS // 8, dtype=torch.uint8))
+
+    @classmethod
+    def of(cls, popular: Tensor) -> TierMap:
+        """The smaller map of ``popular``, bool (rows,)."""
+        runs = _runs(popular)
+        tier_map = cls(len(popular), runs)
+        if runs is not None:
+            tier_map._list_runs(popular)
+        else:
+            tier_map._set_bits(popular)
+        return tier_map
+
+    @staticmethod
+    def nbytes_of(popular: Tensor) -> int:
+        """Bytes that the map of ``popular``, bool (rows,), takes."""
+        runs = _runs(popular)
+        if runs is not None:
+            return 16 * runs
+        return -(-len(popular) // BLOCK_ROWS) * (BLOCK_ROWS // 8 + 4)
+
+    def _list_runs(self, popular: Tensor) -> None:
+        starts = (popular[1:] != popular[:-1]).nonzero()[:, 0] + 1
+        first = [0] if bool(popular[0]) else [0, 0]
+        self.starts.copy_(torch.cat([torch.tensor(first), starts]))
+        ahead = torch.cat([torch.zeros(1, dtype=torch.int64), popular.long().cumsum(0)])
+        self.before.copy_(ahead[self.starts])
+
+    def _set_bits(self, popular: Tensor) -> None:
+        padded = torch.zeros(len(self.before) * BLOCK_ROWS, dtype=torch.bool)
+        padded[: len(popular)] = popular
+        ahead = padded.view(-1, BLOCK_ROWS).sum(1).cumsum(0)
+        if int(ahead[-1]) > _MOST_POPULAR:
+            raise ValueError(f"a tier of {int(ahead[-1]):,} rows is more than {_MOST_POPULAR:,}")
+        self.before[1:] = ahead[:-1].int()
+        powers = 1 << torch.arange(8)
+        self.bitmap.copy_((padded.view(-1, 8) * powers).sum(1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the map."""
+        return self.starts.nbytes + self.before.nbytes + self.bitmap.nbytes
+
+    def forward(self, ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Whether ``ids`` are popular (bool), and their places in their tiers (int64)."""
+        return ops.tiers(ids, self.starts, self.before, self.bitmap, self.rows, name)
+
+    def extra_repr(self) -> str:
+        """Rows and kind, as ``repr`` shows them."""
+        return f"{self.rows}, " + ("bitmap" if self.runs is None else f"runs={self.runs}")
+
+
+def _runs(popular: Tensor) -> int | None:
+    """Runs to list, starting with a popular one (perhaps empty); None where a bitmap is better."""
+    runs = 1 + int((popular[1:] != popular[:-1]).sum()) + int(not popular[0])
+    return runs if runs <= MOST_RUNS else None
+
+
+class _Tiered(DecodedTable):
+    """What both modules share: the map, the tiers and the lookup."""
+
+    def __init__(
+        self,
+        tier_map: TierMap,
+        head: CompressedEmbedding,
+        tail: CompressedEmbedding,
+        *,
+        padding_idx: int | None = None,
+        zero_padding: bool = True,
+        name: str = "embedding",
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = tier_map.rows
+        self.embedding_dim = head.embedding_dim
+        self.padding_idx = padding_idx
+        self.zero_padding = zero_padding
+        self.name = name
+        self.tier_map = tier_map
+        self.head = head
+        self.tail = tail
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        """Whether the codebooks get sparse gradients."""
+        return self.head.sparse
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        """Whether the table was trainable."""
+        return self.head.trainable
+
+    @property
+    def tiers(self) -> tuple[CompressedEmbedding, CompressedEmbedding]:
+        """Popular rows, and the others."""
+        return self.head, self.tail
+
+    def _like(self) -> Tensor:
+        return self.head._like()
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+        popular, place = self.tier_map(ids, self.name)
+        head = self.head.decode(place.masked_fill(~popular, 0))
+        tail = self.tail.decode(place.masked_fill(popular, 0))
+        rows = torch.where(popular[..., None], head, tail)
+        if self.padding_idx is None:
+            return rows
+        padding = (ids == self.padding_idx)[..., None]
+        return torch.where(padding, 0 if self.zero_padding else rows.detach(), rows)
+
+
+class TieredEmbedding(DecodedRows, _Tiered):
+    """A drop-in for ``nn.Embedding`` with more bits for popular rows.
+
+    :func:`mec_embed.compress` makes these where the planner sees a gain.
+
+    Args:
+        tier_map: which rows are popular.
+        head: popular rows, in order.
+        tail: the other rows, in order.
+        padding_idx: row that passes no gradient.
+        zero_padding: whether that row decodes to exact zeros.
+        name: the table's name, for errors.
+
+    Shape:
+        - input: int32 or int64, any shape.
+        - output: ``(*input.shape, embedding_dim)`` of the tiers' dtype.
+
+    Raises:
+        IndexError: an id outside ``0..num_embeddings - 1`` (checked on the CPU).
+        TypeError: ids of another dtype.
+
+    Example:
+        >>> head = CompressedEmbedding(CodeLayout("additive", 10, 8, 4, 16))
+        >>> tail = CompressedEmbedding(CodeLayout("additive", 90, 8, 1, 16))
+        >>> tier_map = TierMap.of(torch.arange(100) < 10)
+        >>> TieredEmbedding(tier_map, head, tail)(torch.tensor([[1, 2, 99]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+
+class TieredEmbeddingBag(DecodedBags, _Tiered):
+    """A drop-in for ``nn.EmbeddingBag``, see :class:`TieredEmbedding`.
+
+    Args:
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether ``offsets`` ends with the number of ids.
+
+    Shape:
+        As :class:`~mec_embed.CompressedEmbeddingBag`.
+    """
+
+    def __init__(
+        self,
+        tier_map: TierMap,
+        head: CompressedEmbedding,
+        tail: CompressedEmbedding,
+        *,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(tier_map, head, tail, **options)
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+
+
+def find_replacements(model: nn.Module) -> Iterator[tuple[DecodedTable, tuple[Alias, ...]]]:
+    """Every replacement of a table once, with all places that hold it; tiers are parts of one."""
+    for module, aliases in find_modules(model, (DecodedTable,)):
+        if not isinstance(aliases[0].parent, _Tiered):
+            yield module, aliases
