@@ -576,7 +576,8 @@ def test_a_table_of_more_variance_gets_more_bits() -> None:
     tables = [_table("loud", 4000, 16, scale=10.0), _table("quiet", 4000, 16, scale=0.1)]
     weights = [torch.ones(4000)] * 2
     keys: dict[Table, Hashable] = {table: table.name for table in tables}
-    found = assign(tables, weights, [None] * 2, [None] * 2, keys, CompressionConfig(ratio=12), 42_000)
+    config = CompressionConfig(ratio=12)
+    found = assign(tables, weights, [None] * 2, [None] * 2, keys, config, 42_000)
     sizes = {g.first.table.name: c.nbytes for g, c in zip(found.groups, found.chosen, strict=True)}
     assert sizes["loud"] > 1.5 * sizes["quiet"]
 

@@ -196,10 +196,9 @@ def test_ratio_of_one_table() -> None:
 def test_a_table_in_tiers_shows_both_and_counts_its_map() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"large": nn.Embedding(3000, 16), "first": nn.Embedding(3000, 1)})
-    counts = np.arange(3000) // 10
-    report = compress(
-        model, dict.fromkeys(model, counts), CompressionConfig(ratio=20, epochs=0), progress=False
-    )
+    counts = np.where(np.arange(3000) < 300, 1000, 1)
+    config = CompressionConfig(ratio=60, epochs=0)
+    report = compress(model, dict.fromkeys(model, counts), config, progress=False)
     large, first = report.tables
     module = model["large"]
     assert isinstance(module, TieredEmbedding)

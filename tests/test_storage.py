@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tier_model import Shop, shop
+from tier_model import ids as shop_ids
 from torch import Tensor, nn
 
 from mec_embed import (
@@ -815,3 +817,169 @@ def test_any_change_of_the_manifest_is_refused_or_harmless(
         before.check()
     else:
         assert model.eval()(IDS).shape == (60, 2)
+
+
+# --- tables in tiers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_tiers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shop, Path]:
+    """A model in tiers, with runs and bitmaps, and its file; not to be changed."""
+    model = shop()[1]
+    path = tmp_path_factory.mktemp("tiers") / "model.safetensors"
+    save(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize(("dtype", "ratio"), [(None, 40), (None, 20), ("int8", 40), ("int8", 30)])
+def test_round_trip_of_tiers(dtype: str | None, ratio: float, tmp_path: Path) -> None:
+    _, model, report = shop(dtype, ratio)
+    path = tmp_path / "m.safetensors"
+    save(model, path)
+    assert _manifest(path)["version"] == 2
+    loaded = load(Shop(), path)
+    assert torch.equal(loaded(shop_ids()), model(shop_ids()))
+    _assert_same(model, loaded)
+    again = Shop()
+    load(again, path)
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert loaded.again is loaded.shuffled
+    for name in ("shuffled", "first", "sorted", "tags", "small"):
+        assert repr(getattr(loaded, name)) == repr(getattr(model, name))
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tables = [t.nbytes for key, t in tensors.items() if not key.startswith("out.")]
+    assert sum(tables) == report.bytes_after
+    save(loaded, tmp_path / "again.safetensors")
+    assert _manifest(tmp_path / "again.safetensors") == _manifest(path)
+
+
+def test_tiers_share_what_they_shared_before_saving(saved_tiers: tuple[Shop, Path]) -> None:
+    model, loaded = saved_tiers[0], load(Shop(), saved_tiers[1])
+    for one in (model, loaded):
+        assert one.first.tier_map is one.shuffled.tier_map is not one.sorted.tier_map
+        assert one.first.head.code_table is one.shuffled.head.code_table
+        assert one.sorted.head.codebook_set is one.tags.head.codebook_set
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    loaded(shop_ids()).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_tiers_can_be_loaded_into_other_tiers(saved_tiers: tuple[Shop, Path]) -> None:
+    model, path = saved_tiers
+    for other in (shop()[1], shop("int8", 30)[1]):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)
+        other.out.load_state_dict(model.out.state_dict())
+        assert torch.equal(load(other, path)(shop_ids()), model(shop_ids()))
+
+
+def _tiers(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    (entry,) = (entry for entry in manifest["tables"] if name in entry["names"])
+    return entry
+
+
+@pytest.mark.parametrize("table", ["shuffled", "sorted", "tags", "first"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rows", 4001),
+        ("rows", 1499),
+        ("rows", 1),
+        ("rows", -1),
+        ("rows", 2**62),
+        ("rows", 10**30),
+        ("rows", "4000"),
+        ("runs", 0),
+        ("runs", 1),
+        ("runs", 3),
+        ("runs", 17),
+        ("runs", -2),
+        ("runs", 10**12),
+        ("runs", True),
+        ("runs", "2"),
+        ("map_of", -1),
+        ("map_of", 99),
+        ("map_of", None),
+        ("tiers", None),
+        ("tiers", []),
+        ("tiers", [{}, {}]),
+        ("tiers", [None, None]),
+        ("padding_idx", 2),
+        ("module", "CompressedEmbedding"),
+        ("module", "TieredLinear"),
+    ],
+)
+def test_maps_that_lie(
+    table: str, key: str, value: Any, saved_tiers: tuple[Shop, Path], tmp_path: Path
+) -> None:
+    manifest = _manifest(saved_tiers[1])
+    _tiers(manifest, table)[key] = value
+    path = _with_manifest(saved_tiers[1], tmp_path / "m.safetensors", manifest)
+    _assert_refused(Shop(), path)
+
+
+def _one_more(entry: dict[str, Any]) -> None:
+    entry["tiers"][0]["layout"]["num_embeddings"] += 1
+
+
+def _moved(entry: dict[str, Any]) -> None:
+    entry["tiers"][0]["layout"]["num_embeddings"] += 100
+    entry["tiers"][1]["layout"]["num_embeddings"] -= 100
+
+
+def _wider(entry: dict[str, Any]) -> None:
+    entry["tiers"][1]["layout"]["embedding_dim"] += 1
+
+
+TIER_CHANGES: dict[str, Any] = {
+    "one more row": _one_more,
+    "rows of the other tier": _moved,
+    "another dim": _wider,
+    "turned": lambda entry: entry["tiers"].reverse(),
+    "one tier": lambda entry: entry["tiers"].pop(),
+    "three tiers": lambda entry: entry["tiers"].append(entry["tiers"][0]),
+    "later codes": lambda entry: entry["tiers"][0].update(codes_of=99),
+    "negative codebooks": lambda entry: entry["tiers"][1].update(codebooks_of=-1),
+    "no layout": lambda entry: entry["tiers"][1].pop("layout"),
+    "a bitmap": lambda entry: entry.update(runs=None),
+    "no map": lambda entry: entry.pop("map_of"),
+}
+
+
+@pytest.mark.parametrize("name", TIER_CHANGES)
+def test_tiers_that_do_not_make_up_the_table(
+    name: str, saved_tiers: tuple[Shop, Path], tmp_path: Path
+) -> None:
+    manifest = _manifest(saved_tiers[1])
+    TIER_CHANGES[name](_tiers(manifest, "sorted"))
+    path = _with_manifest(saved_tiers[1], tmp_path / "m.safetensors", manifest)
+    _assert_refused(Shop(), path)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), delete=st.booleans(), value=junk)
+def test_any_change_of_a_manifest_with_tiers_is_refused_or_harmless(
+    data: st.DataObject, delete: bool, value: Any, saved_tiers: tuple[Shop, Path], tmp_path: Path
+) -> None:
+    manifest = _manifest(saved_tiers[1])
+    *way, last = data.draw(st.sampled_from(_paths(manifest["tables"])))
+    place: Any = manifest["tables"]
+    for key in way:
+        place = place[key]
+    if delete:
+        del place[last]
+    else:
+        place[last] = value
+    path = _with_manifest(saved_tiers[1], tmp_path / "m.safetensors", manifest)
+    model = Shop()
+    before = _Untouched(model)
+    try:
+        load(model, path)
+    except FormatError:
+        before.check()
+    else:
+        assert model(shop_ids()).shape == (200,)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mec_embed import CompressionConfig, CompressionReport, compress
 
-ROWS, FEW = 20_000, 6000
+ROWS, FEW = 4000, 1500
 #: Tables that go into tiers, each once.
 TIERED = ("shuffled", "first", "sorted", "tags")
 
@@ -37,18 +37,18 @@ class Shop(nn.Module):
 
 def counts() -> dict[str, np.ndarray]:
     """Zipf counts; rows of ``shuffled`` and ``first`` are in no order of popularity."""
-    zipf = 50_000 // np.arange(1, ROWS + 1)
+    zipf = (1e6 / np.arange(1, ROWS + 1) ** 1.6).astype(np.int64)
     mixed = np.random.default_rng(0).permutation(zipf)
     return {"shuffled": mixed, "first": mixed, "sorted": zipf[:FEW], "tags": zipf[:FEW]}
 
 
-def config(dtype: str | None = None, ratio: float = 60, **options: Any) -> CompressionConfig:
-    """At ratio 60, rows that are not popular become one; at 30 they get codes."""
+def config(dtype: str | None = None, ratio: float | None = 40, **options: Any) -> CompressionConfig:
+    """At ratio 40, rows that are not popular become one; at 20 they get codes."""
     return CompressionConfig(**{"ratio": ratio, "codebook_dtype": dtype, "epochs": 0, **options})
 
 
 def shop(
-    dtype: str | None = None, ratio: float = 60, optimizer: Any = None
+    dtype: str | None = None, ratio: float | None = 40, optimizer: Any = None
 ) -> tuple[Shop, Shop, CompressionReport]:
     """The model before and after, and the report."""
     torch.manual_seed(0)

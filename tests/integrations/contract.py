@@ -22,8 +22,10 @@ from mec_embed import CompressedEmbedding, CompressedEmbeddingBag, CompressionCo
 from mec_embed.adapters import ADAPTERS, Adapter
 from mec_embed.layout import CodeLayout
 from mec_embed.modules import CodebookSet, CodeTable
+from mec_embed.regularization import rows_per_codeword
 from mec_embed.swap import replace_modules
 from mec_embed.tables import EMBEDDINGS, find_modules, find_tables
+from mec_embed.tiers import TieredEmbedding
 
 CONFIG = CompressionConfig(ratio=8, epochs=1)
 COMPRESSED = (CompressedEmbedding, CompressedEmbeddingBag)
@@ -150,3 +152,32 @@ def check_error_changes_nothing(zoo: ModuleType, name: str, folder: Path, monkey
     assert np.array_equal(zoo.predict(model, name, folder), predictions)
     monkeypatch.undo()
     zoo.train(model, name, folder)
+
+
+def check_tiers(zoo: ModuleType, name: str, folder: Path, penalty, weight: float) -> None:
+    """Tables in tiers predict as their dense rows, train on, and are penalised for each row.
+
+    Args:
+        penalty: (model) -> the framework's penalty, ``weight / 2 * |row|^2`` of each row.
+    """
+    model = zoo.build(name, folder)
+    zoo.train(model, name, folder)
+    counts = {
+        aliases[0].name: np.where(np.arange(table.num_embeddings) % 8 == 1, 1000, 1)
+        for table, aliases in find_modules(model, EMBEDDINGS)
+    }
+    mec_embed.compress(model, counts, CompressionConfig(ratio=40, epochs=0), progress=False)
+    found = [m for m in model.modules() if isinstance(m, TieredEmbedding)]
+    parts = [part for table in found for part in table.tiers]
+    assert len(found) > 1
+    dense = copy.deepcopy(model)
+    mec_embed.decompress(dense)
+    expected = zoo.predict(dense, name, folder)
+    np.testing.assert_allclose(zoo.predict(model, name, folder), expected, rtol=1e-5, atol=1e-6)
+    model.zero_grad()
+    penalty(model).backward()
+    for books in {part.codebooks for part in parts}:
+        rows = sum(rows_per_codeword(m) for m in tables(model) if m.codebooks is books)
+        torch.testing.assert_close(books.grad, weight * rows[:, :, None] * books.detach())
+    model.zero_grad()
+    check_training_goes_on(zoo, model, name, folder, zoo.loss(model, name, folder))

@@ -75,6 +75,10 @@ def test_regularization_loss_stays_what_it_was(name, folder):
     assert all(table.codebooks.grad.abs().sum() > 0 for table in penalised)
 
 
+def test_tiers(folder):
+    contract.check_tiers(zoo, "DeepFM", folder, lambda m: m.get_regularization_loss(), 2e-5)
+
+
 def test_decompress_puts_the_terms_back(folder):
     model, before = exact("DeepFM", folder)
     mec_embed.decompress(model)

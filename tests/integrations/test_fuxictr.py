@@ -114,6 +114,11 @@ def test_regularization_loss_counts_tables_once(name, folder):
     )
 
 
+def test_tiers(folder):
+    weight = float(zoo.build("DeepFM", folder)._embedding_regularizer)
+    contract.check_tiers(zoo, "DeepFM", folder, lambda m: m.regularization_loss(), weight)
+
+
 def test_checkpoint_of_the_uncompressed_model_is_not_overwritten(folder):
     model = zoo.build("FM", folder)
     zoo.train(model, "FM", folder)

@@ -1,0 +1,167 @@
+"""The operators by the C kernel, for tensors on the CPU; the rest goes to the reference.
+
+The kernel (``_native.c``) is built at install where there is a compiler, and left out otherwise.
+It works on float32 and int8 codebooks and sums in float32; other float codebooks are widened first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..layout import SCALE_DTYPE
+from . import reference
+from .schema import LIBRARY
+
+#: Codebooks that the kernel takes.
+_MOST_CODEBOOKS = 256
+#: Entries of the output below which a second thread costs more than it brings.
+_THREAD_ENTRIES = 1 << 16
+
+
+def _import_kernel() -> ModuleType | None:
+    try:
+        return importlib.import_module("mec_embed.ops._native")
+    except ImportError:
+        return None
+
+
+_kernel = _import_kernel()
+
+
+def available() -> bool:
+    """Whether the kernel was built."""
+    return _kernel is not None
+
+
+def _threads(entries: int) -> int:
+    return torch.get_num_threads() if entries >= _THREAD_ENTRIES else 1
+
+
+def _takes(ids: Tensor, codes: Tensor, dtype: torch.dtype, num_subvectors: int) -> bool:
+    """Whether the kernel computes this as exactly as the reference."""
+    return (
+        dtype is not torch.float64
+        and ids.dtype in (torch.int32, torch.int64)
+        and num_subvectors <= _MOST_CODEBOOKS
+        and codes.is_contiguous()
+    )
+
+
+def lookup(
+    input: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.lookup`."""
+    num_subvectors, codebook_size, width = codebooks.shape
+    other = codebooks.dtype is torch.float64 or (scales is not None and scales.dtype != SCALE_DTYPE)
+    if _kernel is None or other or not _takes(input, codes, dtype, num_subvectors):
+        return reference.lookup(
+            input,
+            codes,
+            codebooks,
+            scales,
+            num_embeddings,
+            embedding_dim,
+            bits,
+            padding_idx,
+            zero_padding,
+            sparse,
+            dtype,
+            name,
+        )
+    ids = input.contiguous()
+    # A large table that is kept as rows is not worth widening for a few of them.
+    narrow = codebooks.dtype is torch.int8
+    words = codebooks.contiguous() if narrow else codebooks.float().contiguous()
+    scales = scales.contiguous() if scales is not None else None
+    out = torch.empty((*input.shape, embedding_dim), dtype=torch.float32)
+    failed = _kernel.lookup(
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+        num_embeddings,
+        codes.data_ptr(),
+        bits,
+        num_subvectors,
+        codebook_size,
+        width,
+        int(width != embedding_dim),
+        words.data_ptr(),
+        int(narrow),
+        0 if scales is None else scales.data_ptr(),
+        padding_idx if zero_padding else -1,
+        out.data_ptr(),
+        _threads(out.numel()),
+    )
+    if failed is not None:
+        reference.check_ids(input, num_embeddings, name)
+    return out if dtype is torch.float32 else out.to(dtype)
+
+
+def lookup_backward(
+    grad: Tensor,
+    input: Tensor,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
+    wide = torch.float64 in (dtype, grad.dtype)
+    if _kernel is None or wide or not _takes(input, codes, dtype, num_subvectors):
+        return reference.lookup_backward(
+            grad,
+            input,
+            codes,
+            num_embeddings,
+            embedding_dim,
+            bits,
+            padding_idx,
+            num_subvectors,
+            codebook_size,
+            subvector_dim,
+            dtype,
+        )
+    ids, rows = input.contiguous(), grad.float().contiguous()
+    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    _kernel.lookup_backward(
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+        num_embeddings,
+        codes.data_ptr(),
+        bits,
+        num_subvectors,
+        codebook_size,
+        subvector_dim,
+        int(subvector_dim != embedding_dim),
+        rows.data_ptr(),
+        padding_idx,
+        total.data_ptr(),
+        _threads(rows.numel()),
+    )
+    return total.to(dtype)
+
+
+if available():
+    LIBRARY.impl("lookup", lookup, "CPU")
+    LIBRARY.impl("lookup_backward", lookup_backward, "CPU")

@@ -1,0 +1,216 @@
+"""The C kernel against the plain-torch reference: bit for bit where sums are made in float32."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mec_embed import CodeLayout, CompressedEmbedding
+from mec_embed.ops import backends, cpu, reference
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
+
+
+def _table(layout: CodeLayout, seed: int = 0, **options: Any) -> CompressedEmbedding:
+    torch.manual_seed(seed)
+    table = CompressedEmbedding(layout, **options)
+    if layout.bits:
+        # Any bits are codes as long as K is a power of two; the padding stays zero.
+        table.codes[:-8].random_(0, 256)
+    shape = layout.num_subvectors, layout.codebook_size, layout.subvector_dim
+    table.codebook_set.store(torch.randn(shape))
+    return table
+
+
+def _arguments(table: CompressedEmbedding, ids: Tensor) -> tuple[Any, ...]:
+    layout, books = table.layout, table.codebook_set
+    padding = -1 if table.padding_idx is None else table.padding_idx
+    return (
+        ids,
+        table.codes,
+        books.codebooks.detach(),
+        books.scales,
+        layout.num_embeddings,
+        layout.embedding_dim,
+        layout.bits,
+        padding,
+        table.zero_padding,
+        False,
+        table.output_dtype.dtype,
+        "t",
+    )
+
+
+@st.composite
+def _layouts(draw: st.DrawFn) -> CodeLayout:
+    kind = draw(st.sampled_from(["additive", "product", "rows"]))
+    rows = draw(st.integers(1, 200))
+    count = draw(st.integers(1, 20))
+    width = draw(st.integers(1, 129 // count)) if kind == "product" else draw(st.integers(1, 129))
+    dim = width * count if kind == "product" else width
+    bits = draw(st.integers(1, 11))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]))
+    if kind == "rows":
+        return CodeLayout("rows", rows, dim, 1, rows, dtype)
+    return CodeLayout(kind, rows, dim, count, 1 << bits, dtype)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    layout=_layouts(),
+    wide=st.booleans(),
+    shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (2, 0, 3), (600,)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    padding=st.booleans(),
+    zero=st.booleans(),
+)
+def test_outputs_are_those_of_the_reference_bit_for_bit(
+    layout: CodeLayout, wide: bool, shape: Any, dtype: torch.dtype, padding: bool, zero: bool
+) -> None:
+    padding_idx = layout.num_embeddings // 2 if padding else None
+    table = _table(layout, padding_idx=padding_idx, zero_padding=zero, dtype=dtype)
+    ids = torch.randint(layout.num_embeddings, shape)
+    arguments = _arguments(table, ids if wide else ids.int())
+    found = cpu.lookup(*arguments)
+    assert found.dtype is dtype and found.shape == (*shape, layout.embedding_dim)
+    assert torch.equal(found, reference.lookup(*arguments))
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=_layouts(), count=st.integers(0, 300), padding=st.booleans())
+def test_gradients_are_those_of_the_reference(
+    layout: CodeLayout, count: int, padding: bool
+) -> None:
+    table = _table(layout)
+    ids = torch.randint(layout.num_embeddings, (count,))
+    arguments = (
+        torch.randn(count, layout.embedding_dim),
+        ids,
+        table.codes,
+        layout.num_embeddings,
+        layout.embedding_dim,
+        layout.bits,
+        layout.num_embeddings // 2 if padding else -1,
+        layout.num_subvectors,
+        layout.codebook_size,
+        layout.subvector_dim,
+        torch.float32,
+    )
+    torch.testing.assert_close(
+        cpu.lookup_backward(*arguments),
+        reference.lookup_backward(*arguments),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.fixture
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_share_the_work_and_change_nothing(threads: Any) -> None:
+    table = _table(CodeLayout("additive", 5000, 40, 5, 32, torch.int8))
+    ids = torch.randint(5000, (20_000,))
+    threads(1)
+    alone = cpu.lookup(*_arguments(table, ids))
+    threads(4)
+    for _ in range(20):
+        assert torch.equal(cpu.lookup(*_arguments(table, ids)), alone)
+
+
+def test_several_python_threads_may_look_up_at_once(threads: Any) -> None:
+    threads(2)
+    table = _table(CodeLayout("additive", 5000, 40, 5, 32))
+    ids = torch.randint(5000, (8, 4000))
+    expected = reference.lookup(*_arguments(table, ids))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda one: cpu.lookup(*_arguments(table, one)), ids))
+            assert torch.equal(torch.stack(found), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_can_look_up(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
+    threads(1)  # torch's own threads would not survive the fork
+    monkeypatch.setattr(cpu, "_threads", lambda entries: 2)
+    table = _table(CodeLayout("additive", 5000, 40, 5, 32))
+    ids = torch.randint(5000, (4000,))
+    expected = cpu.lookup(*_arguments(table, ids))
+    child = os.fork()
+    if not child:
+        same = torch.equal(cpu.lookup(*_arguments(table, ids)), expected)
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 300, 2**40])
+@pytest.mark.parametrize("count", [1, 5000])
+def test_ids_out_of_range_are_named(bad: int, count: int, threads: Any) -> None:
+    threads(2)
+    table = _table(CodeLayout("additive", 300, 40, 5, 32))
+    ids = torch.randint(300, (count,))
+    ids[count // 2] = bad
+    with pytest.raises(IndexError, match=f"table 't': id {bad} is out of range, expected 0..299"):
+        cpu.lookup(*_arguments(table, ids))
+
+
+def test_views_are_read_as_they_look() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.randint(300, (6, 8))
+    for view in (ids.T, ids[:, ::2], ids[1:, 3]):
+        arguments = _arguments(table, view)
+        assert torch.equal(cpu.lookup(*arguments), reference.lookup(*arguments))
+
+
+def test_what_the_kernel_cannot_do_goes_to_the_reference() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16)).double()
+    ids = torch.randint(300, (9,))
+    assert torch.equal(cpu.lookup(*_arguments(table, ids)), table(ids))
+    assert table(ids).dtype is torch.float64
+
+
+def test_without_the_kernel_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.randint(300, (9,))
+    expected = table(ids).detach()
+    assert backends()["cpu"] == "native"
+    monkeypatch.setattr(cpu, "_kernel", None)
+    assert backends()["cpu"] == "torch"
+    with torch.no_grad():
+        assert torch.equal(table(ids), expected)
+    table(ids).sum().backward()
+    assert table.codebooks.grad is not None
+
+
+def test_the_short_cut_gives_what_the_operator_gives() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.randint(300, (9,))
+    with torch.no_grad():
+        short = table(ids)
+    long = table(ids)
+    assert long.requires_grad and not short.requires_grad
+    assert torch.equal(short, long)
+
+
+def test_the_short_cut_is_not_taken_where_a_tracer_watches() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=False)
+    ids = torch.randint(300, (9,))
+    traced = torch.jit.trace(table, ids, check_trace=False)
+    other = torch.randint(300, (9,))
+    assert torch.equal(traced(other), table(other))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(table)(ids)
+    assert torch.equal(graph(other), table(other))
+    compiled = torch.compile(table, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(other), table(other))
