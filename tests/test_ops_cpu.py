@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mec_embed import CodeLayout, CompressedEmbedding
 from mec_embed.ops import backends, cpu, reference
+from mec_embed.packing import pack
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
 
@@ -22,8 +23,8 @@ def _table(layout: CodeLayout, seed: int = 0, **options: Any) -> CompressedEmbed
     torch.manual_seed(seed)
     table = CompressedEmbedding(layout, **options)
     if layout.bits:
-        # Any bits are codes as long as K is a power of two; the padding stays zero.
-        table.codes[:-8].random_(0, 256)
+        codes = torch.randint(layout.codebook_size, (layout.num_embeddings, layout.num_subvectors))
+        table.codes.copy_(pack(codes, layout.bits))
     shape = layout.num_subvectors, layout.codebook_size, layout.subvector_dim
     table.codebook_set.store(torch.randn(shape))
     return table
@@ -55,11 +56,11 @@ def _layouts(draw: st.DrawFn) -> CodeLayout:
     count = draw(st.integers(1, 20))
     width = draw(st.integers(1, 129 // count)) if kind == "product" else draw(st.integers(1, 129))
     dim = width * count if kind == "product" else width
-    bits = draw(st.integers(1, 11))
+    size = draw(st.sampled_from([2, 3, 16, 20, 256, 300, 2048]))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]))
     if kind == "rows":
         return CodeLayout("rows", rows, dim, 1, rows, dtype)
-    return CodeLayout(kind, rows, dim, count, 1 << bits, dtype)
+    return CodeLayout(kind, rows, dim, count, size, dtype)
 
 
 @settings(deadline=None, max_examples=150)
@@ -164,6 +165,21 @@ def test_ids_out_of_range_are_named(bad: int, count: int, threads: Any) -> None:
     ids[count // 2] = bad
     with pytest.raises(IndexError, match=f"table 't': id {bad} is out of range, expected 0..299"):
         cpu.lookup(*_arguments(table, ids))
+
+
+def test_damaged_codes_are_refused_not_followed() -> None:
+    table = _table(CodeLayout("additive", 300, 40, 5, 20))
+    table.codes[:-8] = 255  # code 31 of 20
+    ids = torch.arange(300)
+    with pytest.raises(IndexError, match="table 't': its codes name codewords"):
+        cpu.lookup(*_arguments(table, ids))
+    with pytest.raises(IndexError, match="damaged"):
+        cpu.lookup_backward(
+            torch.ones(300, 40), ids, table.codes, 300, 40, 5, -1, 5, 20, 40, torch.float32
+        )
+    short = table.codes[:100]
+    with pytest.raises(IndexError):
+        cpu.lookup(*[short if a is table.codes else a for a in _arguments(table, ids)])
 
 
 def test_views_are_read_as_they_look() -> None:

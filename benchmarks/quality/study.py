@@ -12,7 +12,6 @@ import csv
 import functools
 import itertools
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import mec_embed
+from benchmarks.hardware import processor
 from benchmarks.quality.big_generator import TOTAL_IDS, generate_named, train_sparse
 from benchmarks.quality.common import Base, Method, embedding_bytes
 from benchmarks.quality.fuxictr_data import FIELDS, load_folder
@@ -184,7 +184,7 @@ def record(
     line |= {"bytes": embedding_bytes(model), "bytes_before": base.nbytes}
     line |= {"seconds": f"{seconds:.1f}", "mec_embed": mec_embed.__version__}
     line |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    _append(file, line | {"processor": _processor()})
+    _append(file, line | {"processor": processor()})
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:
@@ -195,13 +195,6 @@ def _append(file: Path, line: dict[str, Any]) -> None:
         if fresh:
             writer.writeheader()
         writer.writerow(line)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

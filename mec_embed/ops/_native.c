@@ -52,7 +52,7 @@ typedef struct {
     int64_t skip_id; /* id that passes no gradient, -1 for none */
     float *out;
     const float *grad;
-    int64_t bad; /* an id that is no row, or -1 - n after the run if there was one */
+    int64_t bad; /* where failed: an id that is no row, or whose codes name no codeword */
     int failed;
 } Job;
 
@@ -73,25 +73,32 @@ INLINE float scale_at(const Job *job, int64_t word) {
     return value;
 }
 
-/* Numbers of the codewords of a row, among those of all codebooks. */
-INLINE void read_codes(const Job *job, int64_t id, int64_t *word) {
+/* Numbers of the codewords of a row, among those of all codebooks; 0 if one does not exist, as in
+ * damaged codes of codebooks whose size is no power of two. */
+INLINE int read_codes(const Job *job, int64_t id, int64_t *word) {
     if (!job->bits) {
         word[0] = id;
-        return;
+        return id < job->size;
     }
+    int fits = 1;
     const int64_t first = id * job->bits * job->books;
     const uint64_t mask = ((uint64_t)1 << job->bits) - 1;
     if (job->bits * job->books <= 57) {
         uint64_t stream = load64(job->codes + (first >> 3)) >> (first & 7);
-        for (int m = 0; m < job->books; m++, stream >>= job->bits)
-            word[m] = m * job->size + (int64_t)(stream & mask);
-        return;
+        for (int m = 0; m < job->books; m++, stream >>= job->bits) {
+            const int64_t code = (int64_t)(stream & mask);
+            fits &= code < job->size;
+            word[m] = m * job->size + code;
+        }
+        return fits;
     }
     for (int m = 0; m < job->books; m++) {
         const int64_t place = first + (int64_t)m * job->bits;
-        const uint64_t stream = load64(job->codes + (place >> 3)) >> (place & 7);
-        word[m] = m * job->size + (int64_t)(stream & mask);
+        const int64_t code = (int64_t)(load64(job->codes + (place >> 3)) >> (place & 7) & mask);
+        fits &= code < job->size;
+        word[m] = m * job->size + code;
     }
+    return fits;
 }
 
 INLINE float entry(const char *word, int64_t at, int narrow, float scale) {
@@ -188,7 +195,11 @@ INLINE void look_up(Job *job, int64_t begin, int64_t end, int wide, int narrow, 
             memset(out, 0, dim * sizeof(float));
             continue;
         }
-        read_codes(job, id, number);
+        if (!read_codes(job, id, number)) {
+            job->bad = id;
+            job->failed = 1;
+            return;
+        }
         for (int m = 0; m < job->books; m++) {
             word[m] = job->words + number[m] * word_bytes;
             scale[m] = narrow ? scale_at(job, number[m]) : 1.0f;
@@ -221,13 +232,23 @@ DISPATCHED static void collect_part(Job *job, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < job->count; i++) {
         const int64_t id = id_at(job, i, job->wide);
         if (id == job->skip_id) continue;
+        if (id < 0 || id >= job->rows) {
+            job->bad = id;
+            job->failed = 1;
+            return;
+        }
         for (int64_t m = begin; m < end; m++) {
             int64_t word = id;
             if (job->bits) {
                 const int64_t place = (id * job->books + m) * job->bits;
-                const uint64_t stream = load64(job->codes + (place >> 3)) >> (place & 7);
-                word = m * job->size + (int64_t)(stream & mask);
+                word = (int64_t)(load64(job->codes + (place >> 3)) >> (place & 7) & mask);
             }
+            if (word >= job->size) {
+                job->bad = id;
+                job->failed = 1;
+                return;
+            }
+            word += m * job->size;
             const float *from = job->grad + i * dim + (job->product ? m * job->width : 0);
             float *to = job->out + word * job->width;
             for (int64_t j = 0; j < job->width; j++) to[j] += from[j];
@@ -370,7 +391,8 @@ static int fill_job(Job *job, const long long *v) {
 }
 
 /* ids, bytes an id, count, rows, codes, bits, books, size, width, product,
- * words, narrow, scales, zero id, out, threads -> an id that is out of range, or None */
+ * words, narrow, scales, zero id, out, threads -> an id that is no row, or whose codes are
+ * damaged, or None */
 static PyObject *lookup(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[16];
     Job job;
@@ -388,7 +410,7 @@ static PyObject *lookup(PyObject *self, PyObject *const *args, Py_ssize_t given)
 }
 
 /* ids, bytes an id, count, rows, codes, bits, books, size, width, product,
- * grad, id without gradient, out (zeroed), threads -> None */
+ * grad, id without gradient, out (zeroed), threads -> as lookup */
 static PyObject *lookup_backward(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[14];
     Job job;
@@ -399,6 +421,7 @@ static PyObject *lookup_backward(PyObject *self, PyObject *const *args, Py_ssize
     Py_BEGIN_ALLOW_THREADS
     run_parts(collect_part, &job, job.books, 1, (int)v[13]);
     Py_END_ALLOW_THREADS
+    if (job.failed) return PyLong_FromLongLong(job.bad);
     Py_RETURN_NONE;
 }
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..layout import SCALE_DTYPE
+from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
 from .schema import LIBRARY
 
@@ -41,13 +42,25 @@ def _threads(entries: int) -> int:
     return torch.get_num_threads() if entries >= _THREAD_ENTRIES else 1
 
 
-def _takes(ids: Tensor, codes: Tensor, dtype: torch.dtype, num_subvectors: int) -> bool:
+def _takes(
+    ids: Tensor, codes: Tensor, dtype: torch.dtype, num_embeddings: int, bits: int, books: int
+) -> bool:
     """Whether the kernel computes this as exactly as the reference."""
     return (
         dtype is not torch.float64
         and ids.dtype in (torch.int32, torch.int64)
-        and num_subvectors <= _MOST_CODEBOOKS
+        and books <= _MOST_CODEBOOKS
         and codes.is_contiguous()
+        and (not bits or codes.numel() >= packed_bytes(num_embeddings, bits * books))
+    )
+
+
+def _refuse(ids: Tensor, num_embeddings: int, name: str) -> NoReturn:
+    """The error for what the kernel would not read."""
+    reference.check_ids(ids, num_embeddings, name)
+    raise IndexError(
+        f"table {name!r}: its codes name codewords that its codebooks do not have; they are "
+        "damaged: load the model again"
     )
 
 
@@ -68,7 +81,11 @@ def lookup(
     """See :data:`mec_embed.ops.schema.lookup`."""
     num_subvectors, codebook_size, width = codebooks.shape
     other = codebooks.dtype is torch.float64 or (scales is not None and scales.dtype != SCALE_DTYPE)
-    if _kernel is None or other or not _takes(input, codes, dtype, num_subvectors):
+    if (
+        _kernel is None
+        or other
+        or not _takes(input, codes, dtype, num_embeddings, bits, num_subvectors)
+    ):
         return reference.lookup(
             input,
             codes,
@@ -108,7 +125,7 @@ def lookup(
         _threads(out.numel()),
     )
     if failed is not None:
-        reference.check_ids(input, num_embeddings, name)
+        _refuse(input, num_embeddings, name)
     return out if dtype is torch.float32 else out.to(dtype)
 
 
@@ -127,7 +144,11 @@ def lookup_backward(
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
     wide = torch.float64 in (dtype, grad.dtype)
-    if _kernel is None or wide or not _takes(input, codes, dtype, num_subvectors):
+    if (
+        _kernel is None
+        or wide
+        or not _takes(input, codes, dtype, num_embeddings, bits, num_subvectors)
+    ):
         return reference.lookup_backward(
             grad,
             input,
@@ -143,7 +164,7 @@ def lookup_backward(
         )
     ids, rows = input.contiguous(), grad.float().contiguous()
     total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
-    _kernel.lookup_backward(
+    failed = _kernel.lookup_backward(
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
@@ -159,6 +180,8 @@ def lookup_backward(
         total.data_ptr(),
         _threads(rows.numel()),
     )
+    if failed is not None:
+        _refuse(input, num_embeddings, "")
     return total.to(dtype)
 
 
