@@ -108,6 +108,7 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
         replacements = _build_modules(model, manifest, path)
     _check_fit(model, replacements, tensors, manifest, path)
     _fill(replacements, tensors)
+    _check_maps(replacements, path)
     with _values_kept(model, replacements):
         state = tensors | manifest["extra"]
         replace_modules(model, replacements, optimizer, lambda: model.load_state_dict(state))
@@ -523,6 +524,20 @@ def _fill(replacements: list[Replacement], tensors: dict[str, Tensor]) -> None:
         for module in new.modules():
             if isinstance(module, _CODED):
                 module.output_dtype = module.output_dtype.to(device)
+
+
+def _check_maps(replacements: list[Replacement], path: str | Path) -> None:
+    """FormatError for a map of tiers that does not lead to the rows of its tiers."""
+    for aliases, _, new in replacements:
+        if not isinstance(new, _TIERED):
+            continue
+        found = new.tier_map.popular_rows()
+        if found != new.head.num_embeddings:
+            raise FormatError(
+                f"{path}: the map of table {aliases[0].name!r} is damaged: it has "
+                f"{'contradictions' if found is None else f'{found} popular rows'}, expected "
+                f"{new.head.num_embeddings} popular rows; save the model again"
+            )
 
 
 def _put(owner: nn.Module, name: str, loaded: Tensor, meta: Tensor) -> None:

@@ -6,6 +6,7 @@ all that holds for codes, codebooks and their training holds for tiers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .modules import CompressedEmbedding, DecodedBags, DecodedRows, DecodedTable
-from .ops.reference import BLOCK_ROWS
+from .ops.reference import BLOCK_ROWS, count_ones
 from .tables import Alias, find_modules
 
 #: Runs of popular and unpopular rows in turn, up to which these are listed one by one.
@@ -85,6 +86,26 @@ class TierMap(nn.Module):
         self.before[1:] = ahead[:-1].int()
         powers = 1 << torch.arange(8)
         self.bitmap.copy_((padded.view(-1, 8) * powers).sum(1))
+
+    def popular_rows(self) -> int | None:
+        """Number of popular rows, or None for a map that contradicts itself, as in a bad file."""
+        if self.runs is not None:
+            return self._popular_in_runs()
+        ones = count_ones(self.bitmap.int()).view(-1, BLOCK_ROWS // 8).sum(1).cumsum(0)
+        agrees = bool((self.before[1:] == ones[:-1]).all()) and not int(self.before[0])
+        last = [int(byte) for byte in self.bitmap[self.rows // 8 :]]
+        beyond = sum(byte << (8 * number) for number, byte in enumerate(last)) >> self.rows % 8
+        return int(ones[-1]) if agrees and not beyond else None
+
+    def _popular_in_runs(self) -> int | None:
+        starts, total = self.starts.tolist(), 0
+        if starts[0] or sorted(starts) != starts or starts[-1] >= self.rows:
+            return None
+        for number, (start, end) in enumerate(itertools.pairwise([*starts, self.rows])):
+            if int(self.before[number]) != total:
+                return None
+            total += 0 if number % 2 else end - start
+        return total
 
     @property
     def nbytes(self) -> int:

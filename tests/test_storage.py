@@ -875,6 +875,19 @@ def test_tiers_can_be_loaded_into_other_tiers(saved_tiers: tuple[Shop, Path]) ->
         assert torch.equal(load(other, path)(shop_ids()), model(shop_ids()))
 
 
+@pytest.mark.parametrize("key", ["sorted.tier_map.before", "shuffled.tier_map.bitmap"])
+def test_a_map_that_leads_nowhere_is_refused(
+    key: str, saved_tiers: tuple[Shop, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    with safe_open(saved_tiers[1], framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors[key][-1] ^= 1
+    save_file(tensors, path, metadata)
+    _assert_refused(Shop(), path, key.partition(".")[0], "damaged", "popular rows")
+
+
 def _tiers(manifest: dict[str, Any], name: str) -> dict[str, Any]:
     (entry,) = (entry for entry in manifest["tables"] if name in entry["names"])
     return entry

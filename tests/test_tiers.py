@@ -681,3 +681,24 @@ def test_compress_reads_gradients_of_batches_and_still_makes_tiers() -> None:
     named = CompressionConfig(ratio=40, popularity="log")
     assert by_name(plan(Shop(), counts(), named, batches=batches))["sorted"].popularity == "log"
     assert report.bytes_after <= report.bytes_before / 40 and len(model(ids())) == 200
+
+
+# --- maps that contradict themselves ------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks(), st.data())
+def test_a_map_knows_its_popular_rows_and_any_change_shows(
+    popular: torch.Tensor, data: st.DataObject
+) -> None:
+    tier_map = TierMap.of(popular)
+    count = int(popular.sum())
+    assert tier_map.popular_rows() == count
+    name = data.draw(st.sampled_from([n for n, held in tier_map.named_buffers() if len(held)]))
+    held = dict(tier_map.named_buffers())[name]
+    place = data.draw(st.integers(0, len(held) - 1))
+    if name == "bitmap":
+        held[place] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        held[place] += data.draw(st.sampled_from([-1, 1, 1000]))
+    assert tier_map.popular_rows() != count

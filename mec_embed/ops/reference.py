@@ -140,12 +140,12 @@ def _tiers_by_bitmap(ids: Tensor, before: Tensor, bitmap: Tensor) -> tuple[Tenso
     number = torch.arange(BLOCK_ROWS // 8, device=ids.device)
     partial = (1 << bit) - 1
     earlier = torch.where(number < byte, 255, torch.where(number == byte, partial, 0))
-    rank = before[block] + _ones(own & earlier.int()).sum(-1)
+    rank = before[block] + count_ones(own & earlier.int()).sum(-1)
     popular = ((own.gather(-1, byte)[..., 0] >> bit[..., 0]) & 1).bool()
     return popular, torch.where(popular, rank, ids - rank)
 
 
-def _ones(byte: Tensor) -> Tensor:
+def count_ones(byte: Tensor) -> Tensor:
     """Number of bits that are set in integers below 256."""
     pairs = byte - ((byte >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
