@@ -15,6 +15,7 @@ from torch import Tensor
 from mec_embed import CodeLayout, CompressedEmbedding
 from mec_embed.ops import backends, cpu, reference
 from mec_embed.packing import pack
+from mec_embed.tiers import TierMap
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
 
@@ -230,3 +231,24 @@ def test_the_short_cut_is_not_taken_where_a_tracer_watches() -> None:
     assert torch.equal(graph(other), table(other))
     compiled = torch.compile(table, fullgraph=True, backend="eager")
     assert torch.equal(compiled(other), table(other))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.integers(2, 1000),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    sort=st.booleans(),
+    wide=st.booleans(),
+    shape=st.sampled_from([(), (0,), (7,), (3, 5), (3000,)]),
+)
+def test_tiers_are_those_of_the_reference(
+    rows: int, share: float, sort: bool, wide: bool, shape: Any
+) -> None:
+    popular = torch.rand(rows) < share
+    tier_map = TierMap.of(popular.sort(descending=True)[0] if sort else popular)
+    ids = torch.randint(rows, shape, dtype=torch.int64 if wide else torch.int32)
+    arguments = (ids, tier_map.starts, tier_map.before, tier_map.bitmap, rows, "t")
+    found, expected = cpu.tiers(*arguments), reference.tiers(*arguments)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(IndexError, match=f"table 't': id {rows} is out of range"):
+        cpu.tiers(torch.tensor([0, rows]), *arguments[1:])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference, schema
-from .schema import tiers
 
 __all__ = ["backends", "cpu", "lookup", "reference", "schema", "tiers"]
 
@@ -24,6 +23,13 @@ def lookup(input: Tensor, codes: Tensor, codebooks: Tensor, *options: Any) -> Te
     if cpu.available() and _unwatched(input, codes, codebooks):
         return cpu.lookup(input, codes, codebooks, *options)
     return schema.lookup(input, codes, codebooks, *options)
+
+
+def tiers(input: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """See :data:`mec_embed.ops.schema.tiers`; takes the same short cut as :func:`lookup`."""
+    if cpu.available() and _unwatched(input):
+        return cpu.tiers(input, *options)
+    return schema.tiers(input, *options)
 
 
 def _unwatched(*tensors: Tensor) -> bool:

@@ -36,6 +36,7 @@
 #define MOST_CODEBOOKS 256
 #define MOST_VECTORS 8 /* summed in registers */
 #define AHEAD 16   /* rows whose codes are fetched in advance */
+#define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512  /* ids that a thread takes at once */
 
 typedef struct {
@@ -52,6 +53,8 @@ typedef struct {
     int64_t skip_id; /* id that passes no gradient, -1 for none */
     float *out;
     const float *grad;
+    uint8_t *flags;
+    int64_t *places;
     int64_t bad; /* where failed: an id that is no row, or whose codes name no codeword */
     int failed;
 } Job;
@@ -256,6 +259,44 @@ DISPATCHED static void collect_part(Job *job, int64_t begin, int64_t end) {
     }
 }
 
+/* Tier and place of rows, see mec_embed.tiers.TierMap. The map is in `codes` (bitmap), `words`
+ * (starts of runs) and `scales` (popular rows before a run or block); `size` is the number of runs.
+ * The flag of each id is written to `flags`, its place to `places`. */
+INLINE void find_in_runs(const Job *job, int64_t id, uint8_t *flag, int64_t *place) {
+    const int64_t *starts = (const int64_t *)job->words, *before = (const int64_t *)job->scales;
+    int64_t run = 0;
+    while (run + 1 < job->size && starts[run + 1] <= id) run++;
+    *flag = !(run & 1);
+    *place = id - (*flag ? starts[run] - before[run] : before[run]);
+}
+
+INLINE void find_in_bitmap(const Job *job, int64_t id, uint8_t *flag, int64_t *place) {
+    const int64_t block = id / BLOCK_ROWS, within = id % BLOCK_ROWS;
+    uint64_t half[2];
+    memcpy(half, job->codes + block * (BLOCK_ROWS / 8), sizeof half);
+    const uint64_t own = half[within >> 6];
+    int64_t rank = ((const int32_t *)job->scales)[block];
+    if (within >> 6) rank += __builtin_popcountll(half[0]);
+    rank += __builtin_popcountll(own & (((uint64_t)1 << (within & 63)) - 1));
+    *flag = own >> (within & 63) & 1;
+    *place = *flag ? rank : id - rank;
+}
+
+DISPATCHED static void find_tiers_part(Job *job, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t id = id_at(job, i, job->wide);
+        if (id < 0 || id >= job->rows) {
+            job->bad = id;
+            job->failed = 1;
+            return;
+        }
+        if (job->size)
+            find_in_runs(job, id, job->flags + i, job->places + i);
+        else
+            find_in_bitmap(job, id, job->flags + i, job->places + i);
+    }
+}
+
 typedef void (*Part)(Job *, int64_t, int64_t);
 
 /* Threads that sleep between jobs: a second OpenMP runtime would spin against torch's. */
@@ -425,7 +466,32 @@ static PyObject *lookup_backward(PyObject *self, PyObject *const *args, Py_ssize
     Py_RETURN_NONE;
 }
 
+/* ids, bytes an id, count, rows, bitmap, runs, starts, before, flags, places, threads
+ * -> an id that is no row, or None */
+static PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long v[11];
+    Job job;
+    if (read_integers(args, given, 11, v)) return NULL;
+    memset(&job, 0, sizeof job);
+    job.ids = ADDRESS(v[0]);
+    job.wide = v[1] == 8;
+    job.count = v[2];
+    job.rows = v[3];
+    job.codes = ADDRESS(v[4]);
+    job.size = v[5];
+    job.words = ADDRESS(v[6]);
+    job.scales = ADDRESS(v[7]);
+    job.flags = ADDRESS(v[8]);
+    job.places = ADDRESS(v[9]);
+    Py_BEGIN_ALLOW_THREADS
+    run_parts(find_tiers_part, &job, job.count, CHUNK, (int)v[10]);
+    Py_END_ALLOW_THREADS
+    if (job.failed) return PyLong_FromLongLong(job.bad);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"tiers", (PyCFunction)(void (*)(void))tiers, METH_FASTCALL, "Tier and place of rows."},
     {"lookup", (PyCFunction)(void (*)(void))lookup, METH_FASTCALL, "Decode rows."},
     {"lookup_backward", (PyCFunction)(void (*)(void))lookup_backward, METH_FASTCALL,
      "Gradient of the codebooks."},

@@ -185,6 +185,46 @@ def lookup_backward(
     return total.to(dtype)
 
 
+def tiers(
+    input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """See :data:`mec_embed.ops.schema.tiers`."""
+    blocks = -(-num_embeddings // reference.BLOCK_ROWS)
+    whole = len(before) == (len(starts) or blocks) and (
+        len(starts) or bitmap.numel() == blocks * reference.BLOCK_ROWS // 8
+    )
+    kinds = starts.dtype, before.dtype, bitmap.dtype
+    expected = torch.int64, torch.int64 if len(starts) else torch.int32, torch.uint8
+    if (
+        _kernel is None
+        or not whole
+        or kinds != expected
+        or not (starts.is_contiguous() and before.is_contiguous() and bitmap.is_contiguous())
+        or input.dtype not in (torch.int32, torch.int64)
+    ):
+        return reference.tiers(input, starts, before, bitmap, num_embeddings, name)
+    ids = input.contiguous()
+    popular = torch.empty(input.shape, dtype=torch.bool)
+    place = torch.empty(input.shape, dtype=torch.int64)
+    failed = _kernel.tiers(
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+        num_embeddings,
+        bitmap.data_ptr(),
+        len(starts),
+        starts.data_ptr(),
+        before.data_ptr(),
+        popular.data_ptr(),
+        place.data_ptr(),
+        _threads(ids.numel()),
+    )
+    if failed is not None:
+        reference.check_ids(input, num_embeddings, name)
+    return popular, place
+
+
 if available():
+    LIBRARY.impl("tiers", tiers, "CPU")
     LIBRARY.impl("lookup", lookup, "CPU")
     LIBRARY.impl("lookup_backward", lookup_backward, "CPU")
