@@ -70,16 +70,18 @@ def _panel(row: dict[str, str]) -> Panel:
 def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
     """Markdown: one line a method, one column a ratio, "right after / tuned"."""
     ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
-    seeds = max(len(cell[STAGES[0]]) for cells in methods.values() for cell in cells.values())
-    head = ["method", *(f"{ratio:g}x" for ratio in ratios)]
-    lines = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**, {seeds} seed{'s' * (seeds > 1)}", ""]
-    lines += [_line(head), _line(["---"] * len(head))]
-    for method, cells in methods.items():
+    lines = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
+    lines += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
+    lines += [_line(["---"] * (1 + len(ratios)))]
+    for method in sorted(methods, key=lambda name: not name.startswith("mec_embed")):
+        cells = methods[method]
         if set(cells) == {0.0}:
+            # Of one size: it stands in the first column of results, with the ratio it has.
             cell = cells[0.0]
-            lines.append(_line([f"{method} ({mean(cell['ratio']):.1f}x): {_cell(cell)}"]))
+            found = [f"{_cell(cell)} at {mean(cell['ratio']):.1f}x", *[""] * (len(ratios) - 1)]
         else:
-            lines.append(_line([method, *(_cell(cells.get(ratio)) for ratio in ratios)]))
+            found = [_cell(cells.get(ratio)) for ratio in ratios]
+        lines.append(_line([method, *found]))
     return "\n".join(lines)
 
 
@@ -90,7 +92,9 @@ def _line(values: list[str]) -> str:
 def _cell(cell: dict[str, list[float]] | None) -> str:
     if cell is None:
         return "-"
-    return " / ".join(f"{mean(cell[stage]):+.4f}" for stage in STAGES if cell[stage])
+    seeds = len(cell[STAGES[0]])
+    values = " / ".join(f"{mean(cell[stage]):+.4f}" for stage in STAGES if cell[stage])
+    return values if seeds == 1 else f"{values} ({seeds} seeds)"
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:
