@@ -33,8 +33,8 @@ _MOST_FITTED = 0.9
 #: Bits that a code of b bits is worth of an ideal code's: fitted to the errors of additive codes
 #: learned from real tables (docs/experiments.md): .725 b at 1 bit, .97 b at 8.
 _WORTH, _WORTH_PER_BIT, _WORTH_MOST = 0.69, 0.035, 0.98
-#: Cuts between tiers that are tried: up to two to this power, less one, occurrences.
-_MOST_CUTS = 9
+#: Cuts between tiers that are tried, in occurrences: finer steps gain little (experiments.md).
+_CUTS = (1, 4, 16, 64, 256)
 #: Rows that a tier must have to be worth codebooks of its own.
 _LEAST_TIER_ROWS = 64
 #: Rounding error of a row in each storage dtype, relative to its square.
@@ -481,9 +481,9 @@ def _spend(sizes: np.ndarray, errors: np.ndarray, picked: np.ndarray, budget: in
 
 
 def cut_counts(fields: Sequence[Field]) -> list[int]:
-    """Occurrences at which tables may be split into tiers: powers of two that split some table."""
+    """Occurrences at which tables may be split into tiers: those that split some table."""
     most = max((int(field.counts.max()) for field in fields if field.counts is not None), default=0)
-    return [1 << power for power in range(_MOST_CUTS) if 1 << power <= most]
+    return [cut for cut in _CUTS if cut <= most]
 
 
 def split_fields(fields: Sequence[Field], cut: int) -> list[Field]:
