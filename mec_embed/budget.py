@@ -33,7 +33,7 @@ _MOST_FITTED = 0.9
 #: Bits that a code of b bits is worth of an ideal code's: fitted to the errors of additive codes
 #: learned from real tables (docs/experiments.md): .725 b at 1 bit, .97 b at 8.
 _WORTH, _WORTH_PER_BIT, _WORTH_MOST = 0.69, 0.035, 0.98
-#: Cuts between tiers that are tried, in occurrences: finer steps gain little (experiments.md).
+#: Cuts between tiers that are tried first, in occurrences; then half and twice the best.
 _CUTS = (1, 4, 16, 64, 256)
 #: Rows that a tier must have to be worth codebooks of its own.
 _LEAST_TIER_ROWS = 64
@@ -632,20 +632,34 @@ class _Search:
 
     def try_tiers(self) -> None:
         """From the best whole tables on: the best cut without sharing, then sharing at that cut."""
-        whole, best_cut = self.fields, None
-        splits = {}
-        for cut in cut_counts(whole):
-            fields = split_fields(whole, cut)
-            if len(fields) > len(whole):
-                heads = [field for field in fields if field.tier == "head"]
-                taken = sum(TierMap.nbytes_of(popular_rows(head)) for head in heads)
-                splits[cut] = fields, taken
-                if self.try_one(fields, None, taken):
-                    best_cut = cut
+        whole = self.fields
+        splits: dict[int, tuple[list[Field], int]] = {}
+        best_cut = self._best_cut(whole, cut_counts(whole), splits)
+        if best_cut is not None:
+            best_cut = self._best_cut(whole, [best_cut // 2, best_cut * 2], splits) or best_cut
         for cut in splits if best_cut is None else [best_cut]:
             fields, taken = splits[cut]
             for sharing in sharings(fields):
                 self.try_one(fields, sharing, taken)
+
+    def _best_cut(
+        self,
+        whole: Sequence[Field],
+        cuts: Sequence[int],
+        splits: dict[int, tuple[list[Field], int]],
+    ) -> int | None:
+        """The last cut that is a gain, none sharing codebooks; all that split go to ``splits``."""
+        best = None
+        for cut in cuts:
+            fields = split_fields(whole, cut)
+            if len(fields) == len(whole):
+                continue
+            heads = [field for field in fields if field.tier == "head"]
+            taken = sum(TierMap.nbytes_of(popular_rows(head)) for head in heads)
+            splits[cut] = fields, taken
+            if self.try_one(fields, None, taken):
+                best = cut
+        return best
 
     def _front(self, group: Group) -> list[Choice]:
         if group.fields not in self._fronts:
