@@ -39,7 +39,7 @@ report = compress(
     model, counts, CompressionConfig(ratio=50, epochs=1), progress=False
 )
 print(before, status("VmHWM"), report.bytes_before / report.bytes_after,
-      report.tables[0].layout, time.process_time() - started, sep="|")
+      report.tables[0].layout, time.process_time() - started, sep=";")
 """
 
 
@@ -51,7 +51,7 @@ def test_compress_takes_less_than_half_the_table_and_200_mb() -> None:
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr
-    before, peak, ratio, layout, seconds = run.stdout.strip().split("|")
+    before, peak, ratio, layout, seconds = run.stdout.strip().split(";")
     rise = float(peak) - float(before)
     print(f"{layout}: {rise:.0f} MB above {float(before):.0f} MB, {float(seconds):.0f} s of CPU")
     assert float(before) > TABLE_MB, "the table was not in memory before"

@@ -264,7 +264,7 @@ OPCHECKS = [
 @pytest.mark.parametrize(("shape", "options"), OPCHECKS)
 def test_opcheck_lookup(shape, options, ids_dtype):
     case = Case(shape, **options)
-    torch.library.opcheck(lookup.default, case.args(IDS.to(ids_dtype)))
+    torch.library.opcheck(torch.ops.mec_embed.lookup.default, case.args(IDS.to(ids_dtype)))
 
 
 @pytest.mark.parametrize("padding", [False, True])
