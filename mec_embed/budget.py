@@ -511,6 +511,8 @@ def popular_rows(head: Field) -> Tensor:
     return popular
 
 
+#: The choices of groups that were met already.
+Fronts = dict[tuple[Field, ...], list["Choice"]]
 #: Fields share codebooks if their rows are more than the first and at most the second; None: none.
 Sharing = tuple[int, int] | None
 
@@ -587,8 +589,7 @@ def assign(
     search = _Search(keys, config, budget)
     for pair in (True, False) if may_pair else (False,):
         fields = make_fields(tables, weights, counts, fishers, pair)
-        for sharing in sharings(fields):
-            search.try_one(fields, sharing, 0)
+        search.try_all(fields)
     if search.best is None:
         raise ValueError(
             f"the tables to compress cannot fit in {budget:,} bytes; the least possible is "
@@ -610,15 +611,48 @@ class _Search:
         self.best: Assignment | None = None
         self.least: int | None = None
         self.fields: Sequence[Field] = ()
-        self._fronts: dict[tuple[Field, ...], list[Choice]] = {}
 
-    def try_one(self, fields: Sequence[Field], sharing: Sharing, taken: int) -> bool:
-        """Try one grouping, ``taken`` bytes of the budget being spent already; True for a gain."""
+    def try_all(self, fields: Sequence[Field], taken: int = 0) -> None:
+        """Try every sharing of codebooks; ``taken`` bytes of the budget are spent already."""
+        fronts: Fronts = {}
+        for sharing in sharings(fields):
+            self._try(fields, sharing, taken, fronts)
+
+    def try_tiers(self) -> None:
+        """From the best whole tables on: the best cut without sharing, then sharing at that cut.
+
+        Tiers are made anew for each step: those of large tables take too much memory to be kept.
+        """
+        whole = self.fields
+        cuts = cut_counts(whole)
+        best_cut = self._best_cut(whole, cuts)
+        if best_cut is not None:
+            cuts = [self._best_cut(whole, [best_cut // 2, best_cut * 2]) or best_cut]
+        for cut in cuts:
+            fields = split_fields(whole, cut)
+            if len(fields) > len(whole):
+                self.try_all(fields, _map_bytes(fields))
+
+    def _best_cut(self, whole: Sequence[Field], cuts: Sequence[int]) -> int | None:
+        """The last cut that is a gain, no tier sharing codebooks."""
+        best = None
+        for cut in cuts:
+            fields = split_fields(whole, cut)
+            split = len(fields) > len(whole)
+            if split and self._try(fields, None, _map_bytes(fields), {}):
+                best = cut
+        return best
+
+    def _try(self, fields: Sequence[Field], sharing: Sharing, taken: int, fronts: Fronts) -> bool:
+        """Try one grouping; True for a gain."""
         keys = [(f.tier, *(self.keys[table] for table in f.tables)) for f in fields]
         groups = grouped(fields, keys, sharing)
         if groups is None:
             return False
-        options = [self._front(group) for group in groups]
+        for group in groups:
+            if group.fields not in fronts:
+                fronts[group.fields] = choices(group, self.config)
+        options = [fronts[group.fields] for group in groups]
         smallest = sum(front[0].nbytes for front in options)
         self.least = smallest if self.least is None else min(self.least, smallest)
         chosen = allocate(options, self.budget - taken)
@@ -630,38 +664,8 @@ class _Search:
         self.best, self.fields = found, fields
         return True
 
-    def try_tiers(self) -> None:
-        """From the best whole tables on: the best cut without sharing, then sharing at that cut."""
-        whole = self.fields
-        splits: dict[int, tuple[list[Field], int]] = {}
-        best_cut = self._best_cut(whole, cut_counts(whole), splits)
-        if best_cut is not None:
-            best_cut = self._best_cut(whole, [best_cut // 2, best_cut * 2], splits) or best_cut
-        for cut in splits if best_cut is None else [best_cut]:
-            fields, taken = splits[cut]
-            for sharing in sharings(fields):
-                self.try_one(fields, sharing, taken)
 
-    def _best_cut(
-        self,
-        whole: Sequence[Field],
-        cuts: Sequence[int],
-        splits: dict[int, tuple[list[Field], int]],
-    ) -> int | None:
-        """The last cut that is a gain, none sharing codebooks; all that split go to ``splits``."""
-        best = None
-        for cut in cuts:
-            fields = split_fields(whole, cut)
-            if len(fields) == len(whole):
-                continue
-            heads = [field for field in fields if field.tier == "head"]
-            taken = sum(TierMap.nbytes_of(popular_rows(head)) for head in heads)
-            splits[cut] = fields, taken
-            if self.try_one(fields, None, taken):
-                best = cut
-        return best
-
-    def _front(self, group: Group) -> list[Choice]:
-        if group.fields not in self._fronts:
-            self._fronts[group.fields] = choices(group, self.config)
-        return self._fronts[group.fields]
+def _map_bytes(fields: Sequence[Field]) -> int:
+    """Bytes of the maps of all tables in tiers."""
+    heads = [field for field in fields if field.tier == "head"]
+    return sum(TierMap.nbytes_of(popular_rows(head)) for head in heads)

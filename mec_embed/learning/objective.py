@@ -18,7 +18,7 @@ from torch import Tensor
 from .quantizers import Quantizer
 
 BATCH_ROWS = 8192
-#: Entries of the distances of one batch, at most: several such arrays live at once.
+#: Entries of the distances, or targets, of one batch, at most: several such arrays live at once.
 BATCH_DISTANCES = 1 << 20
 #: Adam's learning rate, relative to the root of the mean squared error of the rows: the smaller
 #: that is, the smaller the steps that keep what the start has found.
@@ -129,7 +129,8 @@ def train_codebooks(
     parameter = codebooks.clone().requires_grad_()
     error = reconstruction_loss(x, quantizer.decode(codes, codebooks), weights)
     adam = torch.optim.Adam([parameter], lr=LEARNING_RATE * error.sqrt().item())
-    batch_rows = min(BATCH_ROWS, max(1, BATCH_DISTANCES // codebooks.shape[:2].numel()))
+    count, size, width = codebooks.shape
+    batch_rows = min(BATCH_ROWS, max(1, BATCH_DISTANCES // (count * max(size, width))))
     steps = epochs * -(-len(x) // batch_rows)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
     history = []

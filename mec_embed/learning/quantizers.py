@@ -116,7 +116,8 @@ class AdditiveQuantizer:
         """Beam search over the codebooks in order, ``beam`` partial sums kept for each row."""
         size = codebooks.shape[1]
         gram = codebooks.flatten(0, 1) @ codebooks.flatten(0, 1).T
-        chunk = max(1, _WORK_BYTES // (beam * size * 4))
+        # Largest are the distances of a row to all codewords, and those of its partial sums.
+        chunk = max(1, _WORK_BYTES // (max(beam, len(codebooks)) * size * 4))
         codes = [
             _beam_search(x[i : i + chunk], codebooks, gram, beam) for i in range(0, len(x), chunk)
         ]
