@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
-class DecodedTable(nn.Module):
+class DecodedTable(nn.Module, ABC):
     """What all replacements of a table share: rows are decoded when asked for."""
 
     num_embeddings: int
@@ -97,13 +98,13 @@ class DecodedTable(nn.Module):
     trainable: bool
     name: str
 
+    @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _like(self) -> Tensor:
         """A tensor with the dtype of the output, on the device of the table."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:

@@ -40,7 +40,7 @@ _KEY = "mec_embed"
 _EXTRA = "_extra_state"
 _CODED = (CompressedEmbedding, CompressedEmbeddingBag)
 _TIERED = (TieredEmbedding, TieredEmbeddingBag)
-_BAGS = (CompressedEmbeddingBag.__name__, TieredEmbeddingBag.__name__)
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*_CODED, *_TIERED)}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -377,7 +377,7 @@ def _check_types(entry: dict[str, Any], types: dict[str, tuple[type, ...]]) -> N
 def _check_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry of a table; ValueError or KeyError for values of the wrong type."""
     _check_types(entry, _TABLE_TYPES)
-    if entry["module"] in _BAGS:
+    if issubclass(_KINDS[entry["module"]], DecodedBags):
         _check_types(entry, {"include_last_offset": (bool,)})
         if entry["mode"] not in ("sum", "mean", "max"):
             raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {entry['mode']!r}")
@@ -398,13 +398,11 @@ class _Builder:
         """The module of one table, its entry checked already but for its codes."""
         name = entry["names"][0]
         options = {key: entry[key] for key in ("padding_idx", "zero_padding")} | {"name": name}
-        if entry["module"] in _BAGS:
+        kind = _KINDS[entry["module"]]
+        if issubclass(kind, DecodedBags):
             options |= {key: entry[key] for key in ("mode", "include_last_offset")}
-        coded = {"CompressedEmbedding": CompressedEmbedding, _BAGS[0]: CompressedEmbeddingBag}
-        if entry["module"] in coded:
-            return self._codes(coded[entry["module"]], entry, options)
-        tiered = {"TieredEmbedding": TieredEmbedding, _BAGS[1]: TieredEmbeddingBag}
-        kind = tiered[entry["module"]]
+        if kind in _CODED:
+            return self._codes(kind, entry, options)
         tier_map = self._map(entry)
         head, tail = (
             self._codes(CompressedEmbedding, tier, {"name": name}) for tier in entry["tiers"]

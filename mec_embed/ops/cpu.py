@@ -55,6 +55,27 @@ def _takes(
     )
 
 
+def _table(
+    ids: Tensor,
+    num_embeddings: int,
+    codes: Tensor,
+    bits: int,
+    codebooks: tuple[int, int, int],
+    embedding_dim: int,
+) -> tuple[int, ...]:
+    """What the kernel is told first, of contiguous ids and codebooks of shape (M, K, width)."""
+    return (
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+        num_embeddings,
+        codes.data_ptr(),
+        bits,
+        *codebooks,
+        int(codebooks[2] != embedding_dim),
+    )
+
+
 def _refuse(ids: Tensor, num_embeddings: int, name: str) -> NoReturn:
     """The error for what the kernel would not read."""
     reference.check_ids(ids, num_embeddings, name)
@@ -79,7 +100,7 @@ def lookup(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.lookup`."""
-    num_subvectors, codebook_size, width = codebooks.shape
+    num_subvectors = len(codebooks)
     other = codebooks.dtype is torch.float64 or (scales is not None and scales.dtype != SCALE_DTYPE)
     if (
         _kernel is None
@@ -101,22 +122,12 @@ def lookup(
             name,
         )
     ids = input.contiguous()
-    # A large table that is kept as rows is not worth widening for a few of them.
     narrow = codebooks.dtype is torch.int8
     words = codebooks.contiguous() if narrow else codebooks.float().contiguous()
     scales = scales.contiguous() if scales is not None else None
     out = torch.empty((*input.shape, embedding_dim), dtype=torch.float32)
     failed = _kernel.lookup(
-        ids.data_ptr(),
-        ids.element_size(),
-        ids.numel(),
-        num_embeddings,
-        codes.data_ptr(),
-        bits,
-        num_subvectors,
-        codebook_size,
-        width,
-        int(width != embedding_dim),
+        *_table(ids, num_embeddings, codes, bits, (*codebooks.shape,), embedding_dim),
         words.data_ptr(),
         int(narrow),
         0 if scales is None else scales.data_ptr(),
@@ -164,17 +175,9 @@ def lookup_backward(
         )
     ids, rows = input.contiguous(), grad.float().contiguous()
     total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    shape = num_subvectors, codebook_size, subvector_dim
     failed = _kernel.lookup_backward(
-        ids.data_ptr(),
-        ids.element_size(),
-        ids.numel(),
-        num_embeddings,
-        codes.data_ptr(),
-        bits,
-        num_subvectors,
-        codebook_size,
-        subvector_dim,
-        int(subvector_dim != embedding_dim),
+        *_table(ids, num_embeddings, codes, bits, shape, embedding_dim),
         rows.data_ptr(),
         padding_idx,
         total.data_ptr(),
