@@ -13,7 +13,7 @@ from ..layout import CodeKind, bits_for
 from ..modules import quantize_codebooks
 from ..packing import CHUNK_ROWS, empty_packed, pack_into
 from .objective import Progress, Weights, train_codebooks
-from .quantizers import Quantizer, flat_codes, quantizer_for
+from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
 
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
 SAMPLE_ROWS = 1 << 17
@@ -282,9 +282,7 @@ class _Learner:
         """Codes for the codebooks as they will be stored, and the weighted error."""
         stored = self.units.learned(self.units.stored(codebooks))
         codes = self.quantizer.encode(self.x, stored, LEARNING_BEAM)
-        difference = self.x - self.quantizer.decode(codes, stored)
-        error = (self.weights * difference.square().sum(1)).sum() / self.weights.sum()
-        return codes, float(error)
+        return codes, float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
 
     def _refine(self, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Alternate least squares and encoding while the error falls."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantizers import Quantizer
+from .quantizers import Quantizer, weighted_error
 
 BATCH_ROWS = 8192
 #: Entries of the distances, or targets, of one batch, at most: several such arrays live at once.
@@ -127,7 +127,7 @@ def train_codebooks(
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = codebooks.clone().requires_grad_()
-    error = reconstruction_loss(x, quantizer.decode(codes, codebooks), weights)
+    error = weighted_error(x, weights, codes, codebooks, quantizer)
     adam = torch.optim.Adam([parameter], lr=LEARNING_RATE * error.sqrt().item())
     count, size, width = codebooks.shape
     batch_rows = min(BATCH_ROWS, max(1, BATCH_DISTANCES // (count * max(size, width))))

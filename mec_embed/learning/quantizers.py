@@ -16,8 +16,8 @@ from .kmeans import weighted_kmeans
 
 #: Bytes of the largest temporary array while encoding.
 _WORK_BYTES = 4 << 20
-#: Rows added to the normal equations at once.
-_REFIT_ROWS = 1 << 14
+#: Rows of a large array that are worked on at once.
+_PART_ROWS = 1 << 14
 
 
 class Quantizer(Protocol):
@@ -42,6 +42,18 @@ class Quantizer(Protocol):
 def flat_codes(codes: Tensor, size: int) -> Tensor:
     """Codes (n, M) as positions among the M * size codewords of all codebooks."""
     return codes + torch.arange(codes.shape[1], device=codes.device) * size
+
+
+def weighted_error(
+    x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor, quantizer: Quantizer
+) -> Tensor:
+    """Mean squared error of the rows ``x`` (n, D) by ``weights`` (n,): a scalar."""
+    total = x.new_zeros(())
+    for start in range(0, len(x), _PART_ROWS):
+        part = slice(start, start + _PART_ROWS)
+        difference = x[part] - quantizer.decode(codes[part], codebooks)
+        total += weights[part] @ difference.square().sum(1)
+    return total / weights.sum()
 
 
 class ProductQuantizer:
@@ -104,12 +116,14 @@ class AdditiveQuantizer:
 
     def start(self, x: Tensor, weights: Tensor, count: int, size: int, seed: int) -> Tensor:
         """Greedy residual k-means: each codebook quantizes what the ones before left."""
-        residual, codebooks = x, []
+        # In place and in pieces: arrays as large as ``x``, made and dropped again for each
+        # codebook, leave holes in the heap that the next one does not fit into.
+        residual, codebooks = x.clone(), []
         for m in range(count):
             book = weighted_kmeans(residual, weights, size, seed + m)
             codebooks.append(book)
-            nearest = ProductQuantizer().encode(residual, book[None], 1)
-            residual = residual - book[nearest[:, 0]]
+            for part in residual.split(_PART_ROWS):
+                part -= book[ProductQuantizer().encode(part, book[None], 1)[:, 0]]
         return torch.stack(codebooks)
 
     def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
@@ -118,10 +132,10 @@ class AdditiveQuantizer:
         gram = codebooks.flatten(0, 1) @ codebooks.flatten(0, 1).T
         # Largest are the distances of a row to all codewords, and those of its partial sums.
         chunk = max(1, _WORK_BYTES // (max(beam, len(codebooks)) * size * 4))
-        codes = [
-            _beam_search(x[i : i + chunk], codebooks, gram, beam) for i in range(0, len(x), chunk)
-        ]
-        return torch.cat(codes)
+        codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
+        for i in range(0, len(x), chunk):
+            codes[i : i + chunk] = _beam_search(x[i : i + chunk], codebooks, gram, beam)
+        return codes
 
     def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
         """See :class:`Quantizer`."""
@@ -140,8 +154,8 @@ class AdditiveQuantizer:
         words = count * size
         normal = torch.zeros(words * words, dtype=torch.float64, device=x.device)
         right = torch.zeros(words, width, dtype=torch.float64, device=x.device)
-        for start in range(0, len(x), _REFIT_ROWS):
-            part = slice(start, start + _REFIT_ROWS)
+        for start in range(0, len(x), _PART_ROWS):
+            part = slice(start, start + _PART_ROWS)
             mass = weights[part].double()
             rows = x[part].double() * mass[:, None]
             for m in range(count):
