@@ -35,7 +35,7 @@ venv: $(STAMP) ## create or refresh .venv
 
 # torch goes in first and alone: with its version settled, the second call keeps the build that
 # the first one chose.
-$(STAMP): pyproject.toml setup.py constraints.txt mec_embed/ops/_native.c
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mec_embed/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit("mec_embed needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"

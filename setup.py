@@ -1,17 +1,22 @@
-"""The C kernel of the lookups; everything else is declared in pyproject.toml."""
+"""The C kernel; everything else is declared in pyproject.toml."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
 # No contraction to fused multiply-adds: results equal those of plain torch bit for bit.
-FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
+# Vectors are never passed between functions, so that their calling convention does not matter.
+FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
+if sys.platform == "win32":
+    FLAGS = []
 
 setup(
     ext_modules=[
         Extension(
-            "mec_embed.ops._native",
-            ["mec_embed/ops/_native.c"],
+            "mec_embed._native",
+            sorted(glob("mec_embed/native/*.c")),
+            depends=glob("mec_embed/native/*.h"),
             extra_compile_args=FLAGS,
             libraries=[] if sys.platform == "win32" else ["pthread"],
             py_limited_api=True,

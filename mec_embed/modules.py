@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -98,13 +97,31 @@ class DecodedTable(nn.Module, ABC):
     trainable: bool
     name: str
 
-    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+        self._fast = ops.fast.FastPath()
+
     def decode(self, ids: Tensor) -> Tensor:
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+        rows = self._fast.rows(self, ids)
+        return self._decode(ids) if rows is None else rows
+
+    @abstractmethod
+    def _decode(self, ids: Tensor) -> Tensor:
+        """What :meth:`decode` returns, by the operators."""
+
+    @abstractmethod
+    def _pack_plan(self) -> bytes | None:
+        """The table as the kernel takes it, or None where it cannot."""
 
     @abstractmethod
     def _like(self) -> Tensor:
         """A tensor with the dtype of the output, on the device of the table."""
+
+    def _apply(self, *args: Any, **options: Any) -> DecodedTable:
+        # Tensors move or change their dtype.
+        self._fast.forget()
+        return super()._apply(*args, **options)
 
     @property
     def weight(self) -> Tensor:
@@ -144,23 +161,25 @@ class DecodedBags(DecodedTable):
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
         """Decode the rows ``input`` and reduce each bag."""
-        rows = self.decode(input.reshape(-1))
-        place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
-        skipped = None
-        if self.padding_idx is not None or not input.numel():
-            # Padding ids are left out of a bag, so they point at one extra row that is skipped.
-            rows = F.pad(rows, (0, 0, 0, 1))
-            skipped = input.numel()
-            if self.padding_idx is not None:
-                place = place.masked_fill(input.reshape(-1).eq(self.padding_idx), skipped)
-        return F.embedding_bag(
-            place.view(input.shape),
+        reduced = self._fast.bags(self, input, offsets, per_sample_weights)
+        if reduced is not None:
+            return reduced
+        return self._reduce(input, offsets, per_sample_weights)
+
+    def _reduce(
+        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
+        """Bags by the operators."""
+        rows = self._decode(input.reshape(-1))
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return ops.reference.reduce_rows(
             rows,
+            input,
             offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=skipped,
+            per_sample_weights,
+            padding_idx,
+            self.mode,
+            self.include_last_offset,
         )
 
 
@@ -212,8 +231,13 @@ class _Compressed(DecodedTable):
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.output_dtype.dtype, device=self.codes.device)
 
-    def decode(self, ids: Tensor) -> Tensor:
-        """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+    def _pack_plan(self) -> bytes | None:
+        fields = ops.fast.fields_of(self)
+        if fields is None:
+            return None
+        return ops.cpu.pack_plan(self.num_embeddings, self.embedding_dim, (fields,))
+
+    def _decode(self, ids: Tensor) -> Tensor:
         layout, books = self.layout, self.codebook_set
         if layout.kind == "shared":
             ids = torch.zeros_like(ids)
@@ -310,6 +334,30 @@ class CompressedEmbeddingBag(DecodedBags, _Compressed):
         super().__init__(layout, **options)
         self.mode = mode
         self.include_last_offset = include_last_offset
+
+    def _reduce(
+        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
+        if self.mode == "max" or self.layout.kind == "shared":
+            return super()._reduce(input, offsets, per_sample_weights)
+        layout, books = self.layout, self.codebook_set
+        return ops.bag(
+            input,
+            offsets,
+            per_sample_weights,
+            self.code_table.codes,
+            books.codebooks,
+            books.scales,
+            layout.num_embeddings,
+            layout.embedding_dim,
+            layout.bits,
+            -1 if self.padding_idx is None else self.padding_idx,
+            self.mode,
+            self.include_last_offset,
+            self.sparse,
+            self.output_dtype.dtype,
+            self.name,
+        )
 
     def extra_repr(self) -> str:
         """Shape, layout and options, as ``repr`` shows them."""

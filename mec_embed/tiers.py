@@ -168,8 +168,18 @@ class _Tiered(DecodedTable):
     def _like(self) -> Tensor:
         return self.head._like()
 
-    def decode(self, ids: Tensor) -> Tensor:
-        """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+    def _pack_plan(self) -> bytes | None:
+        head, tail = ops.fast.fields_of(self.head), ops.fast.fields_of(self.tail)
+        places = self.tier_map
+        tier_map = ops.cpu.map_fields(
+            places.starts, places.before, places.bitmap, self.num_embeddings
+        )
+        if head is None or tail is None or tier_map is None:
+            return None
+        tiers = head, tail
+        return ops.cpu.pack_plan(self.num_embeddings, self.embedding_dim, tiers, tier_map)
+
+    def _decode(self, ids: Tensor) -> Tensor:
         popular, place = self.tier_map(ids, self.name)
         head = self.head.decode(place.masked_fill(~popular, 0))
         tail = self.tail.decode(place.masked_fill(popular, 0))

@@ -145,7 +145,7 @@ def test_several_python_threads_may_look_up_at_once(threads: Any) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_can_look_up(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     threads(1)  # torch's own threads would not survive the fork
-    monkeypatch.setattr(cpu, "_threads", lambda entries: 2)
+    monkeypatch.setattr(cpu, "threads_for", lambda entries: 2)
     table = _table(CodeLayout("additive", 5000, 40, 5, 32))
     ids = torch.randint(5000, (4000,))
     expected = cpu.lookup(*_arguments(table, ids))
@@ -203,7 +203,7 @@ def test_without_the_kernel_the_reference_serves(monkeypatch: pytest.MonkeyPatch
     ids = torch.randint(300, (9,))
     expected = table(ids).detach()
     assert backends()["cpu"] == "native"
-    monkeypatch.setattr(cpu, "_kernel", None)
+    monkeypatch.setattr(cpu, "kernel", None)
     assert backends()["cpu"] == "torch"
     with torch.no_grad():
         assert torch.equal(table(ids), expected)

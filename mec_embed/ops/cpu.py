@@ -1,14 +1,15 @@
 """The operators by the C kernel, for tensors on the CPU; the rest goes to the reference.
 
-The kernel (``_native.c``) is built at install where there is a compiler, and left out otherwise.
-It works on float32 and int8 codebooks and sums in float32; other float codebooks are widened first.
+The kernel (``mec_embed/native``) is built at install where there is a compiler, and left out
+otherwise. It reads float32, float16, bfloat16 and int8 codebooks and sums in float32.
 """
 
 from __future__ import annotations
 
 import importlib
+import struct
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,62 +19,105 @@ from . import reference
 from .schema import LIBRARY
 
 #: Codebooks that the kernel takes.
-_MOST_CODEBOOKS = 256
+MOST_CODEBOOKS = 256
 #: Entries of the output below which a second thread costs more than it brings.
-_THREAD_ENTRIES = 1 << 16
+THREAD_ENTRIES = 1 << 16
+#: Numbers of the kernel for the dtypes of codebooks.
+_KINDS = {torch.float32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
+#: Dtypes of ids.
+ID_DTYPES = (torch.int32, torch.int64)
+_MODES = {"sum": 0, "mean": 1, "max": 2}
+#: ``Table`` and ``Plan`` of the kernel: all fields are int64.
+_TABLE_FIELDS = 11
+_NO_TABLE = (0,) * _TABLE_FIELDS
+_NO_MAP = (0,) * 4
 
 
 def _import_kernel() -> ModuleType | None:
     try:
-        return importlib.import_module("mec_embed.ops._native")
+        return importlib.import_module("mec_embed._native")
     except ImportError:
         return None
 
 
-_kernel = _import_kernel()
+#: The extension module, or None where it was not built.
+kernel: Any = _import_kernel()
 
 
 def available() -> bool:
     """Whether the kernel was built."""
-    return _kernel is not None
+    return kernel is not None
 
 
-def _threads(entries: int) -> int:
-    return torch.get_num_threads() if entries >= _THREAD_ENTRIES else 1
+def threads_for(entries: int) -> int:
+    """Threads for an output of so many entries."""
+    return torch.get_num_threads() if entries >= THREAD_ENTRIES else 1
 
 
-def _takes(
-    ids: Tensor, codes: Tensor, dtype: torch.dtype, num_embeddings: int, bits: int, books: int
-) -> bool:
-    """Whether the kernel computes this as exactly as the reference."""
-    return (
-        dtype is not torch.float64
-        and ids.dtype in (torch.int32, torch.int64)
-        and books <= _MOST_CODEBOOKS
-        and codes.is_contiguous()
-        and (not bits or codes.numel() >= packed_bytes(num_embeddings, bits * books))
-    )
-
-
-def _table(
-    ids: Tensor,
-    num_embeddings: int,
+def table_fields(
     codes: Tensor,
-    bits: int,
-    codebooks: tuple[int, int, int],
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
     embedding_dim: int,
-) -> tuple[int, ...]:
-    """What the kernel is told first, of contiguous ids and codebooks of shape (M, K, width)."""
-    return (
-        ids.data_ptr(),
-        ids.element_size(),
-        ids.numel(),
-        num_embeddings,
-        codes.data_ptr(),
-        bits,
-        *codebooks,
-        int(codebooks[2] != embedding_dim),
+    bits: int,
+    one_row: bool = False,
+) -> tuple[int, ...] | None:
+    """``Table`` of the kernel for these tensors; None where the reference must serve."""
+    tensors = [codes, codebooks] if scales is None else [codes, codebooks, scales]
+    subvectors, size, width = codebooks.shape
+    takes = (
+        codebooks.dtype in _KINDS
+        and (codebooks.dtype is torch.int8) == (scales is not None)
+        and (scales is None or scales.dtype is SCALE_DTYPE)
+        and subvectors <= MOST_CODEBOOKS
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+        and (not bits or codes.numel() >= packed_bytes(num_embeddings, bits * subvectors))
+        and width * (1 if width == embedding_dim else subvectors) == embedding_dim
     )
+    if not takes:
+        return None
+    return (
+        codes.data_ptr(),
+        codebooks.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        1 if one_row else num_embeddings,
+        bits,
+        subvectors,
+        size,
+        width,
+        int(width != embedding_dim),
+        _KINDS[codebooks.dtype],
+        int(one_row),
+    )
+
+
+def map_fields(
+    starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int
+) -> tuple[int, ...] | None:
+    """The map of the tiers, as the kernel takes it; None where the reference must serve."""
+    blocks = -(-num_embeddings // reference.BLOCK_ROWS)
+    whole = len(before) == (len(starts) or blocks) and (
+        len(starts) or bitmap.numel() == blocks * reference.BLOCK_ROWS // 8
+    )
+    kinds = starts.dtype, before.dtype, bitmap.dtype
+    expected = torch.int64, torch.int64 if len(starts) else torch.int32, torch.uint8
+    tensors = starts, before, bitmap
+    if not whole or kinds != expected or not all(t.is_cpu and t.is_contiguous() for t in tensors):
+        return None
+    return bitmap.data_ptr(), len(starts), starts.data_ptr(), before.data_ptr()
+
+
+def pack_plan(
+    num_embeddings: int,
+    embedding_dim: int,
+    tables: tuple[tuple[int, ...], ...],
+    tier_map: tuple[int, ...] = _NO_MAP,
+) -> bytes:
+    """``Plan`` of the kernel for one table, or for two tiers and their map."""
+    both = (*tables, _NO_TABLE, _NO_TABLE)[:2]
+    values = (num_embeddings, embedding_dim, len(tables), *both[0], *both[1], *tier_map)
+    return struct.pack(f"={len(values)}q", *values)
 
 
 def _refuse(ids: Tensor, num_embeddings: int, name: str) -> NoReturn:
@@ -100,13 +144,10 @@ def lookup(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.lookup`."""
-    num_subvectors = len(codebooks)
-    other = codebooks.dtype is torch.float64 or (scales is not None and scales.dtype != SCALE_DTYPE)
-    if (
-        _kernel is None
-        or other
-        or not _takes(input, codes, dtype, num_embeddings, bits, num_subvectors)
-    ):
+    fields = None
+    if kernel is not None and dtype is not torch.float64 and input.dtype in ID_DTYPES:
+        fields = table_fields(codes, codebooks, scales, num_embeddings, embedding_dim, bits)
+    if fields is None:
         return reference.lookup(
             input,
             codes,
@@ -122,20 +163,17 @@ def lookup(
             name,
         )
     ids = input.contiguous()
-    narrow = codebooks.dtype is torch.int8
-    words = codebooks.contiguous() if narrow else codebooks.float().contiguous()
-    scales = scales.contiguous() if scales is not None else None
     out = torch.empty((*input.shape, embedding_dim), dtype=torch.float32)
-    failed = _kernel.lookup(
-        *_table(ids, num_embeddings, codes, bits, (*codebooks.shape,), embedding_dim),
-        words.data_ptr(),
-        int(narrow),
-        0 if scales is None else scales.data_ptr(),
+    failed = kernel.rows(
+        pack_plan(num_embeddings, embedding_dim, (fields,)),
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
         padding_idx if zero_padding else -1,
         out.data_ptr(),
-        _threads(out.numel()),
+        threads_for(out.numel()),
     )
-    if failed is not None:
+    if failed:
         _refuse(input, num_embeddings, name)
     return out if dtype is torch.float32 else out.to(dtype)
 
@@ -154,12 +192,11 @@ def lookup_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
-    wide = torch.float64 in (dtype, grad.dtype)
-    if (
-        _kernel is None
-        or wide
-        or not _takes(input, codes, dtype, num_embeddings, bits, num_subvectors)
-    ):
+    fields = None
+    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    if kernel is not None and torch.float64 not in (dtype, grad.dtype):
+        fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
+    if fields is None or input.dtype not in ID_DTYPES:
         return reference.lookup_backward(
             grad,
             input,
@@ -174,55 +211,147 @@ def lookup_backward(
             dtype,
         )
     ids, rows = input.contiguous(), grad.float().contiguous()
-    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
-    shape = num_subvectors, codebook_size, subvector_dim
-    failed = _kernel.lookup_backward(
-        *_table(ids, num_embeddings, codes, bits, shape, embedding_dim),
-        rows.data_ptr(),
+    failed = kernel.gradient(
+        pack_plan(num_embeddings, embedding_dim, (fields,)),
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
         padding_idx,
+        rows.data_ptr(),
         total.data_ptr(),
-        _threads(rows.numel()),
+        threads_for(rows.numel()),
     )
-    if failed is not None:
+    if failed:
         _refuse(input, num_embeddings, "")
     return total.to(dtype)
+
+
+def bag(
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.bag`."""
+    out = None
+    if kernel is not None and dtype is not torch.float64 and input.dtype in ID_DTYPES:
+        fields = table_fields(codes, codebooks, scales, num_embeddings, embedding_dim, bits)
+        if fields is not None:
+            plan = pack_plan(num_embeddings, embedding_dim, (fields,))
+            out = reduce_bags(
+                plan,
+                input,
+                offsets,
+                per_sample_weights,
+                embedding_dim,
+                padding_idx,
+                mode,
+                include_last_offset,
+            )
+    if out is not None:
+        return out.to(dtype)
+    return reference.bag(
+        input,
+        offsets,
+        per_sample_weights,
+        codes,
+        codebooks,
+        scales,
+        num_embeddings,
+        embedding_dim,
+        bits,
+        padding_idx,
+        mode,
+        include_last_offset,
+        sparse,
+        dtype,
+        name,
+    )
+
+
+def reduce_bags(
+    plan: bytes,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+) -> Tensor | None:
+    """Bags (bags, embedding_dim) float32 by the kernel; None for calls that it does not take."""
+    if per_sample_weights is not None and (
+        mode != "sum"
+        or per_sample_weights.dtype is not torch.float32
+        or per_sample_weights.shape != input.shape
+    ):
+        return None
+    if offsets is None:
+        if input.dim() != 2:
+            return None
+        bags, length = input.shape
+    else:
+        if input.dim() != 1 or offsets.dim() != 1 or offsets.dtype not in ID_DTYPES:
+            return None
+        bags, length = len(offsets) - include_last_offset, 0
+        # torch refuses these, or reads them as no other call.
+        if bags < 1 or (include_last_offset and int(offsets[-1]) != input.numel()):
+            return None
+        offsets = offsets.contiguous()
+    ids = input.contiguous()
+    weights = None if per_sample_weights is None else per_sample_weights.detach().contiguous()
+    out = ids.new_empty((bags, embedding_dim), dtype=torch.float32)
+    failed = kernel.bags(
+        plan,
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+        padding_idx,
+        0 if offsets is None else offsets.data_ptr(),
+        0 if offsets is None else offsets.element_size(),
+        bags,
+        length,
+        0 if weights is None else weights.data_ptr(),
+        _MODES[mode],
+        out.data_ptr(),
+        threads_for(ids.numel() * embedding_dim),
+    )
+    return None if failed else out
 
 
 def tiers(
     input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """See :data:`mec_embed.ops.schema.tiers`."""
-    blocks = -(-num_embeddings // reference.BLOCK_ROWS)
-    whole = len(before) == (len(starts) or blocks) and (
-        len(starts) or bitmap.numel() == blocks * reference.BLOCK_ROWS // 8
-    )
-    kinds = starts.dtype, before.dtype, bitmap.dtype
-    expected = torch.int64, torch.int64 if len(starts) else torch.int32, torch.uint8
-    if (
-        _kernel is None
-        or not whole
-        or kinds != expected
-        or not (starts.is_contiguous() and before.is_contiguous() and bitmap.is_contiguous())
-        or input.dtype not in (torch.int32, torch.int64)
-    ):
+    fields = None
+    if kernel is not None and input.dtype in ID_DTYPES:
+        fields = map_fields(starts, before, bitmap, num_embeddings)
+    if fields is None:
         return reference.tiers(input, starts, before, bitmap, num_embeddings, name)
     ids = input.contiguous()
     popular = torch.empty(input.shape, dtype=torch.bool)
     place = torch.empty(input.shape, dtype=torch.int64)
-    failed = _kernel.tiers(
+    failed = kernel.tiers(
+        pack_plan(num_embeddings, 0, (), fields),
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
-        num_embeddings,
-        bitmap.data_ptr(),
-        len(starts),
-        starts.data_ptr(),
-        before.data_ptr(),
         popular.data_ptr(),
         place.data_ptr(),
-        _threads(ids.numel()),
+        threads_for(ids.numel()),
     )
-    if failed is not None:
+    if failed:
         reference.check_ids(input, num_embeddings, name)
     return popular, place
 
@@ -231,3 +360,4 @@ if available():
     LIBRARY.impl("tiers", tiers, "CPU")
     LIBRARY.impl("lookup", lookup, "CPU")
     LIBRARY.impl("lookup_backward", lookup_backward, "CPU")
+    LIBRARY.impl("bag", bag, "CPU")

@@ -106,6 +106,72 @@ def lookup_backward(
     return total.view(shape).to(dtype)
 
 
+def bag(
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.bag`."""
+    rows = lookup(
+        input.reshape(-1),
+        codes,
+        codebooks,
+        scales,
+        num_embeddings,
+        embedding_dim,
+        bits,
+        padding_idx,
+        False,
+        sparse,
+        dtype,
+        name,
+    )
+    return reduce_rows(
+        rows, input, offsets, per_sample_weights, padding_idx, mode, include_last_offset
+    )
+
+
+def reduce_rows(
+    rows: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+) -> Tensor:
+    """Reduce the rows (ids, dim) of ``input``, bag by bag; the rest as :func:`bag`."""
+    place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
+    skipped = None
+    if padding_idx >= 0 or not input.numel():
+        # Padding ids are left out of a bag, so they point at one extra row that is skipped.
+        rows = F.pad(rows, (0, 0, 0, 1))
+        skipped = input.numel()
+        if padding_idx >= 0:
+            place = place.masked_fill(input.reshape(-1).eq(padding_idx), skipped)
+    return F.embedding_bag(
+        place.view(input.shape),
+        rows,
+        offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=skipped,
+    )
+
+
 #: Rows that share one count of the popular rows before them, in maps by bitmap.
 BLOCK_ROWS = 128
 
@@ -153,5 +219,6 @@ def count_ones(byte: Tensor) -> Tensor:
 
 
 LIBRARY.impl("lookup", lookup, "CompositeExplicitAutograd")
+LIBRARY.impl("bag", bag, "CompositeExplicitAutograd")
 LIBRARY.impl("tiers", tiers, "CompositeExplicitAutograd")
 LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")

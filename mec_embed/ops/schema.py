@@ -21,6 +21,12 @@ LIBRARY.define(
     "int subvector_dim, ScalarType dtype) -> Tensor"
 )
 LIBRARY.define(
+    "bag(Tensor input, Tensor? offsets, Tensor? per_sample_weights, Tensor codes, "
+    "Tensor codebooks, Tensor? scales, int num_embeddings, int embedding_dim, int bits, "
+    "int padding_idx, str mode, bool include_last_offset, bool sparse, ScalarType dtype, str name) "
+    "-> Tensor"
+)
+LIBRARY.define(
     "tiers(Tensor input, Tensor starts, Tensor before, Tensor bitmap, int num_embeddings, "
     "str name) -> (Tensor, Tensor)"
 )
@@ -42,6 +48,21 @@ LIBRARY.define(
 #: Returns:
 #:     (*input.shape, embedding_dim) of ``dtype``.
 lookup = torch.ops.mec_embed.lookup
+#: Decode rows and reduce each bag of them, as ``nn.EmbeddingBag`` does.
+#:
+#: Args:
+#:     input: ids, int32 or int64; (bags, ids), or (ids,) with ``offsets``.
+#:     offsets: (bags,) int32 or int64, where each bag starts; one more, the number of ids, with
+#:         ``include_last_offset``.
+#:     per_sample_weights: as ``input``, of mode ``"sum"``; or None.
+#:     padding_idx: id that is left out of its bag; -1 for none.
+#:     mode: ``"sum"`` or ``"mean"``.
+#:     codes, codebooks, scales, num_embeddings, embedding_dim, bits, sparse, dtype, name: see
+#:         :data:`lookup`.
+#:
+#: Returns:
+#:     (bags, embedding_dim) of ``dtype``.
+bag = torch.ops.mec_embed.bag
 #: Which tier each row of a table is in, and its place there; see :class:`mec_embed.tiers.TierMap`.
 #:
 #: Args:
@@ -72,6 +93,28 @@ def _(
     name: str,
 ) -> Tensor:
     return codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
+
+
+@torch.library.register_fake("mec_embed::bag", lib=LIBRARY)
+def _(
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    bags = input.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+    return codebooks.new_empty((bags, embedding_dim), dtype=dtype)
 
 
 @torch.library.register_fake("mec_embed::tiers", lib=LIBRARY)
@@ -115,6 +158,53 @@ def _differentiate_lookup(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (None, None, grad_codebooks, *[None] * 9)
 
 
+def _save_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, offsets, weights, codes, codebooks, scales, *options = inputs
+    rows, dim, bits, padding_idx, mode, include_last_offset, sparse, _, name = options
+    ctx.save_for_backward(ids, offsets, weights, codes, codebooks, scales)
+    ctx.layout = (rows, dim, bits, padding_idx)
+    ctx.bags = (mode, include_last_offset, len(output))
+    ctx.sparse, ctx.name = sparse, name
+
+
+def _differentiate_bag(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ids, offsets, weights, codes, codebooks, scales = ctx.saved_tensors
+    mode, include_last_offset, bags = ctx.bags
+    padding_idx = ctx.layout[-1]
+    flat = ids.reshape(-1)
+    owner = _owners(ids, offsets, include_last_offset)
+    grad_rows = grad[owner]
+    grad_codebooks = grad_weights = None
+    if ctx.needs_input_grad[4]:
+        if weights is not None:
+            shares = weights.reshape(-1, 1)
+        elif mode == "mean":
+            members = grad.new_zeros(bags).index_add(0, owner, flat.ne(padding_idx).to(grad.dtype))
+            shares = members.clamp(min=1).reciprocal()[owner, None]
+        else:
+            shares = None
+        rows = grad_rows if shares is None else grad_rows * shares
+        shape = (*codebooks.shape, codebooks.dtype)
+        grad_codebooks = _lookup_backward(rows, flat, codes, *ctx.layout, *shape)
+        if ctx.sparse:
+            grad_codebooks = grad_codebooks.to_sparse(2)
+    if ctx.needs_input_grad[2]:
+        options = (*ctx.layout, True, False, grad.dtype, ctx.name)
+        rows = lookup(flat, codes, codebooks, scales, *options)
+        kept = flat.ne(padding_idx)
+        grad_weights = ((rows * grad_rows).sum(1) * kept).view(weights.shape).to(weights.dtype)
+    return (None, None, grad_weights, None, grad_codebooks, *[None] * 10)
+
+
+def _owners(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+    """The bag (ids,) of each id."""
+    place = torch.arange(ids.numel(), device=ids.device)
+    if offsets is None:
+        return place // max(1, ids.shape[1])
+    starts = offsets[:-1] if include_last_offset else offsets
+    return torch.searchsorted(starts.long().contiguous(), place, right=True) - 1
+
+
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, ids, codes, rows, dim, bits, padding_idx, *_ = inputs
     ctx.save_for_backward(ids, codes)
@@ -132,6 +222,9 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 torch.library.register_autograd(
     "mec_embed::lookup", _differentiate_lookup, setup_context=_save_lookup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "mec_embed::bag", _differentiate_bag, setup_context=_save_bag, lib=LIBRARY
 )
 torch.library.register_autograd(
     "mec_embed::lookup_backward",

@@ -1,0 +1,34 @@
+/* The Python module: CPython's stable ABI, no torch headers. */
+#include "native.h"
+
+int read_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, long long *values) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", wanted, given);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < wanted; i++) {
+        values[i] = PyLong_AsLongLong(args[i]);
+        if (values[i] == -1 && PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+#define CALL(function, text) \
+    {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, text}
+
+static PyMethodDef methods[] = {
+    CALL(set_up, "Tell what torch offers; once."),
+    CALL(fast_rows, "Rows of a module, where nothing watches."),
+    CALL(check, "Whether a module's plan serves, and nothing watches."),
+    CALL(rows, "Decode rows."),
+    CALL(bags, "Decode and reduce bags of rows."),
+    CALL(gradient, "Gradient of the codebooks."),
+    CALL(tiers, "Tier and place of rows."),
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    prepare_threads();
+    return PyModule_Create(&module);
+}

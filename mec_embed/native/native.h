@@ -1,0 +1,73 @@
+/* What the parts of the kernel share: CPython's stable ABI, no torch headers. */
+#ifndef MEC_EMBED_NATIVE_H
+#define MEC_EMBED_NATIVE_H
+
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+/* The best of these that the processor runs is chosen when the library is loaded. */
+#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DISPATCHED
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define PREFETCH(address) __builtin_prefetch((const void *)(uintptr_t)(address))
+#else
+#define INLINE static inline
+#define PREFETCH(address)
+#endif
+
+/* Addresses come from Python as integers. */
+#define ADDRESS(value) ((void *)(uintptr_t)(value))
+
+/* Work on the items begin..end of a job; anything but 0 stops the job and is its result. */
+typedef int64_t (*Part)(const void *job, int64_t begin, int64_t end);
+
+/* Share total items, `step` at a time, between threads; the result of a part that is not 0, or 0. */
+int64_t run_parts(Part part, const void *job, int64_t total, int64_t step, int threads);
+
+/* To be called once, when the module is imported. */
+void prepare_threads(void);
+
+/* Read `wanted` integers from the arguments of a call; -1 with an exception set if they are not. */
+int read_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, long long *values);
+
+/* Entries of the output below which a second thread costs more than it brings. */
+#define THREAD_ENTRIES (1 << 16)
+
+/* As Python packs them (mec_embed/ops/cpu.py): all fields are int64. */
+typedef struct {
+    int64_t codes, words, scales; /* addresses; scales (bfloat16) of int8 codewords only */
+    int64_t rows, bits, books, size, width; /* codewords of a codebook, columns of a codeword */
+    int64_t product, kind, one_row; /* one_row: every row is the only codeword */
+} Table;
+
+typedef struct {
+    int64_t rows, dim, tiers; /* tiers: number of tables that are in use, 1 or 2 */
+    Table table[2];           /* the popular rows, the others */
+    int64_t bitmap, runs, starts, before; /* the map of the tiers, see mec_embed.tiers.TierMap */
+} Plan;
+
+/* The plan that was packed into a bytes object; -1 with an exception set. */
+int read_plan(PyObject *packed, Plan *plan);
+
+/* Rows of ids, all given by address; 0, or 1 where an id is no row or its codes are damaged. */
+int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t count, int64_t zero_id, int64_t out,
+                   int threads);
+
+/* What Python calls; the comment at each says what it takes. */
+PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *set_up(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given);
+
+#endif
