@@ -439,13 +439,19 @@ class _Builder:
             raise ValueError(f"tables can share with earlier ones only, got {codes_of}, {books_of}")
         with torch.device("meta"):
             own_codes, own_books = CodeTable(layout), CodebookSet(layout, entry["requires_grad"])
+        codes = own_codes if codes_of == number else self.coded[codes_of].code_table
+        books = own_books if books_of == number else self.coded[books_of].codebook_set
+        if codes.codes.shape != own_codes.codes.shape:
+            raise ValueError("tables that share codes differ in their number or bits")
+        if books.codebooks.shape != own_books.codebooks.shape:
+            raise ValueError("tables that share codebooks differ in their shape")
         module = kind(
             layout,
             sparse=entry["sparse"],
             dtype=dtype,
             requires_grad=entry["trainable"],
-            code_table=own_codes if codes_of == number else self.coded[codes_of].code_table,
-            codebook_set=own_books if books_of == number else self.coded[books_of].codebook_set,
+            code_table=codes,
+            codebook_set=books,
             **options,
         )
         self.coded.append(module)

@@ -971,6 +971,16 @@ def test_tiers_that_do_not_make_up_the_table(
     _assert_refused(Shop(), path)
 
 
+def test_tables_that_share_codes_must_be_alike(
+    saved_tiers: tuple[Shop, Path], tmp_path: Path
+) -> None:
+    manifest = _manifest(saved_tiers[1])
+    tail = _tiers(manifest, "first")["tiers"][1]
+    assert tail["layout"]["kind"] == "shared"
+    tail["layout"]["kind"] = "additive"  # its codes are those of "shuffled", which has none
+    _assert_refused(Shop(), _with_manifest(saved_tiers[1], tmp_path / "m.safetensors", manifest))
+
+
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
