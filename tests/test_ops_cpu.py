@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import os
+import pickle
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mec_embed import CodeLayout, CompressedEmbedding
+from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
+from mec_embed.modules import DecodedBags
 from mec_embed.ops import backends, cpu, reference
 from mec_embed.packing import pack
-from mec_embed.tiers import TierMap
+from mec_embed.tiers import TieredEmbedding, TieredEmbeddingBag, TierMap
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
 
@@ -211,6 +214,172 @@ def test_without_the_kernel_the_reference_serves(monkeypatch: pytest.MonkeyPatch
     assert table.codebooks.grad is not None
 
 
+def _bag(layout: CodeLayout, **options: Any) -> CompressedEmbeddingBag:
+    table = _table(layout)
+    return CompressedEmbeddingBag(
+        layout, code_table=table.code_table, codebook_set=table.codebook_set, **options
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    layout=_layouts(),
+    mode=st.sampled_from(["sum", "mean", "max"]),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=30),
+    weighted=st.booleans(),
+    padding=st.booleans(),
+    last=st.booleans(),
+    wide=st.booleans(),
+)
+def test_bags_are_those_of_torch(
+    layout: CodeLayout,
+    mode: str,
+    lengths: list[int],
+    weighted: bool,
+    padding: bool,
+    last: bool,
+    wide: bool,
+) -> None:
+    padding_idx = layout.num_embeddings // 2 if padding else None
+    bag = _bag(layout, mode=mode, padding_idx=padding_idx, include_last_offset=last)
+    ids = torch.randint(layout.num_embeddings, (sum(lengths),))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    offsets = ends if last else ends[:-1]
+    if not wide:
+        ids, offsets = ids.int(), offsets.int()
+    weights = torch.randn(len(ids)) if weighted and mode == "sum" else None
+    with torch.no_grad():
+        found = bag(ids, offsets, weights)
+        expected = DecodedBags._reduce(bag, ids, offsets, weights)
+        plan = bag._fast.bags(bag, ids, offsets, weights)
+    assert plan is not None, "the kernel did not take the call"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bags_train_as_in_torch(mode: str, weighted: bool) -> None:
+    layout = CodeLayout("additive", 300, 12, 3, 16)
+    bag, ids = _bag(layout, mode=mode, padding_idx=7), torch.randint(300, (9, 5))
+    ids[2] = 7
+    weights = torch.rand(9, 5, requires_grad=True) if weighted and mode == "sum" else None
+    dense = torch.nn.EmbeddingBag.from_pretrained(
+        bag.weight.detach(), freeze=False, mode=mode, padding_idx=7
+    )
+    grad = torch.randn(9, 12)
+    rows = dense(ids, per_sample_weights=weights)
+    rows.backward(grad)
+    expected = None if weights is None else weights.grad.clone()
+    if weights is not None:
+        weights.grad = None
+    found = bag(ids, per_sample_weights=weights)
+    torch.testing.assert_close(found, rows)
+    found.backward(grad)
+    lookups = _table(layout)
+    lookups(torch.arange(300)).backward(dense.weight.grad)
+    torch.testing.assert_close(bag.codebooks.grad, lookups.codebooks.grad)
+    if weights is not None:
+        torch.testing.assert_close(weights.grad, expected)
+
+
+@pytest.mark.parametrize("case", ["offsets", "2-D", "weights", "mean"])
+def test_opcheck_bag(case: str) -> None:
+    table = _table(CodeLayout("additive", 30, 6, 3, 8), padding_idx=3)
+    ids, weights = torch.randint(30, (6,)), None
+    offsets = torch.tensor([0, 2, 2])
+    if case == "2-D":
+        ids, offsets = ids.view(3, 2), None
+    if case == "weights":
+        weights = torch.rand(6, requires_grad=True)
+    layout = table.layout
+    arguments = (
+        ids,
+        offsets,
+        weights,
+        table.codes,
+        table.codebooks,
+        None,
+        layout.num_embeddings,
+        layout.embedding_dim,
+        layout.bits,
+        3,
+        "mean" if case == "mean" else "sum",
+        False,
+        False,
+        torch.float32,
+        "t",
+    )
+    torch.library.opcheck(torch.ops.mec_embed.bag.default, arguments)
+
+
+def _popular(rows: int) -> tuple[TierMap, int]:
+    popular = torch.rand(rows, generator=torch.Generator().manual_seed(1)) < 0.2
+    return TierMap.of(popular), int(popular.sum())
+
+
+@pytest.mark.parametrize("dtypes", ["int8", "float32", "mixed"])
+@pytest.mark.parametrize("tail", ["additive", "product", "shared"])
+@pytest.mark.parametrize("count", [5, 3000])
+def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int) -> None:
+    tier_map, popular = _popular(1000)
+    head_dtype = torch.float32 if dtypes == "float32" else torch.int8
+    tail_dtype = torch.int8 if dtypes == "int8" else torch.float32
+    shape = (1, 1) if tail == "shared" else (2, 8)
+    head = _table(CodeLayout("additive", popular, 12, 4, 16, head_dtype), requires_grad=False)
+    rest = CodeLayout(tail, 1000 - popular, 12, *shape, tail_dtype)  # type: ignore[arg-type]
+    others = _table(rest, requires_grad=False)
+    ids = torch.randint(1000, (count,))
+    table = TieredEmbedding(tier_map, head, others, padding_idx=3)
+    assert table._fast.rows(table, ids) is not None
+    assert torch.equal(table(ids), table._decode(ids))
+    bags = ids.view(-1, 5)
+    for mode in ("sum", "mean", "max"):
+        bag = TieredEmbeddingBag(tier_map, head, others, padding_idx=3, mode=mode)
+        assert bag._fast.bags(bag, bags, None, None) is not None
+        torch.testing.assert_close(bag(bags), DecodedBags._reduce(bag, bags, None, None))
+
+
+CHANGES: dict[str, Any] = {
+    "half": lambda table: table.half(),
+    "there and back": lambda table: table.half().bfloat16().float(),
+    "data": lambda table: setattr(table.codebooks, "data", torch.randn(3, 16, 12)),
+    "in place": lambda table: table.codebooks.data.add_(1),
+    "codes": lambda table: table.code_table.codes.copy_(table.codes.roll(1)),
+    "other codes": lambda table: setattr(
+        table.code_table, "codes", torch.cat([table.codes[:-8].roll(1), table.codes[-8:]])
+    ),
+    "assigned": lambda table: table.load_state_dict(
+        {name: value.clone().flip(0) for name, value in table.state_dict().items()}, assign=True
+    ),
+    "thawed": lambda table: table.codebook_set.thaw(),
+    "shared": lambda table: table.share_memory(),
+    "padding": lambda table: setattr(table, "padding_idx", 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_short_cut_follows_what_changes(change: str) -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.arange(300)
+    with torch.no_grad():
+        table(ids)
+        CHANGES[change](table)
+        assert table._fast.rows(table, ids) is not None
+        assert torch.equal(table(ids), table._decode(ids))
+
+
+def test_copies_have_a_short_cut_of_their_own() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.arange(300)
+    with torch.no_grad():
+        before = table(ids)
+        copies = copy.deepcopy(table), pickle.loads(pickle.dumps(table))
+        table.codebooks.zero_()
+        for one in copies:
+            assert torch.equal(one(ids), before)
+            assert torch.equal(one._fast.rows(one, ids), before)
+
+
 def test_the_short_cut_gives_what_the_operator_gives() -> None:
     table = _table(CodeLayout("additive", 300, 12, 3, 16))
     ids = torch.randint(300, (9,))
@@ -219,6 +388,35 @@ def test_the_short_cut_gives_what_the_operator_gives() -> None:
     long = table(ids)
     assert long.requires_grad and not short.requires_grad
     assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("watch", ["vmap", "function mode", "dispatch mode", "fake ids"])
+def test_the_short_cut_is_not_taken_where_something_watches(watch: str) -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=False)
+    ids, seen = torch.randint(300, (4, 2)), []
+
+    class Functions(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    expected = table(ids)
+    if watch == "vmap":
+        assert torch.equal(torch.vmap(table)(ids), expected)
+        return
+    if watch == "fake ids":
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(ids)
+        assert table._fast.rows(table, fake) is None
+        return
+    with Functions() if watch == "function mode" else Operators():
+        assert torch.equal(table(ids), expected)
+    assert any("mec_embed" in name and "lookup" in name for name in seen)
 
 
 def test_the_short_cut_is_not_taken_where_a_tracer_watches() -> None:

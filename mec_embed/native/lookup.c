@@ -15,8 +15,10 @@
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
 #define MOST_WIDENED (1 << 18) /* entries of codebooks that are worth widening for a call */
+#define LINE 64        /* bytes of a cache line */
 
-enum { FLOAT32, INT8, FLOAT16, BFLOAT16 }; /* kinds of codewords */
+/* Kinds of codewords; PADDED are float32 at addresses and strides of whole cache lines. */
+enum { FLOAT32, INT8, FLOAT16, BFLOAT16, PADDED };
 
 /* Where a row is. */
 typedef struct {
@@ -68,15 +70,28 @@ INLINE int is_popular(const Plan *plan, int64_t id, int64_t *place) {
     return plan->runs ? in_runs(plan, id, place) : in_bitmap(plan, id, place);
 }
 
-/* The places of up to BLOCK ids, and their codes on the way into the cache; 0 where one is no row. */
-INLINE int find_places(const Plan *plan, const void *ids, int wide, int64_t count, int64_t zero_id,
-                       Place *place) {
-    if (plan->tiers == 2 && !plan->runs)
-        for (int64_t i = 0; i < count; i++) {
+INLINE void expect_row(const Table *table, int64_t row) {
+    /* An address that is out of range is only a hint that is not followed. */
+    PREFETCH((uintptr_t)table->codes + (uintptr_t)((row * table->bits * table->books) >> 3));
+}
+
+/* Ask for what the next ids need: codes, or the map of the tiers. */
+INLINE void expect_ids(const Plan *plan, const void *ids, int wide, int64_t from, int64_t to) {
+    if (plan->tiers == 1)
+        for (int64_t i = from; i < to; i++) expect_row(plan->table, id_at(ids, i, wide));
+    else if (!plan->runs)
+        for (int64_t i = from; i < to; i++) {
             const int64_t block = id_at(ids, i, wide) / BLOCK_ROWS;
             PREFETCH((uintptr_t)plan->bitmap + (uintptr_t)(block * (BLOCK_ROWS / 8)));
             PREFETCH((uintptr_t)plan->before + (uintptr_t)(block * 4));
         }
+}
+
+/* The places of up to BLOCK ids; `ahead` more follow them, which are asked for. 0 where an id is no
+ * row. */
+INLINE int find_places(const Plan *plan, const void *ids, int wide, int64_t count, int64_t ahead,
+                       int64_t zero_id, Place *place) {
+    expect_ids(plan, ids, wide, count, count + (ahead < count ? ahead : count));
     for (int64_t i = 0; i < count; i++) {
         const int64_t id = id_at(ids, i, wide);
         if (id < 0 || id >= plan->rows) return 0;
@@ -86,58 +101,65 @@ INLINE int find_places(const Plan *plan, const void *ids, int wide, int64_t coun
         }
         int64_t row = id;
         const Table *table = plan->table;
-        if (plan->tiers == 2 && !is_popular(plan, id, &row)) table++;
+        if (plan->tiers == 2) {
+            if (!is_popular(plan, id, &row)) table++;
+            expect_row(table, row);
+        }
         if (table->one_row) row = 0;
         if (row >= table->rows) return 0; /* a map that contradicts the tables */
         place[i].table = table;
         place[i].row = row;
-        const int64_t row_bits = table->bits * table->books;
-        PREFETCH((uintptr_t)table->codes + (uintptr_t)((row * row_bits) >> 3));
     }
     return 1;
 }
 
 /* ---- Codes ---- */
 
-/* Numbers of the codewords of a row, among those of all codebooks; 0 if one does not exist, as in
- * damaged codes of codebooks whose size is no power of two. */
-INLINE int read_codes(const Table *table, int64_t row, int64_t *word) {
+INLINE int64_t stride_of(const Table *table) {
+    switch (table->kind) {
+        case INT8: return table->width;
+        case FLOAT32: return table->width * 4;
+        case PADDED: return (table->width * 4 + LINE - 1) / LINE * LINE;
+        default: return table->width * 2;
+    }
+}
+
+INLINE void put_scale(const Table *table, int64_t number, float *scale) {
+    if (table->kind == INT8)
+        *scale = as_float((uint32_t)((const uint16_t *)ADDRESS(table->scales))[number] << 16);
+}
+
+/* The codewords of a row, and the scale of each; 0 if one does not exist, as in damaged codes of
+ * codebooks whose size is no power of two. */
+INLINE int find_words(const Table *table, int64_t row, const char **word, float *scale) {
+    const int64_t stride = stride_of(table), size = table->size;
+    const char *book = ADDRESS(table->words);
     if (!table->bits) {
-        word[0] = row;
-        return row < table->size;
+        word[0] = book + row * stride;
+        put_scale(table, row, scale);
+        return row < size;
     }
     int fits = 1;
     const uint8_t *codes = ADDRESS(table->codes);
-    const int64_t bits = table->bits, books = table->books, size = table->size;
+    const int64_t bits = table->bits, books = table->books, next = size * stride;
     const int64_t first = row * bits * books;
     const uint64_t mask = ((uint64_t)1 << bits) - 1;
     if (bits * books <= 57) {
         uint64_t stream = load64(codes + (first >> 3)) >> (first & 7);
-        for (int64_t m = 0; m < books; m++, stream >>= bits) {
+        for (int64_t m = 0; m < books; m++, stream >>= bits, book += next) {
             const int64_t code = (int64_t)(stream & mask);
             fits &= code < size;
-            word[m] = m * size + code;
+            word[m] = book + code * stride;
+            put_scale(table, fits ? m * size + code : 0, scale + m);
         }
         return fits;
     }
-    for (int64_t m = 0; m < books; m++) {
+    for (int64_t m = 0; m < books; m++, book += next) {
         const int64_t place = first + m * bits;
         const int64_t code = (int64_t)(load64(codes + (place >> 3)) >> (place & 7) & mask);
-        fits &= code < size;
-        word[m] = m * size + code;
-    }
-    return fits;
-}
-
-/* The codewords of a row, and the scale of each; 0 where codes are damaged. */
-INLINE int find_words(const Table *table, int64_t row, const char **word, float *scale) {
-    int64_t number[MOST_CODEBOOKS];
-    if (!read_codes(table, row, number)) return 0;
-    const int64_t bytes = table->width * (table->kind == FLOAT32 ? 4 : table->kind == INT8 ? 1 : 2);
-    const uint16_t *scales = ADDRESS(table->scales);
-    for (int64_t m = 0; m < table->books; m++) {
-        word[m] = (const char *)ADDRESS(table->words) + number[m] * bytes;
-        if (table->kind == INT8) scale[m] = as_float((uint32_t)scales[number[m]] << 16);
+        if (code >= size) return 0;
+        word[m] = book + code * stride;
+        put_scale(table, m * size + code, scale + m);
     }
     return 1;
 }
@@ -265,8 +287,73 @@ INLINE void put_words(const Table *table, const char **word, const float *scale,
         sum_words(table->books, word, scale, table->width, kind, 0, out);
 }
 
-/* One row; 0 where its codes are damaged. */
-INLINE int decode(const Place *place, int64_t dim, float *out) {
+typedef float Line __attribute__((vector_size(LINE)));
+#define LINE_LANES 16
+
+INLINE Line line_at(const char *word, int64_t at) {
+    Line values;
+    memcpy(&values, __builtin_assume_aligned(word + at * 4, LINE), sizeof values);
+    return values;
+}
+
+INLINE Floats half_line_at(const char *word, int64_t at) {
+    Floats values;
+    memcpy(&values, __builtin_assume_aligned(word + at * 4, LINE / 2), sizeof values);
+    return values;
+}
+
+/* As sum_block, of padded codewords: `lines` times 16 columns, and 8 more where `half`. `pairs`:
+ * two codewords are summed before they are added, which waits half as long. */
+INLINE void sum_lines(int64_t count, const char **word, int64_t column, int lines, int half,
+                      int pairs, int more, float *out) {
+    Line total[4];
+    Floats rest;
+    const int64_t last = column + lines * LINE_LANES;
+    for (int v = 0; v < lines; v++) {
+        if (more)
+            memcpy(&total[v], out + column + v * LINE_LANES, sizeof *total);
+        else
+            total[v] = line_at(word[0], column + v * LINE_LANES);
+    }
+    if (half && more) memcpy(&rest, out + last, sizeof rest);
+    if (half && !more) rest = half_line_at(word[0], last);
+    int64_t m = more ? 0 : 1;
+    for (; pairs && m + 1 < count; m += 2) {
+        for (int v = 0; v < lines; v++)
+            total[v] += line_at(word[m], column + v * LINE_LANES) +
+                        line_at(word[m + 1], column + v * LINE_LANES);
+        if (half) rest += half_line_at(word[m], last) + half_line_at(word[m + 1], last);
+    }
+    for (; m < count; m++) {
+        for (int v = 0; v < lines; v++) total[v] += line_at(word[m], column + v * LINE_LANES);
+        if (half) rest += half_line_at(word[m], last);
+    }
+    for (int v = 0; v < lines; v++) memcpy(out + column + v * LINE_LANES, &total[v], sizeof *total);
+    if (half) memcpy(out + last, &rest, sizeof rest);
+}
+
+/* The sum of `count` padded codewords; writes up to whole half lines. */
+INLINE void sum_padded(int64_t count, const char **word, int64_t width, int pairs, int more,
+                       float *out) {
+    int64_t column = 0, halves = (width + 7) / 8;
+    for (; halves >= 8; halves -= 8, column += 4 * LINE_LANES)
+        sum_lines(count, word, column, 4, 0, pairs, more, out);
+    switch (halves) {
+        case 1: sum_lines(count, word, column, 0, 1, pairs, more, out); break;
+        case 2: sum_lines(count, word, column, 1, 0, pairs, more, out); break;
+        case 3: sum_lines(count, word, column, 1, 1, pairs, more, out); break;
+        case 4: sum_lines(count, word, column, 2, 0, pairs, more, out); break;
+        case 5: sum_lines(count, word, column, 2, 1, pairs, more, out); break;
+        case 6: sum_lines(count, word, column, 3, 0, pairs, more, out); break;
+        case 7: sum_lines(count, word, column, 3, 1, pairs, more, out); break;
+    }
+}
+
+#define PADDING 8 /* floats that a padded sum may write after a row */
+
+/* One row; 0 where its codes are damaged. `spare` takes a row and its padding where the padding
+ * must not be written after `out`; else NULL. */
+INLINE int decode(const Place *place, int64_t dim, float *out, float *spare) {
     const char *word[MOST_CODEBOOKS];
     float scale[MOST_CODEBOOKS];
     const Table *table = place->table;
@@ -276,6 +363,10 @@ INLINE int decode(const Place *place, int64_t dim, float *out) {
     }
     if (!find_words(table, place->row, word, scale)) return 0;
     switch (table->kind) {
+        case PADDED:
+            sum_padded(table->books, word, dim, 0, 0, spare ? spare : out);
+            if (spare) memcpy(out, spare, dim * sizeof(float));
+            break;
         case FLOAT32: put_words(table, word, scale, FLOAT32, out); break;
         case INT8: put_words(table, word, scale, INT8, out); break;
         case FLOAT16: put_words(table, word, scale, FLOAT16, out); break;
@@ -289,7 +380,7 @@ INLINE int decode(const Place *place, int64_t dim, float *out) {
 typedef struct {
     const Plan *plan;
     const void *ids, *offsets; /* offsets NULL: bags of `length` ids each */
-    int wide, wide_offsets;
+    int wide, wide_offsets, padded;
     int64_t count, bags, length;
     int64_t zero_id; /* id that reads as zeros, or that bags leave out; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
@@ -306,21 +397,38 @@ INLINE const void *ids_from(const Job *job, int64_t i) {
     return (const char *)job->ids + i * (job->wide ? 8 : 4);
 }
 
-INLINE int64_t decode_rows(const Job *job, int64_t begin, int64_t end, int wide) {
+INLINE int64_t decode_rows(const Job *job, int64_t begin, int64_t end, int wide, float *spare) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
+    expect_ids(job->plan, ids_from(job, begin), wide, 0, end - begin < BLOCK ? end - begin : BLOCK);
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        if (!find_places(job->plan, ids_from(job, i), wide, count, job->zero_id, place)) return 1;
-        for (int64_t j = 0; j < count; j++)
-            if (!decode(place + j, dim, job->out + (i + j) * dim)) return 1;
+        const void *ids = ids_from(job, i);
+        if (!find_places(job->plan, ids, wide, count, end - i - count, job->zero_id, place))
+            return 1;
+        for (int64_t j = 0; j < count; j++) {
+            /* What follows the last row is another thread's, or nobody's. */
+            const int near_end = (end - (i + j + 1)) * dim < PADDING;
+            if (!decode(place + j, dim, job->out + (i + j) * dim, near_end ? spare : NULL))
+                return 1;
+        }
     }
     return 0;
 }
 
+/* Floats that hold a row and what a padded sum writes after it. */
+static float *make_row(const Plan *plan) {
+    return malloc((plan->dim + PADDING) * sizeof(float));
+}
+
 DISPATCHED static int64_t rows_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
-    return job->wide ? decode_rows(job, begin, end, 1) : decode_rows(job, begin, end, 0);
+    float *spare = job->padded ? make_row(job->plan) : NULL;
+    if (job->padded && !spare) return 1;
+    const int64_t failed = job->wide ? decode_rows(job, begin, end, 1, spare)
+                                     : decode_rows(job, begin, end, 0, spare);
+    free(spare);
+    return failed;
 }
 
 /* ---- Bags ---- */
@@ -337,7 +445,11 @@ typedef struct {
 
 INLINE void empty_heap(Heap *heap, int64_t width, int kind, float *out) {
     if (!heap->count) return;
-    if (heap->started)
+    if (kind == PADDED && heap->started)
+        sum_padded(heap->count, heap->word, width, 1, 1, out);
+    else if (kind == PADDED)
+        sum_padded(heap->count, heap->word, width, 1, 0, out);
+    else if (heap->started)
         sum_words(heap->count, heap->word, heap->scale, width, kind, 1, out);
     else
         sum_words(heap->count, heap->word, heap->scale, width, kind, 0, out);
@@ -352,21 +464,7 @@ static int all_alike(const Plan *plan) {
            one->kind == last->kind && one->width == last->width;
 }
 
-/* The sum of the rows at `place`; 0 where codes are damaged. */
-INLINE int heap_rows(const Place *place, int64_t count, Heap *heap, int64_t width, int kind,
-                     float *out) {
-    for (int64_t j = 0; j < count; j++) {
-        const Table *table = place[j].table;
-        if (!table) continue;
-        if (heap->count + table->books > MOST_CODEBOOKS) empty_heap(heap, width, kind, out);
-        if (!find_words(table, place[j].row, heap->word + heap->count, heap->scale + heap->count))
-            return 0;
-        heap->count += table->books;
-    }
-    return 1;
-}
-
-INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *out,
+INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *row,
                    int64_t *members) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
@@ -374,30 +472,39 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
     heap.count = heap.started = 0;
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        if (!find_places(job->plan, ids_from(job, i), job->wide, count, job->zero_id, place))
+        const void *ids = ids_from(job, i);
+        if (!find_places(job->plan, ids, job->wide, count, job->count - i - count, job->zero_id,
+                         place))
             return 0;
-        for (int64_t j = 0; j < count; j++) *members += place[j].table != NULL;
-        if (!heap_rows(place, count, &heap, dim, kind, out)) return 0;
+        for (int64_t j = 0; j < count; j++) {
+            const Table *table = place[j].table;
+            if (!table) continue;
+            if (heap.count + table->books > MOST_CODEBOOKS) empty_heap(&heap, dim, kind, row);
+            if (!find_words(table, place[j].row, heap.word + heap.count, heap.scale + heap.count))
+                return 0;
+            heap.count += table->books;
+            ++*members;
+        }
     }
-    empty_heap(&heap, dim, kind, out);
-    if (!heap.started) memset(out, 0, dim * sizeof(float));
+    empty_heap(&heap, dim, kind, row);
+    if (!heap.started) memset(row, 0, dim * sizeof(float));
     return 1;
 }
 
-/* A bag whose rows are weighted, of two kinds, or compared: row by row through `row`. */
+/* A bag whose rows are weighted, of two kinds, or compared: row by row. */
 INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, float *out,
                      int64_t *members) {
     const int64_t dim = job->plan->dim;
     Place place;
     memset(out, 0, dim * sizeof(float));
     for (int64_t i = begin; i < end; i++) {
-        if (!find_places(job->plan, ids_from(job, i), job->wide, 1, job->zero_id, &place)) return 0;
+        if (!find_places(job->plan, ids_from(job, i), job->wide, 1, 0, job->zero_id, &place))
+            return 0;
         if (!place.table) continue;
-        if (!decode(&place, dim, row)) return 0;
+        if (!decode(&place, dim, row, NULL)) return 0;
         const float weight = job->weights ? job->weights[i] : 1.0f;
         if (job->mode == MAX)
             for (int64_t j = 0; j < dim; j++)
-                /* Like torch, keeps what is not a number out only if it comes later. */
                 out[j] = *members && !(row[j] > out[j]) ? out[j] : row[j];
         else if (job->weights)
             for (int64_t j = 0; j < dim; j++) out[j] += row[j] * weight;
@@ -413,35 +520,45 @@ INLINE int64_t offset_at(const Job *job, int64_t bag) {
     return bag < job->bags ? id_at(job->offsets, bag, job->wide_offsets) : job->count;
 }
 
+/* One bag, of ids that were not summed yet in `row`; 0 where ids, codes or offsets are wrong. */
+INLINE int reduce_bag(const Job *job, int64_t bag, int kind, float *row) {
+    const int64_t dim = job->plan->dim;
+    const int64_t first = offset_at(job, bag), last = offset_at(job, bag + 1);
+    float *out = job->out + bag * dim;
+    int64_t members = 0;
+    if (first < 0 || last < first || last > job->count || (!bag && first)) return 0;
+    if (kind < 0) {
+        if (!mixed_bag(job, first, last, row, out, &members)) return 0;
+    } else {
+        if (!sum_bag(job, first, last, kind, row, &members)) return 0;
+        memcpy(out, row, dim * sizeof(float));
+    }
+    if (job->mode == MEAN && members > 1)
+        for (int64_t j = 0; j < dim; j++) out[j] /= (float)members;
+    return 1;
+}
+
+INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, float *row) {
+    for (int64_t bag = begin; bag < end; bag++)
+        if (!reduce_bag(job, bag, kind, row)) return 0;
+    return 1;
+}
+
 DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
-    const int64_t dim = job->plan->dim;
     const int plain = !job->weights && job->mode != MAX && all_alike(job->plan);
-    float *row = plain ? NULL : malloc(dim * sizeof(float));
-    int64_t failed = !plain && !row;
-    for (int64_t bag = begin; bag < end && !failed; bag++) {
-        float *out = job->out + bag * dim;
-        const int64_t first = offset_at(job, bag), last = offset_at(job, bag + 1);
-        int64_t members = 0;
-        if (first < 0 || last < first || last > job->count || (!bag && first)) {
-            failed = 1;
-            break;
+    float *row = make_row(job->plan);
+    int fine = row != NULL;
+    if (fine) switch (plain ? job->plan->table->kind : -1) {
+            case FLOAT32: fine = reduce_bags(job, begin, end, FLOAT32, row); break;
+            case INT8: fine = reduce_bags(job, begin, end, INT8, row); break;
+            case FLOAT16: fine = reduce_bags(job, begin, end, FLOAT16, row); break;
+            case BFLOAT16: fine = reduce_bags(job, begin, end, BFLOAT16, row); break;
+            case PADDED: fine = reduce_bags(job, begin, end, PADDED, row); break;
+            default: fine = reduce_bags(job, begin, end, -1, row);
         }
-        if (!plain)
-            failed = !mixed_bag(job, first, last, row, out, &members);
-        else if (job->plan->table->kind == FLOAT32)
-            failed = !sum_bag(job, first, last, FLOAT32, out, &members);
-        else if (job->plan->table->kind == INT8)
-            failed = !sum_bag(job, first, last, INT8, out, &members);
-        else if (job->plan->table->kind == FLOAT16)
-            failed = !sum_bag(job, first, last, FLOAT16, out, &members);
-        else
-            failed = !sum_bag(job, first, last, BFLOAT16, out, &members);
-        if (job->mode == MEAN && members > 1)
-            for (int64_t j = 0; j < dim; j++) out[j] /= (float)members;
-    }
     free(row);
-    return failed;
+    return !fine;
 }
 
 /* ---- Gradients ---- */
@@ -504,42 +621,42 @@ int read_plan(PyObject *packed, Plan *plan) {
     return 0;
 }
 
-/* Codebooks in float32 for a call of many ids: what is returned is to be freed. */
-DISPATCHED static float *widen(Table *table) {
-    const int64_t words = table->books * table->size, entries_of_all = words * table->width;
-    float *wide = malloc(entries_of_all * sizeof(float));
-    const uint16_t *scales = ADDRESS(table->scales);
-    if (!wide) return NULL;
-    for (int64_t w = 0; w < words; w++) {
-        const float scale = table->kind == INT8 ? as_float((uint32_t)scales[w] << 16) : 1.0f;
-        float *to = wide + w * table->width;
-        const char *from = ADDRESS(table->words);
-        from += w * table->width * (table->kind == INT8 ? 1 : 2);
-        if (table->kind == INT8)
-            for (int64_t j = 0; j < table->width; j++) to[j] = entry(from, j, INT8, scale);
-        else if (table->kind == FLOAT16)
-            for (int64_t j = 0; j < table->width; j++) to[j] = entry(from, j, FLOAT16, scale);
-        else
-            for (int64_t j = 0; j < table->width; j++) to[j] = entry(from, j, BFLOAT16, scale);
+/* A copy of the codebooks in padded float32, for a call of many ids: what is returned is to be
+ * freed. */
+DISPATCHED static void *pad_codebooks(Table *table) {
+    const int64_t words = table->books * table->size, stride = stride_of(table);
+    Table padded = *table;
+    padded.kind = PADDED;
+    const int64_t padded_stride = stride_of(&padded);
+    char *memory = malloc(words * padded_stride + LINE);
+    if (!memory) return NULL;
+    char *to = memory + LINE - (uintptr_t)memory % LINE;
+    const char *from = ADDRESS(table->words);
+    padded.words = (int64_t)(uintptr_t)to;
+    for (int64_t w = 0; w < words; w++, from += stride, to += padded_stride) {
+        float scale = 1.0f;
+        put_scale(table, w, &scale);
+        for (int64_t j = 0; j < padded_stride / 4; j++)
+            ((float *)to)[j] = j < table->width ? entry(from, j, (int)table->kind, scale) : 0.0f;
     }
-    table->kind = FLOAT32;
-    table->words = (int64_t)(uintptr_t)wide;
-    return wide;
+    *table = padded;
+    return memory;
 }
 
-/* Run a job, its codebooks widened where that pays. */
+/* Run a job, its codebooks padded where that pays. */
 static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
-    float *wide[2] = {NULL, NULL};
+    void *memory[2] = {NULL, NULL};
     for (int64_t t = 0; t < plan->tiers; t++) {
         Table *table = plan->table + t;
         const int64_t words = table->books * table->size;
-        if (table->kind != FLOAT32 && words * table->width <= MOST_WIDENED &&
-            job->count * table->books >= 4 * words)
-            wide[t] = widen(table);
+        const int sums = !table->product || table->books == 1;
+        if (sums && words * table->width <= MOST_WIDENED && job->count * table->books >= 4 * words)
+            memory[t] = pad_codebooks(table);
+        job->padded |= memory[t] != NULL;
     }
     const int64_t failed = run_parts(part, job, total, step, threads);
-    free(wide[0]);
-    free(wide[1]);
+    free(memory[0]);
+    free(memory[1]);
     return failed;
 }
 
