@@ -111,6 +111,14 @@ class DecodedTable(nn.Module, ABC):
         """What :meth:`decode` returns, by the operators."""
 
     @abstractmethod
+    def _tables(self) -> tuple[_Compressed, ...]:
+        """The tables whose codebooks are read: itself, or both tiers."""
+
+    @abstractmethod
+    def _places(self) -> ops.fast.Places:
+        """Where the tensors are that :meth:`_pack_plan` reads."""
+
+    @abstractmethod
     def _pack_plan(self) -> bytes | None:
         """The table as the kernel takes it, or None where it cannot."""
 
@@ -230,6 +238,12 @@ class _Compressed(DecodedTable):
 
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.output_dtype.dtype, device=self.codes.device)
+
+    def _tables(self) -> tuple[_Compressed, ...]:
+        return (self,)
+
+    def _places(self) -> ops.fast.Places:
+        return ops.fast.places_of(self)
 
     def _pack_plan(self) -> bytes | None:
         fields = ops.fast.fields_of(self)

@@ -168,6 +168,20 @@ class _Tiered(DecodedTable):
     def _like(self) -> Tensor:
         return self.head._like()
 
+    def _tables(self) -> tuple[CompressedEmbedding, ...]:
+        return self.tiers
+
+    def _places(self) -> ops.fast.Places:
+        modules = self._modules
+        return (
+            *(modules, "tier_map", self.tier_map, None),
+            *(modules, "head", self.head, None),
+            *(modules, "tail", self.tail, None),
+            *ops.fast.places_in(self.tier_map._buffers, "starts", "before", "bitmap"),
+            *ops.fast.places_of(self.head),
+            *ops.fast.places_of(self.tail),
+        )
+
     def _pack_plan(self) -> bytes | None:
         head, tail = ops.fast.fields_of(self.head), ops.fast.fields_of(self.tail)
         places = self.tier_map

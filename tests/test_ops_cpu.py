@@ -186,12 +186,16 @@ def test_damaged_codes_are_refused_not_followed() -> None:
         cpu.lookup(*[short if a is table.codes else a for a in _arguments(table, ids)])
 
 
-def test_views_are_read_as_they_look() -> None:
-    table = _table(CodeLayout("additive", 300, 12, 3, 16))
-    ids = torch.randint(300, (6, 8))
-    for view in (ids.T, ids[:, ::2], ids[1:, 3]):
-        arguments = _arguments(table, view)
-        assert torch.equal(cpu.lookup(*arguments), reference.lookup(*arguments))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_views_are_read_as_they_look(dtype: torch.dtype) -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=False)
+    ids = torch.randint(300, (600, 8), dtype=dtype)
+    for view in (ids.T, ids[:, ::2], ids[1:, 3], ids[0, 0].expand(5), ids[:0, 3]):
+        expected = reference.lookup(*_arguments(table, view))
+        assert torch.equal(cpu.lookup(*_arguments(table, view)), expected)
+        assert torch.equal(table(view), expected)
+    column = ids[1:, 3]
+    assert torch.equal(table._fast.rows(table, column), table._decode(column))
 
 
 def test_what_the_kernel_cannot_do_goes_to_the_reference() -> None:

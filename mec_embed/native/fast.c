@@ -13,11 +13,9 @@ static struct {
 } torch;
 
 /* Names of attributes, interned. */
-#define NAMES(each)                                                                              \
-    each(_modules) each(_parameters) each(_buffers) each(code_table) each(codebook_set)          \
-    each(codes) each(codebooks) each(scales) each(requires_grad) each(data_ptr) each(is_cpu)     \
-    each(dtype) each(shape) each(is_contiguous) each(bitmap) each(starts) each(before)     \
-    each(head) each(tail) each(tier_map)
+#define NAMES(each) \
+    each(requires_grad) each(data_ptr) each(is_cpu) each(dtype) each(shape) each(is_contiguous) \
+    each(stride)
 #define DECLARE(name) PyObject *name;
 static struct { NAMES(DECLARE) } names;
 #define INTERN(name) \
@@ -62,69 +60,59 @@ static int64_t address(PyObject *tensor) {
     return integer(PyObject_CallMethodObjArgs(tensor, names.data_ptr, NULL));
 }
 
-/* The entry `name` of the dictionary `dict` of `of`: a borrowed reference, NULL if it has none. */
-static PyObject *held(PyObject *of, PyObject *dict, PyObject *name) {
-    PyObject *entries = PyObject_GetAttr(of, dict);
-    if (!entries) return NULL;
-    PyObject *value = PyDict_GetItemWithError(entries, name);
-    Py_DECREF(entries); /* the module holds it on */
-    return value;
-}
-
-/* 1: at an address that the plan was packed for; 0: elsewhere; -1 with an exception set. */
-static int still_at(PyObject *tensor, int64_t planned) {
-    if (!tensor || tensor == Py_None) return PyErr_Occurred() ? -1 : !planned;
-    const int64_t now = address(tensor);
-    return now == -1 && PyErr_Occurred() ? -1 : now == planned;
-}
-
 enum { STALE, READY, GRADIENT };
 
-/* Whether a table has the tensors that the plan was packed for; -1 with an exception set. */
-static int check_table(PyObject *module, const int64_t *planned) {
-    PyObject *code_table = held(module, names._modules, names.code_table);
-    PyObject *books = held(module, names._modules, names.codebook_set);
-    if (!code_table || !books) return PyErr_Occurred() ? -1 : STALE;
-    PyObject *words = held(books, names._parameters, names.codebooks);
-    if (PyErr_Occurred()) return -1;
-    if (words) {
-        int flows = attribute(words, names.requires_grad);
-        if (flows > 0) flows = is_set(PyObject_CallObject(torch.grad_enabled, NULL));
-        if (flows) return flows < 0 ? -1 : GRADIENT;
-    } else {
-        words = held(books, names._buffers, names.codebooks);
+/* Whether the tensors that a plan was packed for are where they were, see
+ * mec_embed.ops.fast.Places: (dict, key, value, address or None) again and again in one tuple. -1 with
+ * an exception set. */
+static int check_places(PyObject *places) {
+    const Py_ssize_t length = PyTuple_Size(places);
+    if (length < 0) return -1;
+    for (Py_ssize_t i = 0; i + 3 < length; i += 4) {
+        PyObject *value = PyTuple_GetItem(places, i + 2);
+        PyObject *planned = PyTuple_GetItem(places, i + 3);
+        if (PyDict_GetItemWithError(PyTuple_GetItem(places, i), PyTuple_GetItem(places, i + 1)) !=
+            value)
+            return PyErr_Occurred() ? -1 : STALE;
+        if (planned != Py_None && address(value) != PyLong_AsLongLong(planned))
+            return PyErr_Occurred() ? -1 : STALE;
     }
-    int same = still_at(held(code_table, names._buffers, names.codes), planned[0]);
-    if (same == 1) same = still_at(words, planned[1]);
-    if (same == 1) same = still_at(held(books, names._buffers, names.scales), planned[2]);
-    return same;
+    return READY;
 }
 
-/* As check_table, of a whole module: one table, or tiers and their map. */
-static int check_module(PyObject *module, const Plan *plan) {
-    if (plan->tiers == 1) return check_table(module, &plan->table[0].codes);
-    PyObject *head = held(module, names._modules, names.head);
-    PyObject *tail = held(module, names._modules, names.tail);
-    PyObject *tier_map = held(module, names._modules, names.tier_map);
-    if (!head || !tail || !tier_map) return PyErr_Occurred() ? -1 : STALE;
-    int state = check_table(head, &plan->table[0].codes);
-    if (state == READY) state = check_table(tail, &plan->table[1].codes);
-    if (state == READY) state = still_at(held(tier_map, names._buffers, names.bitmap), plan->bitmap);
-    if (state == READY) state = still_at(held(tier_map, names._buffers, names.starts), plan->starts);
-    if (state == READY) state = still_at(held(tier_map, names._buffers, names.before), plan->before);
-    return state;
+/* Whether gradients are to flow to one of the codebooks; -1 with an exception set. */
+static int has_gradient(PyObject *codebooks) {
+    int enabled = -2; /* not asked yet */
+    for (Py_ssize_t i = 0; i < PyTuple_Size(codebooks); i++) {
+        const int trained = attribute(PyTuple_GetItem(codebooks, i), names.requires_grad);
+        if (trained < 0) return -1;
+        if (trained && enabled == -2) enabled = is_set(PyObject_CallObject(torch.grad_enabled, NULL));
+        if (trained && enabled) return enabled;
+    }
+    return 0;
 }
 
-/* 1: plain ids on the CPU that nothing watches; -1 with an exception set. */
+/* 1: a plain tensor on the CPU that nothing watches; -1 with an exception set. */
 static int is_plain(PyObject *ids) {
     if ((PyObject *)Py_TYPE(ids) != torch.tensor) return 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(torch.guards); i++) {
         const int watched = is_set(PyObject_CallObject(PyTuple_GetItem(torch.guards, i), NULL));
         if (watched) return watched < 0 ? -1 : 0;
     }
-    const int cpu = attribute(ids, names.is_cpu);
-    if (cpu != 1) return cpu;
-    return is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL));
+    return attribute(ids, names.is_cpu);
+}
+
+/* Items from one id to the next; 0 where they are not evenly spaced; -1 with an exception set.
+ * A column of a batch (B, F), as most models look up, is no contiguous tensor. */
+static int64_t spacing(PyObject *ids) {
+    const int contiguous = is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL));
+    if (contiguous) return contiguous;
+    PyObject *strides = PyObject_CallMethodObjArgs(ids, names.stride, NULL);
+    if (!strides) return -1;
+    int64_t stride = 0;
+    if (PyTuple_Size(strides) == 1) stride = PyLong_AsLongLong(PyTuple_GetItem(strides, 0));
+    Py_DECREF(strides);
+    return stride;
 }
 
 /* Bytes of one id, 0 for other dtypes; -1 with an exception set. */
@@ -157,50 +145,61 @@ static PyObject *make_output(PyObject *ids, int64_t dim, int64_t *count) {
     return out;
 }
 
-/* Bytes of one id where the kernel may read `ids` by this plan (or None) of the module; else 0, and
- * in `answer` what the caller is to return: False where the plan is stale, None where the operators
- * must serve, NULL with an exception set. */
-static int may_read(PyObject *packed, PyObject *module, PyObject *ids, Plan *plan,
-                    PyObject **answer) {
+/* Bytes of one id where the kernel may read `ids` by a plan (or None) for the tensors in `places` and
+ * `codebooks`; else 0, and in `answer` what the caller is to return: False where the plan is stale,
+ * None where the operators must serve, NULL with an exception set. */
+static int may_read(PyObject *const *args, Plan *plan, PyObject **answer) {
+    PyObject *packed = args[0], *places = args[1], *codebooks = args[2], *ids = args[3];
     *answer = NULL;
     const int plain = is_plain(ids);
     const int bytes = plain == 1 ? id_bytes(ids) : plain;
     if (bytes < 0) return 0;
     int state = bytes ? STALE : GRADIENT;
-    if (bytes && packed != Py_None)
-        state = read_plan(packed, plan) ? -1 : check_module(module, plan);
+    if (bytes && packed != Py_None) {
+        state = check_places(places);
+        if (state == READY) {
+            const int flows = has_gradient(codebooks);
+            state = flows < 0 ? -1 : flows ? GRADIENT : READY;
+        }
+        if (state == READY && read_plan(packed, plan)) state = -1;
+    }
     if (state == READY) return bytes;
     if (state >= 0) *answer = state == STALE ? Py_False : Py_None;
     Py_XINCREF(*answer);
     return 0;
 }
 
-/* plan or None, module, ids -> True, or as may_read */
+/* plan or None, places, codebooks, ids -> True, or as may_read */
 PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Plan plan;
     PyObject *answer;
-    if (read_integers(args + 3, given - 3, 0, NULL)) return NULL;
-    if (!may_read(args[0], args[1], args[2], &plan, &answer)) return answer;
+    if (read_integers(args + 4, given - 4, 0, NULL)) return NULL;
+    if (!may_read(args, &plan, &answer)) return answer;
     Py_RETURN_TRUE;
 }
 
-/* plan or None, module, ids, zero id -> the rows, or as may_read */
+/* plan or None, places, codebooks, ids, zero id -> the rows, or as may_read */
 PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Plan plan;
-    PyObject *answer;
+    PyObject *answer, *ids = args[3];
     long long zero_id;
-    if (read_integers(args + 3, given - 3, 1, &zero_id)) return NULL;
-    const int bytes = may_read(args[0], args[1], args[2], &plan, &answer);
+    if (read_integers(args + 4, given - 4, 1, &zero_id)) return NULL;
+    const int bytes = may_read(args, &plan, &answer);
     if (!bytes) return answer;
+    const int64_t stride = spacing(ids);
+    if (stride < 0) return NULL;
+    if (!stride) Py_RETURN_NONE;
     int64_t count;
-    PyObject *out = make_output(args[2], plan.dim, &count);
+    PyObject *out = make_output(ids, plan.dim, &count);
     if (!out) return NULL;
-    const int64_t from = address(args[2]), to = address(out);
+    const int64_t from = address(ids), to = address(out);
     const int64_t threads = count * plan.dim < THREAD_ENTRIES
                                 ? 1
                                 : integer(PyObject_CallObject(torch.threads, NULL));
     const int broken = PyErr_Occurred() != NULL;
-    if (!broken && !decode_ids(&plan, from, bytes, count, zero_id, to, (int)threads)) return out;
+    if (!broken &&
+        !decode_ids(&plan, from, bytes, stride, count, zero_id, to, (int)threads))
+        return out;
     Py_DECREF(out);
     if (broken) return NULL;
     Py_RETURN_NONE;

@@ -26,8 +26,16 @@ typedef struct {
     int64_t row;
 } Place;
 
-INLINE int64_t id_at(const void *ids, int64_t i, int wide) {
-    return wide ? ((const int64_t *)ids)[i] : (int64_t)((const int32_t *)ids)[i];
+/* Ids in memory, or offsets: `stride` items from one to the next. */
+typedef struct {
+    const char *from;
+    int wide; /* int64, not int32 */
+    int64_t stride;
+} Ids;
+
+INLINE int64_t id_at(const Ids *ids, int64_t i) {
+    const int64_t at = i * ids->stride;
+    return ids->wide ? ((const int64_t *)ids->from)[at] : (int64_t)((const int32_t *)ids->from)[at];
 }
 
 INLINE uint64_t load64(const uint8_t *from) {
@@ -76,24 +84,25 @@ INLINE void expect_row(const Table *table, int64_t row) {
 }
 
 /* Ask for what the next ids need: codes, or the map of the tiers. */
-INLINE void expect_ids(const Plan *plan, const void *ids, int wide, int64_t from, int64_t to) {
+INLINE void expect_ids(const Plan *plan, const Ids *ids, int64_t from, int64_t to) {
     if (plan->tiers == 1)
-        for (int64_t i = from; i < to; i++) expect_row(plan->table, id_at(ids, i, wide));
+        for (int64_t i = from; i < to; i++) expect_row(plan->table, id_at(ids, i));
     else if (!plan->runs)
         for (int64_t i = from; i < to; i++) {
-            const int64_t block = id_at(ids, i, wide) / BLOCK_ROWS;
+            const int64_t block = id_at(ids, i) / BLOCK_ROWS;
             PREFETCH((uintptr_t)plan->bitmap + (uintptr_t)(block * (BLOCK_ROWS / 8)));
             PREFETCH((uintptr_t)plan->before + (uintptr_t)(block * 4));
         }
 }
 
-/* The places of up to BLOCK ids; `ahead` more follow them, which are asked for. 0 where an id is no
- * row. */
-INLINE int find_places(const Plan *plan, const void *ids, int wide, int64_t count, int64_t ahead,
+/* The places of `count` ids from number `first` on, at most BLOCK; as many that follow, before
+ * number `end`, are asked for. 0 where an id is no row. */
+INLINE int find_places(const Plan *plan, const Ids *ids, int64_t first, int64_t count, int64_t end,
                        int64_t zero_id, Place *place) {
-    expect_ids(plan, ids, wide, count, count + (ahead < count ? ahead : count));
+    const int64_t next = first + count;
+    expect_ids(plan, ids, next, next + count < end ? next + count : end);
     for (int64_t i = 0; i < count; i++) {
-        const int64_t id = id_at(ids, i, wide);
+        const int64_t id = id_at(ids, first + i);
         if (id < 0 || id >= plan->rows) return 0;
         if (id == zero_id) {
             place[i].table = NULL;
@@ -379,8 +388,8 @@ INLINE int decode(const Place *place, int64_t dim, float *out, float *spare) {
 
 typedef struct {
     const Plan *plan;
-    const void *ids, *offsets; /* offsets NULL: bags of `length` ids each */
-    int wide, wide_offsets, padded;
+    Ids ids, offsets; /* offsets from NULL: bags of `length` ids each */
+    int padded;       /* some codebooks are */
     int64_t count, bags, length;
     int64_t zero_id; /* id that reads as zeros, or that bags leave out; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
@@ -393,19 +402,14 @@ typedef struct {
     int64_t *places;
 } Job;
 
-INLINE const void *ids_from(const Job *job, int64_t i) {
-    return (const char *)job->ids + i * (job->wide ? 8 : 4);
-}
-
-INLINE int64_t decode_rows(const Job *job, int64_t begin, int64_t end, int wide, float *spare) {
+INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_t end,
+                           float *spare) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
-    expect_ids(job->plan, ids_from(job, begin), wide, 0, end - begin < BLOCK ? end - begin : BLOCK);
+    expect_ids(job->plan, ids, begin, begin + BLOCK < end ? begin + BLOCK : end);
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        const void *ids = ids_from(job, i);
-        if (!find_places(job->plan, ids, wide, count, end - i - count, job->zero_id, place))
-            return 1;
+        if (!find_places(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
         for (int64_t j = 0; j < count; j++) {
             /* What follows the last row is another thread's, or nobody's. */
             const int near_end = (end - (i + j + 1)) * dim < PADDING;
@@ -425,8 +429,13 @@ DISPATCHED static int64_t rows_part(const void *what, int64_t begin, int64_t end
     const Job *job = what;
     float *spare = job->padded ? make_row(job->plan) : NULL;
     if (job->padded && !spare) return 1;
-    const int64_t failed = job->wide ? decode_rows(job, begin, end, 1, spare)
-                                     : decode_rows(job, begin, end, 0, spare);
+    const Ids ids = job->ids, wide = {ids.from, 1, 1}, narrow = {ids.from, 0, 1};
+    int64_t failed;
+    if (ids.stride != 1)
+        failed = decode_rows(job, &ids, begin, end, spare);
+    else /* constants, for the compiler */
+        failed = ids.wide ? decode_rows(job, &wide, begin, end, spare)
+                          : decode_rows(job, &narrow, begin, end, spare);
     free(spare);
     return failed;
 }
@@ -472,10 +481,7 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
     heap.count = heap.started = 0;
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        const void *ids = ids_from(job, i);
-        if (!find_places(job->plan, ids, job->wide, count, job->count - i - count, job->zero_id,
-                         place))
-            return 0;
+        if (!find_places(job->plan, &job->ids, i, count, job->count, job->zero_id, place)) return 0;
         for (int64_t j = 0; j < count; j++) {
             const Table *table = place[j].table;
             if (!table) continue;
@@ -498,8 +504,7 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
     Place place;
     memset(out, 0, dim * sizeof(float));
     for (int64_t i = begin; i < end; i++) {
-        if (!find_places(job->plan, ids_from(job, i), job->wide, 1, 0, job->zero_id, &place))
-            return 0;
+        if (!find_places(job->plan, &job->ids, i, 1, job->count, job->zero_id, &place)) return 0;
         if (!place.table) continue;
         if (!decode(&place, dim, row, NULL)) return 0;
         const float weight = job->weights ? job->weights[i] : 1.0f;
@@ -516,8 +521,8 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
 }
 
 INLINE int64_t offset_at(const Job *job, int64_t bag) {
-    if (!job->offsets) return bag * job->length;
-    return bag < job->bags ? id_at(job->offsets, bag, job->wide_offsets) : job->count;
+    if (!job->offsets.from) return bag * job->length;
+    return bag < job->bags ? id_at(&job->offsets, bag) : job->count;
 }
 
 /* One bag, of ids that were not summed yet in `row`; 0 where ids, codes or offsets are wrong. */
@@ -571,7 +576,7 @@ DISPATCHED static int64_t collect_part(const void *what, int64_t begin, int64_t 
     const uint64_t mask = ((uint64_t)1 << bits) - 1;
     const uint8_t *codes = ADDRESS(table->codes);
     for (int64_t i = 0; i < job->count; i++) {
-        const int64_t id = id_at(job->ids, i, job->wide);
+        const int64_t id = id_at(&job->ids, i);
         if (id == job->skip_id) continue;
         if (id < 0 || id >= table->rows) return 1;
         for (int64_t m = begin; m < end; m++) {
@@ -592,7 +597,7 @@ DISPATCHED static int64_t collect_part(const void *what, int64_t begin, int64_t 
 DISPATCHED static int64_t tiers_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     for (int64_t i = begin; i < end; i++) {
-        const int64_t id = id_at(job->ids, i, job->wide);
+        const int64_t id = id_at(&job->ids, i);
         if (id < 0 || id >= job->plan->rows) return 1;
         job->flags[i] = (uint8_t)is_popular(job->plan, id, job->places + i);
     }
@@ -660,9 +665,9 @@ static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t s
     return failed;
 }
 
-int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t count, int64_t zero_id, int64_t out,
-                   int threads) {
-    Job job = {.plan = plan, .ids = ADDRESS(ids), .wide = bytes == 8, .count = count};
+int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t count,
+                   int64_t zero_id, int64_t out, int threads) {
+    Job job = {.plan = plan, .ids = {ADDRESS(ids), bytes == 8, stride}, .count = count};
     job.zero_id = zero_id;
     job.out = ADDRESS(out);
     /* Too short for another Python thread to gain from the lock. */
@@ -681,7 +686,7 @@ PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Plan plan;
     if (read_integers(args + 1, given - 1, 6, v) || read_plan(args[0], &plan)) return NULL;
     return PyLong_FromLongLong(
-        decode_ids(&plan, v[0], (int)v[1], v[2], v[3], v[4], (int)v[5]));
+        decode_ids(&plan, v[0], (int)v[1], 1, v[2], v[3], v[4], (int)v[5]));
 }
 
 /* plan, ids, bytes an id, count, id left out, offsets or 0, bytes an offset, bags, ids of a bag,
@@ -691,10 +696,9 @@ PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[12];
     Plan plan;
     if (read_integers(args + 1, given - 1, 12, v) || read_plan(args[0], &plan)) return NULL;
-    Job job = {.plan = &plan, .ids = ADDRESS(v[0]), .wide = v[1] == 8, .count = v[2]};
+    Job job = {.plan = &plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
     job.zero_id = v[3];
-    job.offsets = ADDRESS(v[4]);
-    job.wide_offsets = v[5] == 8;
+    job.offsets = (Ids){ADDRESS(v[4]), v[5] == 8, 1};
     job.bags = v[6];
     job.length = v[7];
     job.weights = ADDRESS(v[8]);
@@ -713,7 +717,7 @@ PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[7];
     Plan plan;
     if (read_integers(args + 1, given - 1, 7, v) || read_plan(args[0], &plan)) return NULL;
-    Job job = {.plan = &plan, .ids = ADDRESS(v[0]), .wide = v[1] == 8, .count = v[2]};
+    Job job = {.plan = &plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
     job.skip_id = v[3];
     job.grad = ADDRESS(v[4]);
     job.out = ADDRESS(v[5]);
@@ -729,7 +733,7 @@ PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[6];
     Plan plan;
     if (read_integers(args + 1, given - 1, 6, v) || read_plan(args[0], &plan)) return NULL;
-    Job job = {.plan = &plan, .ids = ADDRESS(v[0]), .wide = v[1] == 8, .count = v[2]};
+    Job job = {.plan = &plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
     job.flags = ADDRESS(v[3]);
     job.places = ADDRESS(v[4]);
     int64_t failed;

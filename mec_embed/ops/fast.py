@@ -54,13 +54,41 @@ def fields_of(table: Any) -> tuple[int, ...] | None:
     )
 
 
+#: Where tensors are that a plan was packed for: (dict, key, value, address of a tensor or None)
+#: again and again. The dicts are those of modules: ``nn.Module.__getattr__`` takes longer than a
+#: lookup.
+Places = tuple[Any, ...]
+
+
+def places_of(table: Any) -> Places:
+    """The places of all that a plan for a :class:`mec_embed.CompressedEmbedding` reads."""
+    modules, code_table, books = table._modules, table.code_table, table.codebook_set
+    holder = books._parameters if "codebooks" in books._parameters else books._buffers
+    return (
+        *(modules, "code_table", code_table, None),
+        *(modules, "codebook_set", books, None),
+        *places_in(code_table._buffers, "codes"),
+        *places_in(holder, "codebooks"),
+        *places_in(books._buffers, "scales"),
+    )
+
+
+def places_in(tensors: dict[str, Any], *names: str) -> Places:
+    """The places of tensors (or None) in a dict of a module."""
+    places: list[Any] = []
+    for name in names:
+        tensor = tensors[name]
+        places += [tensors, name, tensor, None if tensor is None else tensor.data_ptr()]
+    return tuple(places)
+
+
 class FastPath:
     """The plan of one module, packed anew where its tensors are others than before.
 
     A copy, or what was unpickled, starts without one.
     """
 
-    __slots__ = ("_dtype", "_plan")
+    __slots__ = ("_codebooks", "_dtype", "_places", "_plan")
 
     def __init__(self) -> None:
         """Without a plan."""
@@ -72,35 +100,37 @@ class FastPath:
     def forget(self) -> None:
         """Drop the plan, as dtypes may have changed."""
         self._plan: bytes | None = None
+        self._places: Places = ()
+        self._codebooks: tuple[Tensor, ...] = ()
         self._dtype: torch.dtype | None = None
 
     def rows(self, module: Any, ids: Tensor) -> Tensor | None:
         """Rows (*ids.shape, dim), or None where the operators must serve."""
-        if _compiling() or not cpu.available():
+        if _compiling() or cpu.kernel is None:
             return None
         padding_idx = module.padding_idx
         zero_id = -1 if padding_idx is None or not module.zero_padding else padding_idx
-        out = cpu.kernel.fast_rows(self._plan, module, ids, zero_id)
+        out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
         if out is False:
             if not self._renew(module):
                 return None
-            out = cpu.kernel.fast_rows(self._plan, module, ids, zero_id)
+            out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
         return out if out is None or self._dtype is None else out.to(self._dtype)
 
     def bags(
         self, module: Any, input: Tensor, offsets: Tensor | None, weights: Tensor | None
     ) -> Tensor | None:
         """Bags (bags, dim), or None where the operators must serve."""
-        if _compiling() or not cpu.available():
+        if _compiling() or cpu.kernel is None:
             return None
         others = [tensor for tensor in (offsets, weights) if tensor is not None]
         if not all(type(one) in _PLAIN and one.is_cpu for one in others):
             return None
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return None
-        ready = cpu.kernel.check(self._plan, module, input)
+        ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
         if ready is False and self._renew(module):
-            ready = cpu.kernel.check(self._plan, module, input)
+            ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
         if ready is not True or self._plan is None:
             return None
         out = cpu.reduce_bags(
@@ -122,5 +152,9 @@ class FastPath:
         if dtype is torch.float64:
             return False
         self._plan = module._pack_plan()
+        if self._plan is None:
+            return False
+        self._places = module._places()
+        self._codebooks = tuple(table.codebooks for table in module._tables())
         self._dtype = None if dtype is torch.float32 else dtype
-        return self._plan is not None
+        return True
