@@ -76,7 +76,7 @@ def test_chunks_give_the_same_bytes(case, steps):
 def test_internal_chunks_do_not_show(monkeypatch, bits):
     codes = torch.randint(0, 1 << bits, (77, 3), generator=torch.Generator().manual_seed(0))
     whole = pack(codes, bits)
-    monkeypatch.setattr(packing, "_PACK_ROWS", 8)
+    monkeypatch.setattr(packing, "PACK_ROWS", 8)
     assert torch.equal(pack(codes, bits), whole)
 
 

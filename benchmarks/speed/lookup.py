@@ -1,19 +1,23 @@
-"""Time lookups against ``nn.Embedding``: paired runs, medians, ratios, appended to a CSV file.
+"""Time lookups of rows and of bags; medians and ratios, appended to a CSV file.
 
-``python -m benchmarks.speed.lookup`` sweeps rows, batch sizes, dimensions and popularity. In every
-repetition each method looks up the same fresh ids, one method after the other, so that what else
-the machine does meets all of them. ``copy`` writes an output that is ready in memory: the floor.
+``python -m benchmarks.speed.lookup`` sweeps rows, dimensions, batch sizes and popularity. Compared
+are ``nn.Embedding`` (``nn.EmbeddingBag`` for bags of 20), compressed tables of about 50x, the same
+by plain torch, torch's int8 table, FBGEMM's int8, int4 and int2 tables, and a plain copy of an
+output that is ready in memory: the floor. In every repetition each method gets the same fresh ids,
+one method after the other, so that what else the machine does meets all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,51 +25,127 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
-from mec_embed import CodeLayout, CompressedEmbedding, ops
-from mec_embed.packing import pack
+from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
+from mec_embed.packing import PACK_ROWS, empty_packed, pack_into
 
 #: Codebooks and codewords of about 50x, by dimension.
 SHAPES = {10: (2, 8), 16: (2, 32), 40: (5, 32), 64: (8, 32), 128: (16, 32)}
+BAG = 20
 COLUMNS = (
-    "rows", "dim", "batch", "ids", "codebooks", "method", "microseconds", "speed", "repetitions",
+    "what", "rows", "dim", "batch", "ids", "method", "microseconds", "speed", "repetitions",
     "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
-LEAST_SECONDS, MOST_REPETITIONS = 0.2, 300
+LEAST_SECONDS, MOST_REPETITIONS = 0.1, 300
+#: Lookups of a call, at most: more bags are left out.
+MOST_LOOKUPS = 2_000_000
+
+#: Looks up ids (batch,) or bags (batch, BAG).
+Lookup = Callable[[Tensor], Any]
 
 
 def main() -> None:
     """Parse the command line and run."""
     options = _parse()
     torch.set_num_threads(options.threads)
-    axes = options.rows, options.dims, options.codebooks, options.ids, options.batches
-    grid = list(itertools.product(*axes))
-    with torch.no_grad(), tqdm(grid, unit="setting") as bar:
-        for key, group in itertools.groupby(bar, key=lambda setting: setting[:3]):
-            methods = _methods(*key)
-            for rows, dim, books, kind, batch in group:
-                label = {"rows": rows, "dim": dim, "batch": batch, "ids": kind, "codebooks": books}
-                _append(options.out, label, _measure(methods, rows, batch, kind))
+    tables = list(itertools.product(options.rows, options.dims))
+    with torch.no_grad(), tqdm(tables, unit="table") as bar:
+        for rows, dim in bar:
+            if rows * dim * 4 > options.most_gb * 1e9:
+                continue
+            methods = _methods(rows, dim)
+            for what, kind, batch in itertools.product(WHATS, options.ids, options.batches):
+                if batch * (BAG if what == "bags" else 1) > MOST_LOOKUPS:
+                    continue
+                bar.set_postfix_str(f"{rows:,} x {dim}: {what}, {kind}, batch {batch}")
+                label = {"what": what, "rows": rows, "dim": dim, "batch": batch, "ids": kind}
+                shape = (batch, BAG) if what == "bags" else (batch,)
+                _append(options.out, label, _measure(methods[what], rows, shape, kind))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--dims", nargs="+", type=int, default=[10, 40, 64], choices=SHAPES)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 1024, 8192, 65536])
+    rows, batches = [10**4, 10**5, 10**6, 10**7], [1, 64, 1024, 8192, 65536, 10**6]
+    parser.add_argument("--rows", nargs="+", type=int, default=rows)
+    parser.add_argument("--dims", nargs="+", type=int, default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--batches", nargs="+", type=int, default=batches)
     parser.add_argument("--ids", nargs="+", default=["uniform", "zipf"])
-    parser.add_argument("--codebooks", nargs="+", default=["int8", "float32"])
+    parser.add_argument("--most-gb", type=float, default=4.0, help="of a dense table, at most")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed_lookup.csv"))
     return parser.parse_args()
 
 
-def _methods(rows: int, dim: int, codebooks: str) -> dict[str, Callable[[Tensor], object]]:
-    """Name -> lookup of ids (batch,); the first is what the others are compared with."""
-    dense = nn.Embedding(rows, dim)
+WHATS = ("rows", "bags")
+
+
+def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
+    """What -> name -> lookup; the first of each is what the others are compared with."""
+    # Written to, as pages that never were all read the same few bytes.
+    weight = torch.empty(rows, dim).fill_(0.5)
+    dense = nn.Embedding(rows, dim, _weight=weight)
+    dense_bag = nn.EmbeddingBag(rows, dim, _weight=weight, mode="sum")
+    methods: dict[str, dict[str, Lookup]] = {
+        "rows": {"dense": dense},
+        "bags": {"dense": dense_bag},
+    }
+    for dtype in (torch.int8, torch.float32):
+        name = f"mec_embed {mec_embed.layout.dtype_name(dtype)}"
+        table, bag = _compressed(rows, dim, dtype)
+        methods["rows"][name], methods["bags"][name] = table, bag
+        if dtype is torch.int8:
+            methods["rows"]["plain torch"] = _plain_torch(table)
+    methods["rows"]["copy"] = _copy(dim)
+    for name, quantized in (("torch int8", _torch_int8), *_FBGEMM.items()):
+        pair = quantized(weight)
+        if pair is not None:
+            methods["rows"][name], methods["bags"][name] = pair
+    return methods
+
+
+def _compressed(
+    rows: int, dim: int, dtype: torch.dtype
+) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
+    """A table with random codes, for rows and for bags."""
     count, size = SHAPES[dim]
-    table = CompressedEmbedding(CodeLayout("additive", rows, dim, count, size, _DTYPES[codebooks]))
-    table.codes.copy_(pack(torch.randint(size, (rows, count)), (size - 1).bit_length()))
+    layout = CodeLayout("additive", rows, dim, count, size, dtype)
+    table = CompressedEmbedding(layout)
+    table.code_table.codes = _random_codes(rows, count, size, layout.bits)
     table.codebook_set.store(torch.randn(count, size, dim))
+    shared = {"code_table": table.code_table, "codebook_set": table.codebook_set}
+    return table, CompressedEmbeddingBag(layout, mode="sum", **shared)
+
+
+def _random_codes(rows: int, count: int, size: int, bits: int) -> Tensor:
+    packed, step = empty_packed(rows, count, bits), 64 * PACK_ROWS
+    for start in range(0, rows, step):
+        codes = torch.randint(size, (min(step, rows - start), count))
+        pack_into(packed, start, codes, bits)
+    return packed
+
+
+def _plain_torch(table: CompressedEmbedding) -> Lookup:
+    layout, books = table.layout, table.codebook_set
+
+    def look_up(ids: Tensor) -> Tensor:
+        return ops.reference.lookup(
+            ids,
+            table.codes,
+            table.codebooks,
+            books.scales,
+            layout.num_embeddings,
+            layout.embedding_dim,
+            layout.bits,
+            -1,
+            False,
+            False,
+            torch.float32,
+            "",
+        )
+
+    return look_up
+
+
+def _copy(dim: int) -> Lookup:
     ready: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(ids: Tensor) -> None:
@@ -73,37 +153,81 @@ def _methods(rows: int, dim: int, codebooks: str) -> dict[str, Callable[[Tensor]
             ready[len(ids)] = torch.zeros(len(ids), dim), torch.zeros(len(ids), dim)
         ready[len(ids)][0].copy_(ready[len(ids)][1])
 
-    return {
-        "nn.Embedding": dense,
-        "mec_embed": table,
-        "plain torch": lambda ids: ops.reference.lookup(
-            ids,
-            table.codes,
-            table.codebooks,
-            table.codebook_set.scales,
-            rows,
-            dim,
-            table.layout.bits,
-            -1,
-            False,
-            False,
-            torch.float32,
-            "",
-        ),
-        "copy": copy,
-    }
+    return copy
 
 
-_DTYPES = {"int8": torch.int8, "float32": torch.float32}
+def _torch_int8(weight: Tensor) -> tuple[Lookup, Lookup]:
+    """torch's rows of bytes with a scale and an offset each."""
+    packed = torch.ops.quantized.embedding_bag_byte_prepack(weight)
+    offsets = _Offsets(torch.int64)
+
+    def look_up(ids: Tensor) -> Tensor:
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            packed, ids.reshape(-1), offsets(ids), False, 0, False, None, None, False
+        )
+
+    return look_up, look_up
+
+
+def _fbgemm(weight: Tensor, kind: str) -> tuple[Lookup, Lookup] | None:
+    """FBGEMM's inference tables, where fbgemm-gpu(-cpu) is installed."""
+    try:
+        common = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+        configs = importlib.import_module("fbgemm_gpu.split_embedding_configs")
+        inference = importlib.import_module(
+            "fbgemm_gpu.split_table_batched_embeddings_ops_inference"
+        )
+    except ImportError:
+        return None
+    rows, dim = weight.shape
+    spec = ("t", rows, dim, configs.SparseType[kind], common.EmbeddingLocation.HOST)
+    lookups = []
+    for pooling in (common.PoolingMode.NONE, common.PoolingMode.SUM):
+        table = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
+            [spec], pooling_mode=pooling, device="cpu", output_dtype=configs.SparseType.FP32
+        )
+        table.fill_random_weights()
+        lookups.append(_Fbgemm(table))
+    return lookups[0], lookups[1]
+
+
+class _Fbgemm:
+    """Calls a table with ids in the dtype that it takes."""
+
+    def __init__(self, table: nn.Module) -> None:
+        self.table, self.offsets = table, _Offsets(torch.int32)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.table(ids.reshape(-1).int(), self.offsets(ids))
+
+
+class _Offsets:
+    """Offsets of bags, made once for each shape of ids; torch's end before the last."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.ready = dtype, {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if ids.shape not in self.ready:
+            step = ids.shape[1] if ids.dim() > 1 else 1
+            end = ids.numel() + (1 if self.dtype is torch.int32 else 0)
+            self.ready[ids.shape] = torch.arange(0, end, step, dtype=self.dtype)
+        return self.ready[ids.shape]
+
+
+_FBGEMM = {
+    f"fbgemm {kind.lower()}": (lambda weight, kind=kind: _fbgemm(weight, kind))
+    for kind in ("INT8", "INT4", "INT2")
+}
 
 
 def _measure(
-    methods: dict[str, Callable[[Tensor], object]], rows: int, batch: int, kind: str
+    methods: dict[str, Lookup], rows: int, shape: tuple[int, ...], kind: str
 ) -> dict[str, list[float]]:
     """Seconds of every repetition of each method."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     stop = time.perf_counter() + LEAST_SECONDS * len(methods)
-    for number, ids in enumerate(_ids(rows, batch, kind)):
+    for number, ids in enumerate(_ids(rows, shape, kind)):
         for name, method in methods.items():
             started = time.perf_counter()
             method(ids)
@@ -114,20 +238,21 @@ def _measure(
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def _ids(rows: int, batch: int, kind: str) -> Iterator[Tensor]:
+def _ids(rows: int, shape: tuple[int, ...], kind: str) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     while True:
         if kind == "uniform":
-            yield torch.randint(rows, (batch,), generator=generator)
+            yield torch.randint(rows, shape, generator=generator)
         else:
-            # Zipf with exponent 1: the logarithm of the rank is uniform.
-            ranks = (rows + 1.0) ** torch.rand(batch, generator=generator, dtype=torch.float64)
-            yield (ranks.long() - 1).clamp(0, rows - 1)
+            # Zipf with exponent 1: the logarithm of the rank is uniform. Popular ids are spread
+            # over the table, as hashes would spread them.
+            ranks = (rows + 1.0) ** torch.rand(shape, generator=generator, dtype=torch.float64)
+            yield (ranks.long() - 1) * 7919 % rows
 
 
 def _append(file: Path, label: dict[str, object], seconds: dict[str, list[float]]) -> None:
     fresh = not file.exists()
-    base = median(next(iter(seconds.values())))
+    base = median(seconds["dense"])
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="") as lines:
         writer = csv.DictWriter(lines, COLUMNS)

@@ -1,28 +1,56 @@
-"""The benchmark of lookups measures what it says; how fast they are is not for a test."""
+"""The speed benchmarks measure what they say; how fast things are is not for a test."""
 
 from __future__ import annotations
 
 import csv
 
+import pytest
 import torch
 
-from benchmarks.speed import lookup
+from benchmarks.speed import lookup, model
+
+
+def _read(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monkeypatch):
     file = tmp_path / "speed.csv"
-    arguments = ["lookup", "--rows", "500", "--dims", "10", "--batches", "1", "64"]
+    arguments = ["lookup", "--rows", "500", "--dims", "16", "--batches", "1", "64"]
     monkeypatch.setattr("sys.argv", [*arguments, "--ids", "zipf", "--out", str(file)])
     monkeypatch.setattr(lookup, "LEAST_SECONDS", 0.0)
     lookup.main()
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    assert len(rows) == 2 * 2 * 4  # codebooks, batches, methods
-    assert {row["method"] for row in rows} == {"nn.Embedding", "mec_embed", "plain torch", "copy"}
+    rows = _read(file)
+    found = {what: [r for r in rows if r["what"] == what] for what in ("rows", "bags")}
+    ours = {"dense", "mec_embed int8", "mec_embed float32", "torch int8"}
+    assert ours | {"plain torch", "copy"} <= {row["method"] for row in found["rows"]}
+    assert ours <= {row["method"] for row in found["bags"]}
     assert all(float(row["microseconds"]) > 0 and int(row["repetitions"]) > 9 for row in rows)
-    assert all(row["speed"] == "1.00" for row in rows if row["method"] == "nn.Embedding")
-    methods = lookup._methods(500, 10, "int8")
-    ids = next(lookup._ids(500, 64, "zipf"))
+    assert all(row["speed"] == "1.00" for row in rows if row["method"] == "dense")
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 20)])
+def test_methods_agree(shape):
+    methods = lookup._methods(500, 16)["bags" if len(shape) > 1 else "rows"]
+    ids = next(lookup._ids(500, shape, "zipf"))
     assert int(ids.min()) >= 0 and int(ids.max()) < 500 and len(ids.unique()) > 5
     with torch.no_grad():
-        assert torch.equal(methods["mec_embed"](ids), methods["plain torch"](ids))
+        outputs = {name: method(ids) for name, method in methods.items() if name != "copy"}
+    assert {tuple(output.shape) for output in outputs.values()} == {(shape[0], 16)}
+    torch.testing.assert_close(outputs["torch int8"], outputs["dense"])
+    if len(shape) == 1:
+        assert torch.equal(outputs["mec_embed int8"], outputs["plain torch"])
+
+
+def test_models_before_and_after(tmp_path, monkeypatch):
+    file = tmp_path / "model.csv"
+    arguments = ["model", "--rows", "400", "--batches", "1", "8", "--repetitions", "2", "--train"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(file)])
+    model.main()
+    rows = _read(file)
+    forward = [row for row in rows if row["what"] == "forward"]
+    assert len(forward) == 2 * 5 and {row["batch"] for row in forward} == {"1", "8"}
+    steps = {row["method"]: float(row["megabytes"]) for row in rows if row["what"] == "step"}
+    assert set(steps) == {"dense", "mec_embed float32", "mec_embed float32, tiers"}
+    assert all(float(row["milliseconds"]) > 0 for row in rows)
