@@ -1,0 +1,709 @@
+"""The Triton kernels against the plain-torch reference.
+
+Without a GPU they run in Triton's interpreter, which reads and writes CPU tensors through the same
+functions, and are compiled for GPUs that are not there. The last tests need a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
+from mec_embed.ops import reference
+from mec_embed.packing import pack
+from mec_embed.tiers import TierMap
+
+triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+from mec_embed.ops import gpu  # noqa: E402
+
+
+def _interpreted() -> ModuleType:
+    """A second copy of ``gpu``, whose kernels are interpreted.
+
+    Triton decides at each ``@triton.jit`` whether to interpret. Its own functions were compiled
+    ones when it was imported, so kernels that call those, such as ``tl.sum``, could not be tested.
+    """
+    spec = importlib.util.spec_from_file_location("mec_embed.ops._interpreted", gpu.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+    return module
+
+
+kernels: Any = _interpreted()
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+#: Tiles of one line or a few, so that short inputs take several programs, and as they are.
+TILES = [(64, 16), (kernels.TILE, kernels.BAG_TILE)]
+
+
+class Case:
+    """A filled table and the arguments of the operators for it."""
+
+    def __init__(self, layout: CodeLayout, device: str = "cpu", seed: int = 0, **options: Any):
+        torch.manual_seed(seed)
+        self.layout = layout
+        table = CompressedEmbedding(layout, **options)
+        if layout.bits:
+            shape = (layout.num_embeddings, layout.num_subvectors)
+            table.codes.copy_(pack(torch.randint(layout.codebook_size, shape), layout.bits))
+        shape = (layout.num_subvectors, layout.codebook_size, layout.subvector_dim)
+        table.codebook_set.store(torch.randn(shape))
+        self.table = table.to(device)
+        self.padding = -1 if table.padding_idx is None else table.padding_idx
+
+    def ids(self, *shape: int) -> Tensor:
+        return torch.randint(self.layout.num_embeddings, shape, device=self.table.codes.device)
+
+    def _tensors(self) -> tuple[Any, ...]:
+        books, layout = self.table.codebook_set, self.layout
+        tensors = (self.table.codes, books.codebooks.detach(), books.scales)
+        return (*tensors, layout.num_embeddings, layout.embedding_dim, layout.bits, self.padding)
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+        return (ids, *self._tensors(), self.table.zero_padding, False, dtype, "t")
+
+    def bag(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        weights: Tensor | None = None,
+        mode: str = "sum",
+        last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Any, ...]:
+        return (ids, offsets, weights, *self._tensors(), mode, last, False, dtype, "t")
+
+    def backward(
+        self, ids: Tensor, grad: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Any, ...]:
+        layout = self.layout
+        if grad is None:
+            grad = torch.randn(*ids.shape, layout.embedding_dim, device=ids.device)
+        shape = (layout.num_subvectors, layout.codebook_size, layout.subvector_dim)
+        return (
+            grad,
+            ids,
+            self.table.codes,
+            layout.num_embeddings,
+            layout.embedding_dim,
+            layout.bits,
+            self.padding,
+            *shape,
+            dtype,
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kind = draw(st.sampled_from(["additive", "product", "rows"]))
+    rows = draw(st.integers(1, 200))
+    count = draw(st.integers(1, 8))
+    width = draw(st.integers(1, 129 // count)) if kind == "product" else draw(st.integers(1, 129))
+    dim = width * count if kind == "product" else width
+    size = draw(st.sampled_from([2, 3, 16, 20, 256, 300, 2048]))
+    dtype = draw(st.sampled_from([*FLOATS, torch.int8]))
+    if kind == "rows":
+        count, size = 1, rows
+    padding = draw(st.sampled_from([None, rows // 2]))
+    layout = CodeLayout(kind, rows, dim, count, size, dtype)
+    return Case(layout, padding_idx=padding, zero_padding=draw(st.booleans()))
+
+
+def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to ``dtype`` as the interpreter does it: it cuts off what bfloat16 cannot hold."""
+    if dtype is torch.bfloat16:
+        rows = (rows.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return rows.to(dtype)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=TILES, ids=["small tiles", "tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TILE", request.param[0])
+    monkeypatch.setattr(kernels, "BAG_TILE", request.param[1])
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that ran."""
+    names: list[str] = []
+    launch = kernels._launch
+
+    def record(kernel: Any, *arguments: Any, **constants: int) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "_launch", record)
+    return names
+
+
+@pytest.fixture
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    case=cases(),
+    shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (2, 0, 3)]),
+    wide=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_outputs_are_those_of_the_reference_bit_for_bit(
+    case: Case, shape: Any, wide: bool, dtype: torch.dtype
+) -> None:
+    ids = case.ids(*shape)
+    found = kernels.lookup(*case.lookup(ids if wide else ids.int(), dtype))
+    assert found.shape == (*shape, case.layout.embedding_dim)
+    assert torch.equal(found, rounded(reference.lookup(*case.lookup(ids)), dtype))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_codes_of_any_width(bits: int, launched: list[str]) -> None:
+    case = Case(CodeLayout("product", 21, 10, 5, 1 << bits))
+    ids = torch.arange(21)
+    expected = reference.lookup(*case.lookup(ids))
+    assert torch.equal(kernels.lookup(*case.lookup(ids)), expected)
+    assert launched == ["_rows_kernel"]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 31, 64, 65, 129])
+def test_tiles_of_any_size_cover_the_output(dim: int, tiles: None) -> None:
+    case = Case(CodeLayout("additive", 50, dim, 2, 3), padding_idx=4)
+    ids = case.ids(33)
+    assert torch.equal(kernels.lookup(*case.lookup(ids)), reference.lookup(*case.lookup(ids)))
+    arguments = case.backward(ids)
+    close(kernels.lookup_backward(*arguments), reference.lookup_backward(*arguments))
+    arguments = case.bag(ids.view(11, 3))
+    close(kernels.bag(*arguments), reference.bag(*arguments))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    case=cases(),
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    kind=st.sampled_from(["sum", "mean", "weights"]),
+    last=st.booleans(),
+    wide=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_bags_are_those_of_the_reference(
+    case: Case, lengths: list[int], kind: str, last: bool, wide: bool, dtype: torch.dtype
+) -> None:
+    ids = case.ids(sum(lengths))
+    kinds = torch.int64 if wide else torch.int32
+    offsets = torch.tensor([0, *lengths[: None if last else -1]]).cumsum(0)
+    weights = torch.randn(len(ids)) if kind == "weights" else None
+    mode = "mean" if kind == "mean" else "sum"
+    arguments = case.bag(ids.to(kinds), offsets.to(kinds), weights, mode, last)
+    expected = reference.bag(*arguments)
+    found = kernels.bag(*arguments)
+    assert found.shape == (len(lengths), case.layout.embedding_dim)
+    close(found, expected)
+    narrow = kernels.bag(*case.bag(ids.to(kinds), offsets.to(kinds), weights, mode, last, dtype))
+    assert torch.equal(narrow, rounded(found, dtype))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "weights"])
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1), (3, 0), (0, 3)], ids=str)
+def test_bags_of_one_length(shape: Any, mode: str, tiles: None, launched: list[str]) -> None:
+    case = Case(CodeLayout("additive", 9, 12, 3, 5), padding_idx=2)
+    ids = case.ids(*shape)
+    weights = torch.rand(shape).half() if mode == "weights" else None
+    arguments = case.bag(ids, None, weights, "sum" if weights is not None else mode)
+    found = kernels.bag(*arguments)
+    assert launched == ["_bags_kernel"] * min(1, shape[0])
+    rows = reference.lookup(*case.lookup(ids)) * ids.ne(2)[..., None]
+    if weights is not None:
+        rows = rows * weights.float()[..., None]
+    expected = rows.sum(1)
+    if mode == "mean":
+        expected = expected / ids.ne(2).sum(1, keepdim=True).clamp(min=1)
+    close(found, expected)
+
+
+def test_a_bag_of_padding_only_is_zero() -> None:
+    case = Case(CodeLayout("additive", 9, 12, 3, 5), padding_idx=2, zero_padding=False)
+    for mode in ("sum", "mean"):
+        assert kernels.bag(*case.bag(torch.full((2, 3), 2), mode=mode)).eq(0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    case=cases(),
+    count=st.integers(0, 40),
+    wide=st.booleans(),
+    given_dtype=st.sampled_from(FLOATS),
+    copies=st.booleans(),
+)
+def test_gradients_are_those_of_the_reference(
+    case: Case, count: int, wide: bool, given_dtype: torch.dtype, copies: bool
+) -> None:
+    ids = case.ids(count)
+    grad = torch.randn(count, case.layout.embedding_dim).to(given_dtype)
+    arguments = case.backward(ids if wide else ids.int(), grad)
+    with pytest.MonkeyPatch.context() as patch:
+        if copies:
+            patch.setattr(kernels, "COPY_LOOKUPS", 1)
+            patch.setattr(kernels, "TILE", 64)
+        found = kernels.lookup_backward(*arguments)
+    close(found, reference.lookup_backward(*arguments))
+
+
+def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 2, 3))
+    copies: list[Tensor] = []
+    launch = kernels._launch
+
+    def record(kernel: Any, grid: Any, *arguments: Any, **constants: int) -> None:
+        launch(kernel, grid, *arguments, **constants)
+        copies.append(arguments[3])
+
+    monkeypatch.setattr(kernels, "_launch", record)
+    monkeypatch.setattr(kernels, "COPY_LOOKUPS", 5)
+    monkeypatch.setattr(kernels, "TILE", 64)
+    arguments = case.backward(case.ids(50))
+    found = kernels.lookup_backward(*arguments)
+    assert len(copies[0]) == 3 and copies[0].flatten(1).ne(0).any(1).all()
+    close(found, reference.lookup_backward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_many_lookups_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """Ones added one by one would stick at 256 or 2048 in a narrow dtype."""
+    case = Case(CodeLayout("additive", 2, 1, 1, 2))
+    ids, grad = torch.zeros(10_000, dtype=torch.long), torch.ones(10_000, 1, dtype=dtype)
+    found = kernels.lookup_backward(*case.backward(ids, grad, dtype))
+    assert found.dtype is dtype and found.max().item() == pytest.approx(10_000, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["additive", "product"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_deterministic_gradients(
+    kind: str, wide: bool, tiles: None, launched: list[str], deterministic: None
+) -> None:
+    """No atomics, whose order would be another each time: one program writes each codeword."""
+    case = Case(CodeLayout(kind, 30, 6, 2, 5), padding_idx=4)
+    ids = case.ids(50)
+    arguments = case.backward(ids if wide else ids.int())
+    found = kernels.lookup_backward(*arguments)
+    assert launched == ["_keys_kernel", "_segments_kernel"]
+    close(found, reference.lookup_backward(*arguments))
+    assert torch.equal(kernels.lookup_backward(*arguments), found)
+
+
+def test_deterministic_gradients_of_rows_are_those_of_torch(
+    launched: list[str], deterministic: None
+) -> None:
+    case = Case(CodeLayout("rows", 30, 6, 1, 30))
+    arguments = case.backward(case.ids(50))
+    assert torch.equal(kernels.lookup_backward(*arguments), reference.lookup_backward(*arguments))
+    assert not launched
+
+
+@pytest.mark.parametrize("kind", ["additive", "rows"])
+def test_ids_out_of_range_are_the_nearest_row(kind: str) -> None:
+    case = Case(CodeLayout(kind, 30, 6, *((1, 30) if kind == "rows" else (3, 5))))
+    ids = torch.tensor([-1, 30, 2**40, -(2**63), 2**63 - 1])
+    nearest = torch.tensor([0, 29, 29, 0, 29])
+    assert torch.equal(kernels.lookup(*case.lookup(ids)), reference.lookup(*case.lookup(nearest)))
+    grad = torch.randn(5, 6)
+    close(
+        kernels.lookup_backward(*case.backward(ids, grad)),
+        reference.lookup_backward(*case.backward(nearest, grad)),
+    )
+    # Nor do offsets lead outside of the ids.
+    found = kernels.bag(*case.bag(ids, torch.tensor([0, -7, 99])))
+    everything = reference.lookup(*case.lookup(nearest)).sum(0)
+    close(found, torch.stack([torch.zeros(6), everything, torch.zeros(6)]))
+
+
+def test_damaged_codes_are_the_last_codeword() -> None:
+    case = Case(CodeLayout("additive", 30, 6, 3, 20))
+    case.table.codes[:-8] = 255  # code 31 of 20
+    found = kernels.lookup(*case.lookup(torch.arange(30)))
+    close(found, case.table.codebooks.detach()[:, -1].sum(0).expand(30, 6))
+    case.table.code_table.codes = case.table.codes[:20]
+    with pytest.raises(IndexError):
+        kernels.lookup(*case.lookup(torch.arange(30)))
+
+
+def virtual(count: int, dtype: Any) -> Tensor:
+    """Zeros that take memory only where they are written."""
+    return torch.from_numpy(np.zeros(count, dtype))
+
+
+def test_codes_beyond_two_gigabytes(launched: list[str]) -> None:
+    rows, books, bits = (1 << 31) // 4 + 5, 2, 16  # 4 bytes a row
+    case = Case(CodeLayout("additive", 3, 4, books, 1 << bits))
+    codes = virtual(rows * 4 + 8, np.uint8)
+    codes[-20:-8] = case.table.codes[:-8]  # the last three rows
+    ids = torch.tensor([rows - 3, rows - 2, rows - 1, 0], dtype=torch.int32)
+    expected = reference.lookup(*case.lookup(torch.arange(3)))
+    case.table.code_table.codes = codes
+    case.layout = CodeLayout("additive", rows, 4, books, 1 << bits)
+    found = kernels.lookup(*case.lookup(ids))
+    assert torch.equal(found[:3], expected)
+    close(kernels.bag(*case.bag(ids[:3, None])), expected)
+    grad = torch.randn(4, 4)
+    assert kernels.lookup_backward(*case.backward(ids, grad)).ne(0).sum() == 4 * books * 4
+    assert launched == ["_rows_kernel", "_bags_kernel", "_add_kernel"]
+
+
+def test_codebooks_beyond_two_gigabytes(launched: list[str]) -> None:
+    rows, dim = (1 << 31) // 64 + 3, 64
+    books = virtual(rows * dim, np.float16).view(1, rows, dim)
+    books[0, -1] = 7
+    tensors = (torch.zeros(0, dtype=torch.uint8), books, None)
+    ids = torch.tensor([rows - 1, 5, rows + 9])
+    found = kernels.lookup(ids, *tensors, rows, dim, 0, 5, True, False, torch.float32, "t")
+    assert found.eq(torch.tensor([7.0, 0, 7])[:, None]).all()
+    assert launched == ["_rows_kernel"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(2, 1000),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    sort=st.booleans(),
+    wide=st.booleans(),
+    shape=st.sampled_from([(), (0,), (7,), (3, 5), (1500,)]),
+)
+def test_tiers_are_those_of_the_reference(
+    rows: int, share: float, sort: bool, wide: bool, shape: Any
+) -> None:
+    popular = torch.rand(rows) < share
+    tier_map = TierMap.of(popular.sort(descending=True)[0] if sort else popular)
+    ids = torch.randint(rows, shape, dtype=torch.int64 if wide else torch.int32)
+    buffers = (tier_map.starts, tier_map.before, tier_map.bitmap, rows, "t")
+    found, expected = kernels.tiers(ids, *buffers), reference.tiers(ids, *buffers)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    outside = kernels.tiers(torch.tensor([-5, rows + 2**40]), *buffers)
+    nearest = reference.tiers(torch.tensor([0, rows - 1]), *buffers)
+    assert all(torch.equal(one, other) for one, other in zip(outside, nearest, strict=True))
+
+
+def test_runs_that_do_not_start_at_the_first_row_are_not_read_before_their_start() -> None:
+    starts, empty = torch.tensor([99, 5])[1:], torch.zeros(0, dtype=torch.uint8)
+    arguments = (torch.tensor([2]), starts, torch.tensor([0]), empty, 9, "t")
+    popular, place = kernels.tiers(*arguments)
+    assert popular.tolist() == [True] and place.tolist() == [2 - 5]
+
+
+def test_views_are_read_as_they_look() -> None:
+    case = Case(CodeLayout("additive", 30, 6, 3, 5))
+    ids = case.ids(6, 8)
+    for view in (ids.T, ids[:, ::2], ids[1:, 3]):
+        arguments = case.lookup(view)
+        assert torch.equal(kernels.lookup(*arguments), reference.lookup(*arguments))
+        arguments = case.backward(view, torch.ones(1).expand(*view.shape, 6))
+        close(kernels.lookup_backward(*arguments), reference.lookup_backward(*arguments))
+
+
+def test_what_the_kernels_cannot_do_goes_to_the_reference(launched: list[str]) -> None:
+    double = Case(CodeLayout("additive", 30, 6, 3, 5, torch.float64))
+    single = Case(CodeLayout("additive", 30, 6, 3, 5))
+    ids = single.ids(2, 4)
+    for arguments in (double.lookup(ids), single.lookup(ids, torch.float64)):
+        assert torch.equal(kernels.lookup(*arguments), reference.lookup(*arguments))
+    for arguments in (double.bag(ids), single.bag(ids, dtype=torch.float64)):
+        assert torch.equal(kernels.bag(*arguments), reference.bag(*arguments))
+    for grad in (torch.float32, torch.float64):
+        arguments = double.backward(ids, torch.ones(2, 4, 6, dtype=grad), torch.float64)
+        found = kernels.lookup_backward(*arguments)
+        assert torch.equal(found, reference.lookup_backward(*arguments))
+    with pytest.raises(TypeError, match="'t'"):
+        kernels.lookup(*single.lookup(ids.short()))
+    with pytest.raises((RuntimeError, ValueError)):
+        kernels.bag(*single.bag(ids, torch.tensor([0, 1])))
+    with pytest.raises(RuntimeError):
+        kernels.lookup_backward(*single.backward(ids, torch.ones(4, 6)))
+    assert not launched
+
+
+@pytest.mark.parametrize("name", ["lookup", "lookup_backward", "bag", "tiers"])
+def test_each_operator_is_registered_with_the_arguments_of_its_schema(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: dict[str, Any] = {}
+
+    class Recorder:
+        def impl(self, operator: str, function: Any, key: str) -> None:
+            assert key == "CUDA"
+            registered[operator] = function
+
+    monkeypatch.setattr(gpu, "LIBRARY", Recorder())
+    gpu.register()
+    schema = getattr(torch.ops.mec_embed, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert list(inspect.signature(registered[name]).parameters) == names
+
+
+def test_backends_names_triton_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        assert ops.backends()["cuda"] == "torch"
+    monkeypatch.setattr(ops, "_gpu", gpu)
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    assert ops.backends()["cuda"] == "triton"
+    monkeypatch.setattr(ops, "_gpu", None)
+    assert ops.backends()["cuda"] == "torch"
+
+
+def test_without_a_compiler_or_a_gpu_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 3, 5))
+    arguments = case.lookup(case.ids(4))
+    assert torch.equal(gpu.lookup(*arguments), reference.lookup(*arguments))
+    serves = gpu._serves.__wrapped__
+    device = torch.device("cuda", 0)
+    assert not serves(torch.device("cpu"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert serves(device)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert not serves(device)
+    monkeypatch.setenv("CC", "cc")
+    assert serves(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not serves(device)
+
+
+LAYOUTS = {
+    "additive": CodeLayout("additive", 300, 40, 5, 20),
+    "product": CodeLayout("product", 300, 40, 5, 300, torch.bfloat16),
+    "int8": CodeLayout("product", 300, 129, 3, 300, torch.int8),
+    "rows": CodeLayout("rows", 300, 33, 1, 300, torch.float16),
+}
+
+
+def launches(name: str) -> list[tuple[Any, ...]]:
+    """What the operators launch on tables of the layout ``name``, without launching it."""
+    found: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_serves", lambda device: True)
+        patch.setattr(
+            gpu,
+            "_launch",
+            lambda kernel, grid, *arguments, **constants: found.append(
+                (kernel, arguments, constants)
+            ),
+        )
+        case = Case(LAYOUTS[name], padding_idx=3)
+        ids = case.ids(20)
+        gpu.lookup(*case.lookup(ids, torch.bfloat16))
+        gpu.bag(*case.bag(ids, torch.tensor([0, 4]), torch.rand(20)))
+        gpu.bag(*case.bag(ids.view(4, 5).int(), mode="mean", dtype=torch.float16))
+        if name != "int8":
+            arguments = case.backward(ids)
+            gpu.lookup_backward(*arguments)
+            table = gpu._Table(*arguments[2:6], *arguments[7:10])
+            gpu._sum_sorted(table, arguments[0], ids, 3, torch.float32)
+        maps = (torch.arange(300) < 9, torch.arange(300) % 3 == 0)
+        for popular in maps if name == "additive" else ():
+            tier_map = TierMap.of(popular)
+            gpu.tiers(ids, tier_map.starts, tier_map.before, tier_map.bitmap, 300, "t")
+    return found
+
+
+def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, int], arch: int) -> Any:
+    """``kernel`` compiled as a launch with these arguments would."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature = dict.fromkeys(constants, "constexpr")
+    aligned = {}
+    for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+        if value is None:
+            constants[parameter.name] = None
+        kind = "constexpr" if value is None else parameter.annotation_type or mangle_type(value)
+        signature[parameter.name] = kind
+        if isinstance(value, Tensor):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kernels_compile_for_gpus(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, arguments, constants in launches(name):
+        for arch in (75, 90):
+            built = compiled(kernel, arguments, constants, arch)
+            assert built.asm["cubin"]
+            # What a program takes of the memory that it shares with others on a processor.
+            assert built.metadata.shared <= 16 << 10
+        code = built.asm["ttir"]
+        assert ("tt.atomic_rmw" in code) == (kernel.__name__ == "_add_kernel")
+        # Offsets are int64, but for columns (and bits of a byte), which are below the width.
+        assert len(re.findall(r"arith\.muli .*i32", code)) <= 1
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICE_LAYOUTS = {
+    "additive": CodeLayout("additive", 3000, 40, 5, 20),
+    "product": CodeLayout("product", 3000, 48, 6, 300),
+    "rows": CodeLayout("rows", 3000, 33, 1, 3000),
+    "narrow": CodeLayout("additive", 3000, 40, 5, 20, torch.bfloat16),
+    "int8": CodeLayout("additive", 3000, 40, 5, 20, torch.int8),
+}
+TRAINABLE = [name for name in DEVICE_LAYOUTS if name != "int8"]
+
+
+def on_gpu(name: str, **options: Any) -> tuple[Case, Tensor]:
+    """A table and ids (500, 7), a fifth of them padding, which makes some codewords hot."""
+    case = Case(DEVICE_LAYOUTS[name], "cuda", padding_idx=7, **options)
+    ids = case.ids(500, 7)
+    ids[::5] = 7
+    return case, ids
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", DEVICE_LAYOUTS)
+def test_gpu_outputs(name: str, dtype: torch.dtype) -> None:
+    assert ops.backends()["cuda"] == "triton"
+    case, ids = on_gpu(name)
+    near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-4}
+    expected = reference.lookup(*case.lookup(ids))
+    torch.testing.assert_close(ops.lookup(*case.lookup(ids, dtype)).float(), expected, **near)
+    for arguments in ((ids,), (ids, None, torch.rand(ids.shape, device="cuda")), (ids.int(),)):
+        found = ops.bag(*case.bag(*arguments, dtype=dtype)).float()
+        torch.testing.assert_close(found, reference.bag(*case.bag(*arguments)), **near)
+    offsets = torch.arange(0, 3500, 50, device="cuda")
+    found = ops.bag(*case.bag(ids.flatten(), offsets, mode="mean", dtype=dtype)).float()
+    expected = reference.bag(*case.bag(ids.flatten(), offsets, mode="mean"))
+    torch.testing.assert_close(found, expected, **near)
+
+
+@needs_gpu
+@pytest.mark.parametrize("copies", [1, 10_000])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gpu_gradients(name: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "COPY_LOOKUPS", copies)
+    case, ids = on_gpu(name)
+    arguments = case.backward(ids)
+    found = torch.ops.mec_embed.lookup_backward(*arguments)
+    expected = reference.lookup_backward(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gpu_deterministic_gradients_are_repeatable(name: str, deterministic: None) -> None:
+    case, ids = on_gpu(name)
+    arguments = case.backward(ids)
+    found = [torch.ops.mec_embed.lookup_backward(*arguments) for _ in range(10)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    expected = reference.lookup_backward(*arguments)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("repeatable", [False, True])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gpu_nothing_makes_the_host_wait(name: str, repeatable: bool) -> None:
+    case, ids = on_gpu(name)
+    bags = CompressedEmbeddingBag(
+        case.layout,
+        mode="mean",
+        code_table=case.table.code_table,
+        codebook_set=case.table.codebook_set,
+    ).cuda()
+    torch.use_deterministic_algorithms(repeatable)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.table(ids).sum().backward()
+        bags(ids).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+def test_gpu_tiers() -> None:
+    ids = torch.randint(1000, (5000,), device="cuda")
+    for popular in (torch.arange(1000) < 90, torch.rand(1000) < 0.3):
+        tier_map = TierMap.of(popular).cuda()
+        arguments = (ids, tier_map.starts, tier_map.before, tier_map.bitmap, 1000, "t")
+        pairs = zip(ops.tiers(*arguments), reference.tiers(*arguments), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gpu_graphs_replay_on_other_ids(name: str) -> None:
+    case, ids = on_gpu(name)
+    grad = torch.randn(500, 7, case.layout.embedding_dim, device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        rows = ops.lookup(*case.lookup(ids))
+        bags = ops.bag(*case.bag(ids))
+        return rows, bags, torch.ops.mec_embed.lookup_backward(*case.backward(ids, grad))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    ids.copy_(case.ids(500, 7))
+    graph.replay()
+    for one, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", DEVICE_LAYOUTS)
+def test_gpu_compile(name: str) -> None:
+    case, ids = on_gpu(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.table, fullgraph=True)
+    out, expected = compiled(ids), case.table(ids)
+    torch.testing.assert_close(out, expected)
+    if name != "int8":
+        books = case.table.codebooks
+        (grad,) = torch.autograd.grad(out.float().square().sum(), books)
+        (wanted,) = torch.autograd.grad(expected.float().square().sum(), books)
+        torch.testing.assert_close(grad, wanted, rtol=1e-2, atol=1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", DEVICE_LAYOUTS)
+def test_gpu_opcheck(name: str) -> None:
+    case, ids = on_gpu(name)
+    operators = torch.ops.mec_embed
+    calls = [(operators.lookup, case.lookup(ids[:9])), (operators.bag, case.bag(ids[:9]))]
+    if name != "int8":
+        calls.append((operators.lookup_backward, case.backward(ids[:9])))
+    for operator, arguments in calls:
+        for argument in arguments:
+            if name != "int8" and isinstance(argument, Tensor) and argument.is_floating_point():
+                argument.requires_grad_()
+        torch.library.opcheck(operator.default, arguments)
