@@ -18,7 +18,7 @@ setup(
             sorted(glob("mec_embed/native/*.c")),
             depends=glob("mec_embed/native/*.h"),
             extra_compile_args=FLAGS,
-            libraries=[] if sys.platform == "win32" else ["pthread"],
+            libraries=[] if sys.platform == "win32" else ["pthread", "m"],
             py_limited_api=True,
             # Without a compiler the install succeeds, and plain torch serves.
             optional=True,

@@ -450,14 +450,17 @@ typedef struct {
     float scale[MOST_CODEBOOKS];
     int64_t count;
     int started; /* the output holds a sum already */
+    int pairs;   /* rows are sums themselves, so that the order does not matter */
 } Heap;
 
 INLINE void empty_heap(Heap *heap, int64_t width, int kind, float *out) {
     if (!heap->count) return;
-    if (kind == PADDED && heap->started)
+    if (kind == PADDED && heap->started && heap->pairs)
         sum_padded(heap->count, heap->word, width, 1, 1, out);
-    else if (kind == PADDED)
+    else if (kind == PADDED && heap->pairs)
         sum_padded(heap->count, heap->word, width, 1, 0, out);
+    else if (kind == PADDED)
+        sum_padded(heap->count, heap->word, width, 0, heap->started, out);
     else if (heap->started)
         sum_words(heap->count, heap->word, heap->scale, width, kind, 1, out);
     else
@@ -479,6 +482,8 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
     Place place[BLOCK];
     Heap heap;
     heap.count = heap.started = 0;
+    /* Rows of one codeword are added in their order, as torch adds those of a dense table. */
+    heap.pairs = job->plan->table->books > 1;
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
         if (!find_places(job->plan, &job->ids, i, count, job->count, job->zero_id, place)) return 0;
@@ -512,7 +517,8 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
             for (int64_t j = 0; j < dim; j++)
                 out[j] = *members && !(row[j] > out[j]) ? out[j] : row[j];
         else if (job->weights)
-            for (int64_t j = 0; j < dim; j++) out[j] += row[j] * weight;
+            /* Fused, as torch's own bags are. */
+            for (int64_t j = 0; j < dim; j++) out[j] = __builtin_fmaf(row[j], weight, out[j]);
         else
             for (int64_t j = 0; j < dim; j++) out[j] += row[j];
         ++*members;
