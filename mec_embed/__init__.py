@@ -7,6 +7,7 @@ from .config import CompressionConfig
 from .distill import distill
 from .frequency import FrequencyStats
 from .layout import CodeLayout
+from .lifecycle import Drift, drift, extend, update
 from .modules import CompressedEmbedding, CompressedEmbeddingBag
 from .optimization import keep_row_steps
 from .report import CompressionReport, TableReport
@@ -19,6 +20,7 @@ __all__ = [
     "CompressedEmbeddingBag",
     "CompressionConfig",
     "CompressionReport",
+    "Drift",
     "FormatError",
     "FrequencyStats",
     "TableReport",
@@ -28,9 +30,12 @@ __all__ = [
     "compress",
     "decompress",
     "distill",
+    "drift",
+    "extend",
     "integrations",
     "keep_row_steps",
     "load",
     "plan",
     "save",
+    "update",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ class CodeTable(nn.Module):
         """Zeroed codes for ``layout``."""
         super().__init__()
         self.register_buffer("codes", torch.zeros(layout.code_bytes, dtype=torch.uint8))
+        #: The tables whose codes these are.
+        self.holders: WeakSet[_Compressed] = WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are held by copies of tables, which say so themselves.
+        return {**self.__dict__, "holders": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.holders = WeakSet()
 
 
 class CodebookSet(nn.Module):
@@ -220,11 +231,16 @@ class _Compressed(DecodedTable):
         self.trainable = requires_grad
         self.name = name
         self.code_table = CodeTable(layout) if code_table is None else code_table
+        self.code_table.holders.add(self)
         self.codebook_set = (
             CodebookSet(layout, requires_grad) if codebook_set is None else codebook_set
         )
         # Holds no bytes: it follows .half() and .to(dtype), and is so the dtype of the output.
         self.register_buffer("output_dtype", torch.empty(0, dtype=dtype), persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.code_table.holders.add(self)
 
     @property
     def codes(self) -> Tensor:

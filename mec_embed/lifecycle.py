@@ -1,0 +1,347 @@
+"""Tables after compression: new rows, changed rows, and whether the codebooks still fit.
+
+The codebooks stay as they are; only codes are chosen, by plain squared error. Tables that share
+their codes (a field's vectors and its first-order weights) are changed together: a code stands for
+both.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .learning.fit import FINAL_BEAM
+from .learning.quantizers import quantizer_for
+from .modules import CodebookSet, DecodedTable, _Compressed, quantize_codebooks
+from .packing import CHUNK_ROWS, empty_packed, pack, pack_into, unpack
+from .tiers import TierMap, _Tiered
+
+Tables = DecodedTable | Sequence[DecodedTable]
+Rows = Tensor | Sequence[Tensor]
+
+
+def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
+    """Append rows to a compressed table, in place, with the codebooks that it has.
+
+    Args:
+        tables: a compressed table, or all tables that share its codes.
+        rows: new rows (n, embedding_dim), floating, for each of the tables.
+        popular: put them into the tier of more bits, of tables in tiers.
+
+    Returns:
+        The ids of the new rows.
+
+    Raises:
+        ValueError: rows that do not fit or are not finite; a table that shares its codes with one
+            that is not given; rows that would be stored as one. Nothing has changed then.
+        TypeError: a module that is no compressed table.
+
+    Example:
+        >>> ids = extend(model.item, vectors_of_new_items)  # doctest: +SKIP
+        >>> model.item(torch.tensor([ids[0]]))  # doctest: +SKIP
+    """
+    held, given = _matched(tables, rows)
+    first, count = held[0].num_embeddings, len(given[0])
+    parts = _tier_of(held, popular)
+    _check_holders(parts)
+    if parts[0].layout.kind == "shared":
+        raise ValueError(
+            f"table {held[0].name!r}: rows of this tier are stored as one; use popular=True, or "
+            "compress a retrained model"
+        )
+    codes = _encode(parts, given)
+    for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
+        _extend_map(tier_map, count, popular)
+    if codes is None:
+        for part, new in zip(parts, given, strict=True):
+            _append_codewords(part.codebook_set, new)
+    else:
+        _append_codes(parts[0], codes)
+    for part in parts:
+        part.layout = replace(
+            part.layout,
+            num_embeddings=part.num_embeddings + count,
+            codebook_size=part.layout.codebook_size + (count if codes is None else 0),
+        )
+        part.num_embeddings += count
+    for table in held:
+        if isinstance(table, _Tiered):
+            table.num_embeddings += count
+        table._fast.forget()
+    return range(first, first + count)
+
+
+def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
+    """Encode some rows of a compressed table anew, in place, with the codebooks that it has.
+
+    Args:
+        tables: a compressed table, or all tables that share its codes.
+        ids: of the rows (n,), int32 or int64; each once.
+        rows: what they are to be (n, embedding_dim), for each of the tables.
+
+    Returns:
+        How many of them got other codes.
+
+    Raises:
+        ValueError, TypeError: as :func:`extend`; ids that are no rows, or twice the same.
+
+    Example:
+        >>> changed = update(model.item, ids, retrained[ids])  # doctest: +SKIP
+    """
+    held, given = _matched(tables, rows)
+    ids = _checked_ids(held[0], ids, given[0])
+    todo: list[tuple[list[_Compressed], Tensor, list[Tensor]]] = []
+    for popular in (True, False) if isinstance(held[0], _Tiered) else (False,):
+        inside, places = _places_in_tier(held[0], ids, popular)
+        parts, new = _tier_of(held, popular), [one[inside] for one in given]
+        _check_holders(parts)
+        if len(places) and parts[0].layout.kind == "shared":
+            raise ValueError(
+                f"table {held[0].name!r}: row {int(ids[inside][0])} is one of those that are "
+                "stored as one row; leave such rows out, or compress a retrained model"
+            )
+        todo.append((parts, places, new))
+    encoded = [_encode(parts, new) for parts, _, new in todo]
+    changed = 0
+    for (parts, places, new), codes in zip(todo, encoded, strict=True):
+        if codes is not None:
+            changed += _write_codes(parts[0], places, codes)
+            continue
+        changed += len(places)
+        for part, one in zip(parts, new, strict=True):
+            _write_codewords(part.codebook_set, places, one)
+    return changed
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How well codebooks fit rows.
+
+    Attributes:
+        error: weighted squared error of the rows, encoded as well as the codebooks allow, relative
+            to their weighted variance.
+        expected: the same when the table was compressed.
+        drifted: whether the error is above ``tolerance`` times what was expected.
+    """
+
+    error: float
+    expected: float
+    drifted: bool
+
+
+def drift(
+    table: DecodedTable,
+    rows: Tensor,
+    expected: float,
+    weights: Tensor | None = None,
+    tolerance: float = 1.5,
+) -> Drift:
+    """Say whether the codebooks still fit the rows of a retrained table, or need to be refitted.
+
+    Args:
+        table: a compressed table (of tables in tiers, the popular tier is measured).
+        rows: a sample of rows (n, embedding_dim), such as those that changed.
+        expected: ``weighted_error`` of the table in its :class:`mec_embed.TableReport`.
+        weights: popularity weight (n,) of each; None weighs all alike.
+        tolerance: how many times the expected error is still no drift.
+
+    Raises:
+        ValueError, TypeError: as :func:`extend`.
+
+    Example:
+        >>> drift(model.item, sample, report.tables[0].weighted_error).drifted  # doctest: +SKIP
+    """
+    held, given = _matched(table, rows)
+    parts = _tier_of(held, True)
+    codes, x = _encode(parts, given), given[0].double()
+    share = torch.ones(len(x)) if weights is None else weights
+    if len(share) != len(x) or not bool((share >= 0).all()) or not float(share.sum()) > 0:
+        raise ValueError(
+            f"table {table.name!r}: weights must be {len(x)} numbers of at least 0, and not all 0"
+        )
+    share = (share / share.sum()).double().to(x.device)
+    decoded = x if codes is None else _decode(parts, codes).double()
+    error = float(share @ (x - decoded).square().sum(1))
+    variance = float(share @ (x - share @ x).square().sum(1))
+    relative = error / max(variance, 1e-300)
+    return Drift(relative, expected, relative > tolerance * expected)
+
+
+def _matched(tables: Tables, rows: Rows) -> tuple[list[DecodedTable], list[Tensor]]:
+    """Tables and their rows as lists, checked."""
+    held = [tables] if isinstance(tables, torch.nn.Module) else list(tables)
+    given = [rows] if isinstance(rows, Tensor) else list(rows)
+    for table in held:
+        if not isinstance(table, DecodedTable):
+            raise TypeError(
+                f"expected a compressed table, got {type(table).__name__}; dense tables have a "
+                "weight to change"
+            )
+    if not held or len(held) != len(given):
+        raise ValueError(f"{len(held)} tables need as many arrays of rows, got {len(given)}")
+    for table, one in zip(held, given, strict=True):
+        if one.dim() != 2 or one.shape[1] != table.embedding_dim or len(one) != len(given[0]):
+            raise ValueError(
+                f"table {table.name!r}: rows have the shape {tuple(one.shape)}, expected "
+                f"({len(given[0])}, {table.embedding_dim})"
+            )
+        if not one.is_floating_point() or not bool(one.isfinite().all()):
+            raise ValueError(f"table {table.name!r}: rows must be finite floating numbers")
+    if len({id(code) for table in held for code in _code_tables(table)}) > len(
+        _code_tables(held[0])
+    ):
+        raise ValueError(
+            f"tables {[table.name for table in held]} do not share their codes; change them one "
+            "after the other"
+        )
+    device = held[0]._like().device
+    return held, [one.detach().to(device, torch.float32) for one in given]
+
+
+def _code_tables(table: DecodedTable) -> list[torch.nn.Module]:
+    return [part.code_table for part in table._tables()]
+
+
+def _tier_of(held: Sequence[DecodedTable], popular: bool) -> list[_Compressed]:
+    """The coded part of each table: the table itself, or one tier."""
+    return [table._tables()[0 if popular or len(table._tables()) == 1 else 1] for table in held]
+
+
+def _check_holders(parts: Sequence[_Compressed]) -> None:
+    """ValueError where a table that shares the codes is left out."""
+    code_table, given = parts[0].code_table, {id(part) for part in parts}
+    if any(id(one) not in given for one in code_table.holders):
+        gc.collect()  # modules that were replaced may still be waiting for it
+    others = [one.name for one in code_table.holders if id(one) not in given]
+    if others and parts[0].layout.bits:
+        raise ValueError(
+            f"table {parts[0].name!r} shares its codes with {sorted(others)}; give all of them and "
+            "the rows of each, such as [vectors, weights], [rows, rows]"
+        )
+
+
+def _codebooks(parts: Sequence[_Compressed]) -> Tensor:
+    """Codebooks (M, K, columns of all parts) float32."""
+    books = []
+    for part in parts:
+        values = part.codebooks.detach().float()
+        if part.codebook_set.scales is not None:
+            values = values * part.codebook_set.scales.float()[:, :, None]
+        books.append(values)
+    return torch.cat(books, dim=2)
+
+
+def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | None:
+    """Codes (n, M) of the rows of all parts; None where rows are stored as they are."""
+    if not parts[0].layout.bits:
+        return None
+    quantizer, books = quantizer_for(parts[0].layout.kind), _codebooks(parts)
+    codes = torch.empty(len(rows[0]), len(books), dtype=torch.int64, device=books.device)
+    for start in range(0, len(codes), CHUNK_ROWS):
+        x = torch.cat([one[start : start + CHUNK_ROWS] for one in rows], dim=1)
+        codes[start : start + CHUNK_ROWS] = quantizer.encode(x, books, FINAL_BEAM)
+    return codes
+
+
+def _decode(parts: Sequence[_Compressed], codes: Tensor) -> Tensor:
+    return quantizer_for(parts[0].layout.kind).decode(codes, _codebooks(parts[:1]))
+
+
+def _append_codes(part: _Compressed, codes: Tensor) -> None:
+    """Codes of one or more rows after the last."""
+    layout, old = part.layout, part.codes
+    rows, whole = layout.num_embeddings, layout.num_embeddings // 8 * 8
+    packed = empty_packed(rows + len(codes), layout.num_subvectors, layout.bits).to(old.device)
+    kept = whole * layout.row_bits // 8
+    packed[:kept] = old[:kept]
+    # Rows that share a byte with those before are packed with them.
+    rest = torch.arange(whole, rows, device=old.device)
+    last = unpack(old, layout.num_subvectors, layout.bits, rest)
+    pack_into(packed, whole, torch.cat([last, codes.to(last.device)]), layout.bits)
+    part.code_table.codes = packed
+
+
+def _write_codes(part: _Compressed, places: Tensor, codes: Tensor) -> int:
+    """Other codes for some rows; how many differ from those before."""
+    if not len(places):
+        return 0
+    layout, packed = part.layout, part.codes
+    shape = (layout.num_subvectors, layout.bits)
+    differ = (unpack(packed, *shape, places) != codes).any(1)
+    # Eight rows fill whole bytes.
+    groups, group_of = torch.div(places, 8, rounding_mode="floor").unique(return_inverse=True)
+    rows = groups[:, None] * 8 + torch.arange(8, device=places.device)
+    exists = rows < layout.num_embeddings
+    held = unpack(packed, *shape, rows.clamp(max=layout.num_embeddings - 1).flatten())
+    held[~exists.flatten()] = 0
+    held[group_of * 8 + places % 8] = codes.to(held.device)
+    size = layout.row_bits
+    data = pack(held, layout.bits)[: len(groups) * size].view(len(groups), size)
+    at = groups[:, None] * size + torch.arange(size, device=places.device)
+    inside = at < len(packed)
+    packed[at[inside]] = data[inside]
+    return int(differ.sum())
+
+
+def _codewords(books: CodebookSet, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows as codewords (1, n, D) in the dtype of the set, and their scales."""
+    if books.scales is None:
+        return rows[None].to(books.codebooks.dtype), None
+    return quantize_codebooks(rows[None])
+
+
+def _append_codewords(books: CodebookSet, rows: Tensor) -> None:
+    words, scales = _codewords(books, rows)
+    longer = torch.cat([books.codebooks.detach(), words], dim=1)
+    if isinstance(books.codebooks, torch.nn.Parameter):
+        books.codebooks = torch.nn.Parameter(longer, books.codebooks.requires_grad)
+    else:
+        books.codebooks = longer
+    if scales is not None and books.scales is not None:
+        books.scales = torch.cat([books.scales, scales], dim=1)
+
+
+def _write_codewords(books: CodebookSet, places: Tensor, rows: Tensor) -> None:
+    words, scales = _codewords(books, rows)
+    with torch.no_grad():
+        books.codebooks[0, places] = words[0]
+        if scales is not None and books.scales is not None:
+            books.scales[0, places] = scales[0]
+
+
+def _checked_ids(table: DecodedTable, ids: Tensor, rows: Tensor) -> Tensor:
+    if ids.dim() != 1 or len(ids) != len(rows) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"table {table.name!r}: ids must be int32 or int64 of the shape ({len(rows)},), got "
+            f"{ids.dtype} {tuple(ids.shape)}"
+        )
+    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < table.num_embeddings):
+        raise ValueError(
+            f"table {table.name!r}: ids must be in 0..{table.num_embeddings - 1}, got "
+            f"{int(ids.min())}..{int(ids.max())}; append rows with extend()"
+        )
+    if len(ids.unique()) < len(ids):
+        raise ValueError(f"table {table.name!r}: every id may be given once only")
+    return ids.long().to(rows.device)
+
+
+def _places_in_tier(table: DecodedTable, ids: Tensor, popular: bool) -> tuple[Tensor, Tensor]:
+    """Which ids are in the tier (bool), and the rows of the tier that these are."""
+    if not isinstance(table, _Tiered):
+        return torch.ones(len(ids), dtype=torch.bool, device=ids.device), ids
+    is_popular, place = table.tier_map(ids, table.name)
+    inside = is_popular if popular else ~is_popular
+    return inside, place[inside]
+
+
+def _extend_map(tier_map: TierMap, count: int, popular: bool) -> None:
+    before, _ = tier_map(torch.arange(tier_map.rows, device=tier_map.before.device), "")
+    longer = torch.cat([before.cpu(), torch.full((count,), popular)])
+    new = TierMap.of(longer).to(tier_map.before.device)
+    tier_map.rows, tier_map.runs = new.rows, new.runs
+    for name in ("starts", "before", "bitmap"):
+        setattr(tier_map, name, getattr(new, name))

@@ -1,0 +1,252 @@
+"""New rows, changed rows and drift, with the codebooks as they were learned."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mec_embed import (
+    CodeLayout,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressionConfig,
+    compress,
+    drift,
+    extend,
+    load,
+    save,
+    update,
+)
+from mec_embed.packing import pack
+from mec_embed.tiers import TieredEmbedding, TierMap
+
+
+def _table(layout: CodeLayout, kind: Any = CompressedEmbedding, **options: Any) -> Any:
+    torch.manual_seed(0)
+    table = kind(layout, **options)
+    shape = layout.num_subvectors, layout.codebook_size, layout.subvector_dim
+    if layout.bits and "code_table" not in options:
+        codes = torch.randint(layout.codebook_size, (layout.num_embeddings, shape[0]))
+        table.codes.copy_(pack(codes, layout.bits))
+    table.codebook_set.store(torch.randn(shape))
+    return table
+
+
+def _whole(table: Any) -> Tensor:
+    with torch.no_grad():
+        return table.weight
+
+
+LAYOUTS = st.builds(
+    CodeLayout,
+    kind=st.sampled_from(["additive", "product"]),
+    num_embeddings=st.integers(1, 40),
+    embedding_dim=st.just(12),
+    num_subvectors=st.sampled_from([1, 2, 3, 4, 6]),
+    codebook_size=st.sampled_from([2, 3, 16, 20, 300]),
+    codebook_dtype=st.sampled_from([torch.float32, torch.int8]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=LAYOUTS, count=st.integers(0, 20))
+def test_rows_that_codewords_make_up_are_found_again(layout: CodeLayout, count: int) -> None:
+    table = _table(layout)
+    before = _whole(table)
+    known = before[torch.randint(len(before), (count,))]
+    ids = extend(table, known)
+    assert (ids.start, ids.stop) == (len(before), len(before) + count)
+    assert torch.equal(_whole(table)[: len(before)], before)
+    assert table.num_embeddings == table.layout.num_embeddings == len(before) + count
+    assert table.codes.numel() == table.layout.code_bytes
+    # A beam search need not find the very codes, but no row is far from the one asked for.
+    errors = (_whole(table)[len(before) :] - known).square().sum(1)
+    assert (errors <= known.square().sum(1) + 1e-4).all()
+    if layout.kind == "product":
+        torch.testing.assert_close(_whole(table)[len(before) :], known)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=LAYOUTS, data=st.data())
+def test_an_update_changes_its_rows_only(layout: CodeLayout, data: st.DataObject) -> None:
+    table = _table(layout)
+    before = _whole(table)
+    rows = len(before)
+    ids = torch.tensor(
+        data.draw(st.lists(st.integers(0, rows - 1), unique=True, max_size=rows)), dtype=torch.int64
+    )
+    wanted = torch.randn(len(ids), 12)
+    size, ending = table.codes.numel(), table.codes[-8:].clone()
+    changed = update(table, ids, wanted)
+    after = _whole(table)
+    others = torch.ones(rows, dtype=torch.bool)
+    others[ids] = False
+    assert torch.equal(after[others], before[others])
+    assert table.codes.numel() == size and torch.equal(table.codes[-8:], ending)
+    assert changed >= int((after != before).any(1).sum())
+    other = copy.deepcopy(table)
+    with torch.no_grad():
+        assert torch.equal(other(ids), after[ids])
+    # The same rows appended get the same codes.
+    new = extend(other, wanted)
+    assert torch.equal(_whole(other)[new.start :], after[ids])
+
+
+class Pair(nn.Module):
+    def __init__(self, rows: int = 3000) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vectors, self.weights = nn.Embedding(rows, 16), nn.Embedding(rows, 1)
+        with torch.no_grad():
+            latent = torch.randn(rows, 4)
+            self.vectors.weight.copy_(latent @ torch.randn(4, 16))
+            self.weights.weight.copy_(latent @ torch.randn(4, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.vectors(ids).sum(-1) + self.weights(ids)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Pair, Pair, Any]:
+    dense = Pair()
+    model = copy.deepcopy(dense)
+    counts = (3000 / (1 + np.arange(3000))).astype(int) + 1
+    config = CompressionConfig(ratio=10, codebook_dtype="int8")
+    report = compress(model, {"vectors": counts, "weights": counts}, config, progress=False)
+    return dense, model, report
+
+
+def test_tables_that_share_codes_change_together(
+    pair: tuple[Pair, Pair, Any], tmp_path: Path
+) -> None:
+    dense, model = pair[0], copy.deepcopy(pair[1])
+    parts = [list(table._tables()) for table in (model.vectors, model.weights)]
+    assert parts[0][0].code_table is parts[1][0].code_table
+    before = model(torch.arange(3000))
+    gc.collect()
+    with pytest.raises(ValueError, match=r"shares its codes with \['weights'\]; give all of them"):
+        extend(model.vectors, torch.randn(2, 16))
+    with pytest.raises(ValueError, match="shares its codes"):
+        update(model.weights, torch.tensor([4]), torch.randn(1, 1))
+    assert torch.equal(model(torch.arange(3000)), before)
+    both = [model.vectors, model.weights]
+    rows = [dense.vectors.weight[:50].detach(), dense.weights.weight[:50].detach()]
+    ids = torch.tensor(list(extend(both, rows, popular=True)))
+    assert torch.equal(model(torch.arange(3000)), before)
+    assert (model.vectors(ids) - rows[0]).square().mean() < rows[0].var() / 4
+    update(both, ids[:7].int(), [row[20:27] for row in rows])
+    assert (model.vectors(ids[:7]) - rows[0][20:27]).square().mean() < rows[0].var() / 4
+    # What was extended is saved and loaded as any model.
+    save(model, tmp_path / "m.safetensors")
+    again = load(Pair(3050), tmp_path / "m.safetensors")
+    assert torch.equal(again(torch.arange(3050)), model(torch.arange(3050)))
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("popular", [False, True])
+def test_tiers_grow(sort: bool, popular: bool) -> None:
+    torch.manual_seed(1)
+    mask = torch.rand(300) < 0.3
+    mask = mask.sort(descending=True)[0] if sort else mask
+    count = int(mask.sum())
+    head = _table(CodeLayout("additive", count, 12, 4, 16))
+    tail = _table(CodeLayout("additive", 300 - count, 12, 1, 8))
+    table = TieredEmbedding(TierMap.of(mask), head, tail)
+    before = _whole(table)
+    ids = extend(table, before[mask][:5], popular=popular)
+    assert table.num_embeddings == 305 and head.num_embeddings == count + 5 * popular
+    after = _whole(table)
+    assert torch.equal(after[:300], before)
+    assert table.tier_map.popular_rows() == count + 5 * popular
+    changed = torch.tensor([int(mask.nonzero()[0]), int((~mask).nonzero()[0]), ids[0]])
+    update(table, changed, torch.zeros(3, 12))
+    others = torch.ones(305, dtype=torch.bool)
+    others[changed] = False
+    assert torch.equal(_whole(table)[others], after[others])
+    assert (_whole(table)[changed].norm(dim=1) <= after[changed].norm(dim=1) + 1e-5).all()
+
+
+def test_one_row_for_all_cannot_grow() -> None:
+    mask = torch.arange(300) < 30
+    head = _table(CodeLayout("additive", 30, 12, 4, 16))
+    table = TieredEmbedding(TierMap.of(mask), head, _table(CodeLayout("shared", 270, 12, 1, 1)))
+    with pytest.raises(ValueError, match="stored as one; use popular=True"):
+        extend(table, torch.zeros(1, 12))
+    with pytest.raises(ValueError, match="row 40 is one of those"):
+        update(table, torch.tensor([3, 40]), torch.zeros(2, 12))
+    assert extend(table, torch.zeros(1, 12), popular=True) == range(300, 301)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_rows_kept_as_they_are(dtype: torch.dtype) -> None:
+    table = _table(CodeLayout("rows", 50, 12, 1, 50, dtype))
+    new = torch.randn(3, 12)
+    assert extend(table, new) == range(50, 53)
+    torch.testing.assert_close(_whole(table)[50:], new, atol=0.03, rtol=0.01)
+    assert update(table, torch.tensor([7]), new[:1]) == 1
+    torch.testing.assert_close(_whole(table)[7], new[0], atol=0.03, rtol=0.01)
+
+
+def test_bags_grow() -> None:
+    bag = _table(CodeLayout("additive", 50, 12, 3, 16), CompressedEmbeddingBag, mode="sum")
+    ids = extend(bag, _whole(bag)[:2])
+    with torch.no_grad():
+        assert bag(torch.tensor([[ids[0], ids[1]]])).shape == (1, 12)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "dense": (
+        lambda t: extend(nn.Embedding(3, 12), torch.zeros(1, 12)),
+        "table, got Embedding",
+    ),
+    "columns": (lambda t: extend(t, torch.zeros(1, 11)), r"'t': rows have the shape \(1, 11\)"),
+    "nan": (lambda t: extend(t, torch.full((1, 12), torch.nan)), "'t': rows must be finite"),
+    "integers": (lambda t: extend(t, torch.zeros(1, 12, dtype=torch.int64)), "must be finite"),
+    "counts": (lambda t: extend([t], [torch.zeros(1, 12)] * 2), "1 tables need as many arrays"),
+    "others": (lambda t: extend([t, _table(t.layout)], [torch.zeros(1, 12)] * 2), "do not share"),
+    "ids": (lambda t: update(t, torch.tensor([50]), torch.zeros(1, 12)), r"0\.\.49, got 50\.\.50"),
+    "twice": (lambda t: update(t, torch.tensor([3, 3]), torch.zeros(2, 12)), "once only"),
+    "float ids": (lambda t: update(t, torch.tensor([3.0]), torch.zeros(1, 12)), "int32 or int64"),
+    "weights": (
+        lambda t: drift(t, torch.randn(9, 12), 0.1, torch.zeros(9)),
+        "weights must be 9 numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_nothing_changes(name: str) -> None:
+    table = _table(CodeLayout("additive", 50, 12, 3, 16), name="t")
+    before = pickle.dumps(table.state_dict())
+    call, message = BAD[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(table)
+    assert pickle.dumps(table.state_dict()) == before
+
+
+def test_drift_says_when_the_codebooks_no_longer_fit(pair: tuple[Pair, Pair, Any]) -> None:
+    dense, model, report = pair
+    expected = report.tables[0].weighted_error
+    same = drift(model.vectors, dense.vectors.weight.detach()[:500], expected)
+    assert not same.drifted and same.expected == expected
+    other = drift(model.vectors, torch.randn(500, 16) * 3, expected)
+    assert other.drifted and other.error > 1.5 * expected
+
+
+def test_copies_hold_their_own_codes(pair: tuple[Pair, Pair, Any]) -> None:
+    model = copy.deepcopy(pair[1])
+    other = pickle.loads(pickle.dumps(model))
+    for one in (model, other):
+        head = one.vectors._tables()[0]
+        assert {part.name for part in head.code_table.holders} == {"vectors", "weights"}
+        assert head in head.code_table.holders
