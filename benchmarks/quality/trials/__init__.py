@@ -1,0 +1,1 @@
+"""Ideas that were measured; docs/experiments.md says what came of them."""
