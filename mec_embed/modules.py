@@ -111,11 +111,40 @@ class DecodedTable(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._fast = ops.fast.FastPath()
+        self._oov_row: int | None = None
+
+    @property
+    def oov_row(self) -> int | None:
+        """Row that ids out of range read; None (the default) makes them an error on the CPU.
+
+        Example:
+            >>> table = CompressedEmbedding(CodeLayout("additive", 1000, 8, 2, 16))
+            >>> table.oov_row = 0
+            >>> torch.equal(table(torch.tensor([5000])), table(torch.tensor([0])))
+            True
+        """
+        return self._oov_row
+
+    @oov_row.setter
+    def oov_row(self, row: int | None) -> None:
+        if row is not None and not 0 <= row < self.num_embeddings:
+            raise ValueError(
+                f"table {self.name!r}: oov_row must be in 0..{self.num_embeddings - 1} or None, "
+                f"got {row}"
+            )
+        self._oov_row = row
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """``ids``, those out of range replaced if there is a row for them."""
+        if self._oov_row is None:
+            return ids
+        return ids.masked_fill((ids < 0) | (ids >= self.num_embeddings), self._oov_row)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
+        # An id out of range sends the kernel's caller back to here.
         rows = self._fast.rows(self, ids)
-        return self._decode(ids) if rows is None else rows
+        return self._decode(self._known(ids)) if rows is None else rows
 
     @abstractmethod
     def _decode(self, ids: Tensor) -> Tensor:
@@ -183,7 +212,7 @@ class DecodedBags(DecodedTable):
         reduced = self._fast.bags(self, input, offsets, per_sample_weights)
         if reduced is not None:
             return reduced
-        return self._reduce(input, offsets, per_sample_weights)
+        return self._reduce(self._known(input), offsets, per_sample_weights)
 
     def _reduce(
         self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None

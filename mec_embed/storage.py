@@ -31,12 +31,13 @@ from .modules import (
     DecodedTable,
 )
 from .swap import Optimizers, Replacement, all_optimizers, replace_modules
-from .tables import EMBEDDINGS, check_model, find_modules
+from .tables import EMBEDDINGS, Alias, check_model, find_modules
 from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 
 #: Version 2 has tables in tiers; a file without them is written as version 1.
 FORMAT_VERSION = 2
-_KEY = "mec_embed"
+#: Entry of the metadata that holds the manifest.
+KEY = "mec_embed"
 _EXTRA = "_extra_state"
 _CODED = (CompressedEmbedding, CompressedEmbeddingBag)
 _TIERED = (TieredEmbedding, TieredEmbeddingBag)
@@ -67,6 +68,13 @@ def save(model: nn.Module, path: str | Path) -> None:
         >>> save(model, "model.safetensors")  # doctest: +SKIP
     """
     check_model(model)
+    tensors, manifest = contents(model)
+    with _replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, {KEY: json.dumps(manifest), "format": "pt"})
+
+
+def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the file of a compressed model, by their first key, and its manifest."""
     tensors, extra, shared = _unique_tensors(model)
     tables = _describe_tables(model)
     manifest = {
@@ -75,8 +83,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "shared": shared,
         "extra": extra,
     }
-    with _replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, {_KEY: json.dumps(manifest), "format": "pt"})
+    return tensors, manifest
 
 
 def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Model:
@@ -139,6 +146,32 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise FormatError(
             f"{path} is damaged or no safetensors file ({error}); save the model again"
         ) from error
+
+
+def build_tables(
+    manifest: dict[str, Any], tensors: dict[str, Tensor], path: str | Path
+) -> list[DecodedTable]:
+    """The compressed tables of a file, in the order of its manifest, without a model around them.
+
+    Args:
+        manifest: from :func:`read_manifest`.
+        tensors: of the tables, under every key.
+        path: of the file, for errors.
+
+    Raises:
+        FormatError: a damaged manifest, tensors that do not fit it, or a damaged map of tiers.
+    """
+    builder = _Builder()
+    with _format_errors(path):
+        tables = [builder.table(_check_entry(entry)) for entry in manifest["tables"]]
+    replacements: list[Replacement] = [
+        (tuple(Alias(nn.Module(), "", name) for name in entry["names"]), nn.Embedding(1, 1), table)
+        for entry, table in zip(manifest["tables"], tables, strict=True)
+    ]
+    _check_fit(nn.Module(), replacements, tensors, {"extra": {}}, path)
+    _fill(replacements, tensors)
+    _check_maps(replacements, path)
+    return tables
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
@@ -209,6 +242,8 @@ def _describe_table(module: Any, names: list[str], numbers: _Numbers) -> dict[st
         "padding_idx": module.padding_idx,
         "zero_padding": module.zero_padding,
     }
+    if module.oov_row is not None:
+        entry["oov_row"] = module.oov_row
     if isinstance(module, DecodedBags):
         entry |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     if not isinstance(module, _TIERED):
@@ -278,13 +313,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _parse(metadata: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
-    if not metadata or _KEY not in metadata:
+    if not metadata or KEY not in metadata:
         raise FormatError(
             f"{path} is a safetensors file without a mec_embed manifest; load it with safetensors, "
             "or make one with mec_embed.save()"
         )
     try:
-        manifest = json.loads(metadata[_KEY])
+        manifest = json.loads(metadata[KEY])
         version = manifest["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: the mec_embed manifest is damaged ({error!r})") from error
@@ -351,6 +386,7 @@ _TABLE_TYPES: dict[str, tuple[type, ...]] = {
     "module": (str,),
     "padding_idx": (int, type(None)),
     "zero_padding": (bool,),
+    "oov_row": (int, type(None)),
 }
 _CODES_TYPES: dict[str, tuple[type, ...]] = {
     "layout": (dict,),
@@ -376,7 +412,7 @@ def _check_types(entry: dict[str, Any], types: dict[str, tuple[type, ...]]) -> N
 
 def _check_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry of a table; ValueError or KeyError for values of the wrong type."""
-    _check_types(entry, _TABLE_TYPES)
+    _check_types({"oov_row": None} | entry, _TABLE_TYPES)
     if issubclass(_KINDS[entry["module"]], DecodedBags):
         _check_types(entry, {"include_last_offset": (bool,)})
         if entry["mode"] not in ("sum", "mean", "max"):
@@ -396,6 +432,11 @@ class _Builder:
 
     def table(self, entry: dict[str, Any]) -> DecodedTable:
         """The module of one table, its entry checked already but for its codes."""
+        table = self._table(entry)
+        table.oov_row = entry.get("oov_row")
+        return table
+
+    def _table(self, entry: dict[str, Any]) -> DecodedTable:
         name = entry["names"][0]
         options = {key: entry[key] for key in ("padding_idx", "zero_padding")} | {"name": name}
         kind = _KINDS[entry["module"]]

@@ -554,3 +554,20 @@ def test_thaw_and_freeze(codebook_dtype):
     assert books.codebooks is held and books.scales is scales
     decoded = held.float() if scales is None else held.float() * scales.float()[..., None]
     torch.testing.assert_close(decoded.detach(), -2 * values, rtol=0.04, atol=0.04)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("cls", [CompressedEmbedding, CompressedEmbeddingBag])
+def test_ids_out_of_range_read_the_row_that_is_named(cls, grad):
+    layout = CodeLayout("additive", 20, 6, 3, 8)
+    table = cls(layout, padding_idx=2)
+    table.codebook_set.store(torch.randn(3, 8, 6))
+    ids, known = torch.tensor([[3, 20, -1], [2, 5, 2**40]]), torch.tensor([[3, 7, 7], [2, 5, 7]])
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(IndexError):
+            table(ids)
+        table.oov_row = 7
+        assert torch.equal(table(ids), table(known))
+        with pytest.raises(ValueError, match=r"oov_row must be in 0\.\.19 or None, got 20"):
+            table.oov_row = 20
+        assert copy.deepcopy(table).oov_row == 7

@@ -1006,3 +1006,16 @@ def test_any_change_of_a_manifest_with_tiers_is_refused_or_harmless(
         before.check()
     else:
         assert model(shop_ids()).shape == (200,)
+
+
+def test_the_row_of_unknown_ids_is_kept(saved_tiers: tuple[Shop, Path], tmp_path: Path) -> None:
+    model = copy.deepcopy(saved_tiers[0])
+    assert all("oov_row" not in entry for entry in _manifest(saved_tiers[1])["tables"])
+    model.sorted.oov_row = 4
+    save(model, tmp_path / "m.safetensors")
+    again = load(Shop(), tmp_path / "m.safetensors")
+    assert (again.sorted.oov_row, again.shuffled.oov_row) == (4, None)
+    manifest = _manifest(tmp_path / "m.safetensors")
+    next(e for e in manifest["tables"] if "sorted" in e["names"])["oov_row"] = 10**9
+    path = _with_manifest(tmp_path / "m.safetensors", tmp_path / "n.safetensors", manifest)
+    _assert_refused(Shop(), path)
