@@ -141,6 +141,50 @@ class FrequencyStats:
                 counter.add_by_name(columns[column], ids)
         return cls(counter.counts)
 
+    @classmethod
+    def from_count_tables(
+        cls,
+        model: nn.Module,
+        tables: Mapping[str, str | Path],
+        *,
+        id_column: str = "id",
+        count_column: str = "count",
+    ) -> FrequencyStats:
+        """Add up counts that a cluster has made: one line an id, read in pieces (needs pyarrow).
+
+        Such files are what ``GROUP BY id`` gives in Spark, DuckDB or Polars; parts of a folder,
+        and lines of the same id, are added.
+
+        Args:
+            model: names the tables and their rows.
+            tables: table name -> a parquet file, or a folder of them.
+            id_column: name of the column of ids, integers.
+            count_column: name of the column of their counts.
+
+        Raises:
+            ValueError: an unknown table or column, a folder without parquet files, a null, or a
+                count that is negative or not finite. IndexError: an id that is no row of its table.
+            RuntimeError: pyarrow is not installed.
+
+        Example:
+            >>> stats = FrequencyStats.from_count_tables(model, {"item": "counts/item"})
+            ... # doctest: +SKIP
+        """
+        counter = IdCounter(model)
+        for name, path in tables.items():
+            for file in _parquet_files(path):
+                for part in parquet_columns(file, [id_column, count_column]):
+                    counter.add_by_name(name, part[id_column], part[count_column])
+        return cls(counter.counts)
+
+
+def _parquet_files(path: str | Path) -> list[Path]:
+    path = Path(path)
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no parquet file; expected files that end in .parquet")
+    return files
+
 
 def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
     """Flat ids of some columns of a parquet file, piece by piece.
@@ -214,15 +258,15 @@ class IdCounter:
         self._by_name = _tables_by_name(model)
         self._names = {id(module): name for name, module in self._by_name.values()}
 
-    def add_by_name(self, name: str, values: Any) -> None:
+    def add_by_name(self, name: str, values: Any, weights: Any = None) -> None:
         """Count integer ids of any shape for the table of this name, or its last part."""
         if name not in self._by_name:
             known = ", ".join(sorted(self._by_name))
             raise ValueError(f"no table is named {name!r}; the model has {known}")
-        self.add(self._by_name[name][1], values, name)
+        self.add(self._by_name[name][1], values, name, weights)
 
-    def add(self, module: Any, values: Any, name: str | None = None) -> None:
-        """Count integer ids of any shape for a table of the model."""
+    def add(self, module: Any, values: Any, name: str | None = None, weights: Any = None) -> None:
+        """Count integer ids of any shape for a table of the model, each so often as weights say."""
         qualified = self._names[id(module)]
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
@@ -239,7 +283,15 @@ class IdCounter:
             raise IndexError(
                 f"table {name or qualified!r}: id {found} is out of range, expected 0..{rows - 1}"
             )
-        np.add.at(total, ids, 1.0)
+        if weights is None:
+            np.add.at(total, ids, 1.0)
+        else:
+            if len(weights) != len(ids):
+                raise ValueError(
+                    f"table {name or qualified!r}: {len(ids)} ids and {len(weights)} counts; nulls "
+                    "are not allowed"
+                )
+            np.add.at(total, ids, _checked(name or qualified, weights))
         if module.padding_idx is not None:
             total[module.padding_idx] = 0
 

@@ -320,3 +320,46 @@ def test_embedding_subclasses_are_counted():
     model = nn.Sequential(Mine(4, 2))
     assert isinstance(model[0], EMBEDDINGS)
     assert FrequencyStats.from_batches(model, [torch.tensor([3])])["0"].tolist() == [0, 0, 0, 1]
+
+
+def write_counts(path, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_counts_that_a_cluster_has_made(tmp_path):
+    """Parts of a folder, and lines of the same id, are added."""
+    write_counts(tmp_path / "a" / "part-0.parquet", id=[1, 3, 1], n=[5, 1, 2])
+    write_counts(tmp_path / "a" / "deep" / "part-1.parquet", id=[3, 0], n=[10.0, 0.5])
+    one = write_counts(tmp_path / "b.parquet", id=[2], n=[7])
+    stats = FrequencyStats.from_count_tables(
+        Net(), {"shared": tmp_path / "a", "bag": str(one)}, count_column="n"
+    )
+    expected = np.zeros(len(stats["shared"]))
+    expected[[0, 1, 3]] = 0.5, 7, 11
+    assert np.array_equal(stats["shared"], expected)
+    assert stats["bag"][2] == 7 and stats["bag"].sum() == 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"id": [10_000], "count": [1]}, IndexError, "id 10000 is out of range"),
+        ({"id": [1], "count": [-1]}, ValueError, "finite and not negative, got -1"),
+        ({"id": [1], "count": [float("nan")]}, ValueError, "finite and not negative, got nan"),
+        ({"id": [1, 2], "count": [1, None]}, ValueError, "2 ids and 1 counts; nulls are not"),
+        ({"id": [1], "n": [1]}, ValueError, "has no column count; it has id, n"),
+        ({"id": [1.5], "count": [1]}, TypeError, "ids must be integers"),
+    ],
+)
+def test_wrong_counts_of_a_cluster(tmp_path, columns, error, message):
+    path = write_counts(tmp_path / "c.parquet", **columns)
+    with pytest.raises(error, match=message):
+        FrequencyStats.from_count_tables(Net(), {"shared": path})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no parquet file"):
+        FrequencyStats.from_count_tables(Net(), {"shared": tmp_path / "empty"})
