@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks.speed import lookup, model
+from benchmarks.speed import lookup, model, plot
 
 
 def _read(file):
@@ -54,3 +54,21 @@ def test_models_before_and_after(tmp_path, monkeypatch):
     steps = {row["method"]: float(row["megabytes"]) for row in rows if row["what"] == "step"}
     assert set(steps) == {"dense", "mec_embed float32", "mec_embed float32, tiers"}
     assert all(float(row["milliseconds"]) > 0 for row in rows)
+
+
+def test_table_and_plot(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    file = tmp_path / "speed.csv"
+    lines = ["what,rows,dim,batch,ids,method,speed"]
+    lines += [
+        f"rows,{rows},16,{batch},uniform,{method},{speed}"
+        for rows in (1000, 10000)
+        for batch in (1, 64)
+        for method, speed in (("dense", 1), ("mec_embed int8", batch * rows / 1000))
+    ]
+    file.write_text("\n".join(lines))
+    arguments = ["plot", str(file), "--plot", str(tmp_path / "speed.svg")]
+    monkeypatch.setattr("sys.argv", arguments)
+    plot.main()
+    assert "| mec_embed int8 | 1.00 / 5.50 | 64.00 / 352.00 |" in capsys.readouterr().out
+    assert "</svg>" in (tmp_path / "speed.svg").read_text()

@@ -1,0 +1,92 @@
+"""Draw the speed of lookups relative to dense tables, from the CSV file of ``speed.lookup``.
+
+``python -m benchmarks.speed.plot benchmarks/results/speed_lookup.csv --what rows --plot
+docs/speed_rows.svg`` draws one panel for each number of rows and dimension (needs matplotlib), and
+prints a Markdown table of the least and the median speed by batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+#: (rows, dim) -> method -> batch -> speed, relative to the dense table
+Panels = dict[tuple[int, int], dict[str, dict[int, float]]]
+COLOURS = {"mec_embed int8": "#c22", "mec_embed float32": "#e90", "copy": "#999", "dense": "#000"}
+
+
+def main() -> None:
+    """Print the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--what", default="rows", choices=("rows", "bags"))
+    parser.add_argument("--ids", default="uniform")
+    parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
+    options = parser.parse_args()
+    panels = read(options.file, options.what, options.ids)
+    sys.stdout.write(table(panels) + "\n")
+    if options.plot:
+        draw(panels, options.plot)
+
+
+def read(file: Path, what: str, ids: str) -> Panels:
+    """The speeds of the file."""
+    panels: Panels = defaultdict(lambda: defaultdict(dict))
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if (row["what"], row["ids"]) == (what, ids):
+                place = int(row["rows"]), int(row["dim"])
+                panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
+    return panels
+
+
+def table(panels: Panels) -> str:
+    """Least and median over all tables, a line a method and a column a batch size."""
+    speeds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for methods in panels.values():
+        for method, batches in methods.items():
+            for batch, speed in batches.items():
+                speeds[method][batch].append(speed)
+    batches = sorted({batch for found in speeds.values() for batch in found})
+    lines = ["| method | " + " | ".join(f"{batch:,}" for batch in batches) + " |"]
+    lines.append("| --- |" + " --- |" * len(batches))
+    for method, found in speeds.items():
+        cells = [
+            f"{min(found[b]):.2f} / {median(found[b]):.2f}" if b in found else "" for b in batches
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(panels: Panels, file: Path) -> None:
+    """One panel for each table: speed against batch size."""
+    from matplotlib import pyplot
+
+    rows, dims = (sorted({place[axis] for place in panels}) for axis in (0, 1))
+    size = (2.6 * len(rows) + 1.6, 2.1 * len(dims) + 0.6)
+    figure, axes = pyplot.subplots(
+        len(dims), len(rows), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    for (count, dim), methods in panels.items():
+        axis = axes[dims.index(dim)][rows.index(count)]
+        axis.set_title(f"{count:,} x {dim}", fontsize=8)
+        axis.axhline(1, color="#000", linewidth=0.5)
+        for method, speeds in methods.items():
+            colour = COLOURS.get(method)
+            axis.plot(sorted(speeds), [speeds[b] for b in sorted(speeds)], label=method, c=colour)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    figure.supxlabel("batch")
+    figure.supylabel("speed, dense = 1")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1 - 1.5 / size[0], 1))
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    main()
