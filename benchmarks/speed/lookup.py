@@ -180,6 +180,8 @@ def _fbgemm(weight: Tensor, kind: str) -> tuple[Lookup, Lookup] | None:
     except ImportError:
         return None
     rows, dim = weight.shape
+    if dim * _BITS[kind] % 8:
+        return None  # FBGEMM packs whole bytes
     spec = ("t", rows, dim, configs.SparseType[kind], common.EmbeddingLocation.HOST)
     lookups = []
     for pooling in (common.PoolingMode.NONE, common.PoolingMode.SUM):
@@ -215,9 +217,9 @@ class _Offsets:
         return self.ready[ids.shape]
 
 
+_BITS = {"INT8": 8, "INT4": 4, "INT2": 2}
 _FBGEMM = {
-    f"fbgemm {kind.lower()}": (lambda weight, kind=kind: _fbgemm(weight, kind))
-    for kind in ("INT8", "INT4", "INT2")
+    f"fbgemm {kind.lower()}": (lambda weight, kind=kind: _fbgemm(weight, kind)) for kind in _BITS
 }
 
 

@@ -14,6 +14,8 @@
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
+#define AHEAD 24       /* ids between the one whose codes are asked for and the one decoded */
+#define FAR_BYTES (1 << 20) /* codes that take more are not in the cache */
 #define MOST_WIDENED (1 << 18) /* entries of codebooks that are worth widening for a call */
 #define LINE 64        /* bytes of a cache line */
 
@@ -572,6 +574,176 @@ DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end
     return !fine;
 }
 
+/* ---- One table of padded codewords: rows and bags in one loop, sums in registers ---- */
+
+typedef struct {
+    Ids ids;
+    const uint8_t *codes;
+    const char *words;
+    int64_t rows, bits, books, size, stride, row_bits, zero_id;
+    uint64_t mask;
+    int checked; /* a code may name a codeword that does not exist */
+    int far;     /* codes are not in the cache: ask for them in advance */
+} Flat;
+
+static Flat flatten(const Job *job) {
+    const Table *table = job->plan->table;
+    Flat flat = {.ids = job->ids, .codes = ADDRESS(table->codes), .words = ADDRESS(table->words)};
+    flat.rows = table->rows;
+    flat.bits = table->bits;
+    flat.books = table->books;
+    flat.size = table->size;
+    flat.stride = stride_of(table);
+    flat.row_bits = table->bits * table->books;
+    flat.zero_id = job->zero_id;
+    flat.mask = ((uint64_t)1 << table->bits) - 1;
+    flat.checked = table->size != (int64_t)1 << table->bits;
+    flat.far = table->rows * flat.row_bits > 8 * FAR_BYTES;
+    return flat;
+}
+
+/* Whether all rows are sums of padded codewords of one table. */
+static int is_flat(const Plan *plan) {
+    return plan->tiers == 1 && plan->table->kind == PADDED && plan->table->bits &&
+           !plan->table->one_row;
+}
+
+INLINE void expect_later(const Flat *flat, int64_t i, int64_t end) {
+    if (flat->far && i + AHEAD < end) {
+        const int64_t later = id_at(&flat->ids, i + AHEAD) * flat->row_bits;
+        PREFETCH((uintptr_t)flat->codes + (uintptr_t)(later >> 3));
+    }
+}
+
+INLINE int64_t code_at(const Flat *flat, int64_t bit) {
+    return (int64_t)(load64(flat->codes + (bit >> 3)) >> (bit & 7) & flat->mask);
+}
+
+/* Adds columns of one row: `lines` times 16, and 8 more where `half`; 0 where codes are damaged. */
+INLINE int add_row(const Flat *flat, int64_t id, int64_t column, int lines, int half, Line *total,
+                   Floats *rest) {
+    const int64_t first = id * flat->row_bits, next = flat->size * flat->stride;
+    const char *book = flat->words;
+    uint64_t stream = load64(flat->codes + (first >> 3)) >> (first & 7);
+    const int whole = flat->row_bits <= 57; /* all codes of the row are in the stream */
+    for (int64_t m = 0; m < flat->books; m++, book += next) {
+        int64_t code = (int64_t)(stream & flat->mask);
+        stream >>= flat->bits;
+        if (!whole) code = code_at(flat, first + m * flat->bits);
+        if (flat->checked && code >= flat->size) return 0;
+        const char *word = book + code * flat->stride;
+        for (int v = 0; v < lines; v++) total[v] += line_at(word, column + v * LINE_LANES);
+        if (half) *rest += half_line_at(word, column + lines * LINE_LANES);
+    }
+    return 1;
+}
+
+INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half, float *out) {
+    for (int v = 0; v < lines; v++) memcpy(out + v * LINE_LANES, &total[v], sizeof *total);
+    if (half) memcpy(out + lines * LINE_LANES, rest, sizeof *rest);
+}
+
+/* Some columns of the rows begin..end, which are `dim` apart in `out`; up to whole half lines are
+ * written, as what follows is written later. */
+INLINE int64_t flat_rows(const Flat *flat, int64_t begin, int64_t end, int64_t column, int lines,
+                         int half, int64_t dim, float *out) {
+    for (int64_t i = begin; i < end; i++) {
+        Line total[4] = {{0}};
+        Floats rest = {0};
+        const int64_t id = id_at(&flat->ids, i);
+        expect_later(flat, i, end);
+        if (id < 0 || id >= flat->rows) return 1;
+        if (id != flat->zero_id && !add_row(flat, id, column, lines, half, total, &rest)) return 1;
+        put_lines(total, &rest, lines, half, out + i * dim + column);
+    }
+    return 0;
+}
+
+/* Some columns of the sum of the rows begin..end; `total` ids follow, some of later bags. */
+INLINE int64_t flat_bag(const Flat *flat, int64_t begin, int64_t end, int64_t total, int64_t column,
+                        int lines, int half, float *out, int64_t *members) {
+    Line sum[4] = {{0}};
+    Floats sum_rest = {0};
+    *members = 0;
+    for (int64_t i = begin; i < end; i++) {
+        /* A sum of its own, so that one row need not wait for the one before. */
+        Line row[4] = {{0}};
+        Floats rest = {0};
+        const int64_t id = id_at(&flat->ids, i);
+        expect_later(flat, i, total);
+        if (id < 0 || id >= flat->rows) return 1;
+        if (id == flat->zero_id) continue;
+        if (!add_row(flat, id, column, lines, half, row, &rest)) return 1;
+        for (int v = 0; v < lines; v++) sum[v] += row[v];
+        if (half) sum_rest += rest;
+        ++*members;
+    }
+    put_lines(sum, &sum_rest, lines, half, out + column);
+    return 0;
+}
+
+#define BLOCK_COLUMNS (4 * LINE_LANES)
+
+/* `call` with the numbers of lines and half lines of a block of columns as constants. */
+#define BY_LINES(halves, call)          \
+    switch (halves) {                   \
+        case 1: call(0, 1); break;      \
+        case 2: call(1, 0); break;      \
+        case 3: call(1, 1); break;      \
+        case 4: call(2, 0); break;      \
+        case 5: call(2, 1); break;      \
+        case 6: call(3, 0); break;      \
+        case 7: call(3, 1); break;      \
+        default: call(4, 0);            \
+    }
+
+DISPATCHED static int64_t flat_rows_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const Flat flat = flatten(job);
+    const int64_t dim = job->plan->dim;
+    /* Rows that something else follows closely are written to a row of their own first. */
+    const int64_t near = PADDING / dim + 1, safe = end - near > begin ? end - near : begin;
+    float *row = make_row(job->plan);
+    int64_t failed = !row;
+    for (int64_t i = begin; i < end && !failed; i = i < safe ? safe : i + 1) {
+        const int64_t stop = i < safe ? safe : i + 1;
+        float *out = i < safe ? job->out : row - i * dim;
+        /* The last columns first: what they write after a row belongs to the first of the next. */
+        for (int64_t column = (dim - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS; column >= 0 && !failed;
+             column -= BLOCK_COLUMNS) {
+#define ROWS(lines, half) \
+    failed = flat_rows(&flat, i, stop, column, lines, half, dim, out)
+            BY_LINES((dim - column + 7) / 8, ROWS)
+        }
+        if (i >= safe && !failed) memcpy(job->out + i * dim, row, dim * sizeof(float));
+    }
+    free(row);
+    return failed;
+}
+
+DISPATCHED static int64_t flat_bags_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const Flat flat = flatten(job);
+    const int64_t dim = job->plan->dim;
+    float *row = make_row(job->plan);
+    int64_t failed = !row;
+    for (int64_t bag = begin; bag < end && !failed; bag++) {
+        const int64_t first = offset_at(job, bag), last = offset_at(job, bag + 1);
+        float *out = job->out + bag * dim;
+        int64_t members = 0;
+        failed = first < 0 || last < first || last > job->count || (!bag && first);
+        for (int64_t column = 0; column < dim && !failed; column += BLOCK_COLUMNS) {
+#define BAG(lines, half) \
+    failed = flat_bag(&flat, first, last, job->count, column, lines, half, row, &members)
+            BY_LINES((dim - column + 7) / 8, BAG)
+        }
+        const float share = job->mode == MEAN && members > 1 ? (float)members : 1.0f;
+        for (int64_t j = 0; j < dim && !failed; j++) out[j] = share == 1.0f ? row[j] : row[j] / share;
+    }
+    free(row);
+    return failed;
+}
+
 /* ---- Gradients ---- */
 
 /* Gradient of the codebooks begin..end: each is one thread's alone, and sums in the order of ids. */
@@ -665,6 +837,9 @@ static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t s
             memory[t] = pad_codebooks(table);
         job->padded |= memory[t] != NULL;
     }
+    if (is_flat(plan) && part == rows_part) part = flat_rows_part;
+    if (is_flat(plan) && part == bags_part && !job->weights && job->mode != MAX)
+        part = flat_bags_part;
     const int64_t failed = run_parts(part, job, total, step, threads);
     free(memory[0]);
     free(memory[1]);
