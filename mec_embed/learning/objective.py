@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantizers import Quantizer, weighted_error
+from .quantizers import ProductQuantizer, Quantizer, weighted_error
 
 BATCH_ROWS = 8192
 #: Entries of the distances, or targets, of one batch, at most: several such arrays live at once.
@@ -23,6 +24,8 @@ BATCH_DISTANCES = 1 << 20
 #: Adam's learning rate, relative to the root of the mean squared error of the rows: the smaller
 #: that is, the smaller the steps that keep what the start has found.
 LEARNING_RATE = 3e-3
+#: Of a softmax: what is less than exp of this is nothing.
+_LEAST_LOGIT = -60.0
 
 #: Told the name of a stage and the relative weighted error after it.
 Progress = Callable[[str, float], None]
@@ -38,8 +41,13 @@ class Weights:
 
 def code_distances(targets: Tensor, codebooks: Tensor) -> Tensor:
     """Squared distances (n, M, K) of targets (n, M, S) to each codeword of their codebook."""
-    cross = torch.einsum("nms,mks->nmk", targets, codebooks)
-    return targets.square().sum(2, keepdim=True) - 2 * cross + codebooks.square().sum(2)
+    # |t|^2 - 2 t.c + |c|^2 in one product, and one for its gradient: passes over (n, M, K) cost
+    # more than products do.
+    left = torch.stack([targets.square().sum(2), torch.ones(targets.shape[:2])], dim=2)
+    left = torch.cat([targets, left.to(targets)], dim=2).transpose(0, 1)
+    norms = codebooks.square().sum(2, keepdim=True)
+    right = torch.cat([-2 * codebooks, torch.ones_like(norms), norms], dim=2).transpose(1, 2)
+    return torch.bmm(left, right).transpose(0, 1)
 
 
 def reconstruction_loss(x: Tensor, decoded: Tensor, weights: Tensor) -> Tensor:
@@ -59,10 +67,31 @@ def usage_loss(distances: Tensor, weights: Tensor, temperature: Tensor) -> Tenso
         weights: (n,) popularity weights.
         temperature: scalar, about the distance to the nearest codeword.
     """
-    soft = F.softmax(-distances / temperature, dim=2)
-    use = torch.einsum("n,nmk->mk", weights / weights.sum(), soft)
+    use = _SoftUse.apply(distances, weights / weights.sum(), temperature)
     entropy = -(use * use.clamp(min=1e-12).log()).sum(1)
     return (1 - entropy / math.log(distances.shape[2])).mean()
+
+
+class _SoftUse(torch.autograd.Function):
+    """Sum over rows of share (n,) * softmax(-distances / temperature): (n, M, K) -> (M, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, share: Tensor, temperature: Tensor) -> Tensor:
+        """Largest first, everything in place."""
+        distances = distances.transpose(0, 1)
+        logits = (distances.amin(2, keepdim=True) - distances).div_(temperature)
+        # What is smaller makes no difference, but arithmetic on denormal numbers is slow.
+        soft = F.softmax(logits.clamp_(min=_LEAST_LOGIT), dim=2)
+        ctx.save_for_backward(soft, share, temperature)
+        return share @ soft
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Of the distances alone."""
+        soft, share, temperature = ctx.saved_tensors
+        mean = soft @ grad[:, :, None]
+        slope = (mean - grad[:, None]).mul_(soft).mul_((share / temperature)[:, None])
+        return slope.transpose(0, 1), None, None
 
 
 def contrastive_loss(
@@ -88,10 +117,11 @@ def contrastive_loss(
     rows, count, size = distances.shape
     place = torch.randint(count, (rows,), generator=generator).to(codes.device)
     shift = torch.randint(1, size, (rows,), generator=generator).to(codes.device)
-    row = torch.arange(rows, device=codes.device)
-    own = codes[row, place]
+    own = codes.gather(1, place[:, None])
+    pair = torch.cat([(own + shift[:, None]) % size, own], dim=1) + (place * size)[:, None]
     # d_negative - d_positive: all other codewords cancel out.
-    gap = distances[row, place, (own + shift) % size] - distances[row, place, own]
+    negative, positive = distances.flatten(1).gather(1, pair).unbind(1)
+    gap = negative - positive
     return (weights * F.softplus(-gap / temperature)).mean()
 
 
@@ -128,11 +158,10 @@ def train_codebooks(
     generator = torch.Generator().manual_seed(seed)
     parameter = codebooks.clone().requires_grad_()
     error = weighted_error(x, weights, codes, codebooks, quantizer)
-    adam = torch.optim.Adam([parameter], lr=LEARNING_RATE * error.sqrt().item())
     count, size, width = codebooks.shape
     batch_rows = min(BATCH_ROWS, max(1, BATCH_DISTANCES // (count * max(size, width))))
     steps = epochs * -(-len(x) // batch_rows)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
+    adam = _Adam(parameter, LEARNING_RATE * error.sqrt().item(), steps)
     history = []
     for epoch in range(epochs):
         sums: dict[str, float] = {}
@@ -141,15 +170,36 @@ def train_codebooks(
             losses = _batch_losses(
                 x[batch], weights[batch], codes, batch, parameter, quantizer, terms, generator
             )
-            adam.zero_grad()
-            torch.stack([weight * loss for weight, loss in losses.values()]).sum().backward()
-            adam.step()
-            schedule.step()
+            total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
+            adam.step(torch.autograd.grad(total, parameter)[0])
             for name, (_, loss) in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() * len(batch) / len(x)
         history.append(sums)
         progress(f"MEC epoch {epoch + 1}/{epochs}", sums["reconstruction"])
     return parameter.detach(), history
+
+
+class _Adam:
+    """Adam (Kingma and Ba, 2015) whose rate falls to 0 along a cosine.
+
+    The first step of ``torch.optim`` imports torch's compiler: a second, and tens of megabytes.
+    """
+
+    momentum, memory, least = 0.9, 0.999, 1e-8
+
+    def __init__(self, parameter: Tensor, rate: float, steps: int) -> None:
+        self.parameter, self.rate, self.steps, self.taken = parameter.detach(), rate, steps, 0
+        self.mean, self.square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+    def step(self, gradient: Tensor) -> None:
+        """Move the parameter in place."""
+        rate = self.rate * (1 + math.cos(math.pi * self.taken / self.steps)) / 2
+        self.taken += 1
+        self.mean.lerp_(gradient, 1 - self.momentum)
+        self.square.mul_(self.memory).addcmul_(gradient, gradient, value=1 - self.memory)
+        root = (self.square / (1 - self.memory**self.taken)).sqrt_().add_(self.least)
+        rate /= 1 - self.momentum**self.taken
+        self.parameter.addcdiv_(self.mean, root, value=-rate)
 
 
 def _batch_losses(
@@ -165,8 +215,8 @@ def _batch_losses(
     """Each term that is on: name -> (weight, loss); re-chooses ``codes[batch]`` at one position."""
     place = int(torch.randint(codes.shape[1], (1,), generator=generator))
     with torch.no_grad():
-        target = quantizer.targets(x, codes[batch], codebooks)[:, place, None]
-        codes[batch, place] = code_distances(target, codebooks[place, None]).argmin(2)[:, 0]
+        target = quantizer.targets(x, codes[batch], codebooks)[:, place]
+        codes[batch, place] = ProductQuantizer().encode(target, codebooks[place, None], 1)[:, 0]
     own = codes[batch]
     decoded = quantizer.decode(own, codebooks)
     losses = {"reconstruction": (1.0, reconstruction_loss(x, decoded, weights))}

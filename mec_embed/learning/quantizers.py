@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import cpu
 from .kmeans import weighted_kmeans
 
 #: Bytes of the largest temporary array while encoding.
@@ -69,6 +70,9 @@ class ProductQuantizer:
     def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
         """Nearest codeword of each part; ``beam`` has no use here."""
         parts = x.view(len(x), len(codebooks), -1)
+        if _native(x):
+            found = [_native_search(parts[:, m], book[None], 1) for m, book in enumerate(codebooks)]
+            return torch.cat(found, dim=1)
         chunk = max(1, _WORK_BYTES // (codebooks.shape[1] * 4))
         codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
         for m, book in enumerate(codebooks):
@@ -128,6 +132,8 @@ class AdditiveQuantizer:
 
     def encode(self, x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
         """Beam search over the codebooks in order, ``beam`` partial sums kept for each row."""
+        if _native(x):
+            return _native_search(x, codebooks, beam)
         size = codebooks.shape[1]
         gram = codebooks.flatten(0, 1) @ codebooks.flatten(0, 1).T
         # Largest are the distances of a row to all codewords, and those of its partial sums.
@@ -149,26 +155,83 @@ class AdditiveQuantizer:
 
     def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
         """Weighted least squares for all codebooks, by the normal equations in float64."""
-        count, size, width = codebooks.shape
-        flat = flat_codes(codes, size)
-        words = count * size
-        normal = torch.zeros(words * words, dtype=torch.float64, device=x.device)
-        right = torch.zeros(words, width, dtype=torch.float64, device=x.device)
-        for start in range(0, len(x), _PART_ROWS):
-            part = slice(start, start + _PART_ROWS)
-            mass = weights[part].double()
-            rows = x[part].double() * mass[:, None]
-            for m in range(count):
-                right.index_add_(0, flat[part, m], rows)
-                for other in range(m + 1):
-                    normal.index_add_(0, flat[part, m] * words + flat[part, other], mass)
+        lower, right = _normal_equations(x, weights, codes, codebooks.shape[1])
         # Only blocks on and below the diagonal are filled, which is all that cholesky reads.
-        lower = normal.view(words, words)
         pull = self.ridge * lower.diagonal().mean()
         lower.diagonal().add_(pull)
         right += pull * codebooks.flatten(0, 1).double()
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(lower))
         return solution.float().view_as(codebooks)
+
+
+def _normal_equations(
+    x: Tensor, weights: Tensor, codes: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Lower triangle (M * size, M * size) and right side (M * size, D), in float64."""
+    rows, count = codes.shape
+    words = count * size
+    normal = torch.zeros(words, words, dtype=torch.float64, device=x.device)
+    right = torch.zeros(words, x.shape[1], dtype=torch.float64, device=x.device)
+    if _native(x):
+        given = codes.contiguous(), x.contiguous(), weights.float().contiguous()
+        failed = cpu.kernel.normal(
+            *(tensor.data_ptr() for tensor in given),
+            rows,
+            count,
+            size,
+            x.shape[1],
+            normal.data_ptr(),
+            right.data_ptr(),
+            cpu.threads_for(rows * count),
+        )
+        if failed:
+            raise IndexError(f"codes must be in [0, {size})")
+        return normal, right
+    flat = flat_codes(codes, size)
+    for start in range(0, rows, _PART_ROWS):
+        part = slice(start, start + _PART_ROWS)
+        mass = weights[part].double()
+        scaled = x[part].double() * mass[:, None]
+        for m in range(count):
+            right.index_add_(0, flat[part, m], scaled)
+            for other in range(m + 1):
+                place = flat[part, m] * words + flat[part, other]
+                normal.view(-1).index_add_(0, place, mass)
+    return normal, right
+
+
+def _native(x: Tensor) -> bool:
+    """Whether the C kernel takes rows like these."""
+    return cpu.available() and x.is_cpu and x.dtype is torch.float32
+
+
+def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+    """Codes (n, M) of ``x`` (n, D) as :func:`_beam_search` finds them, by the C kernel."""
+    count, size, _ = codebooks.shape
+    x, codebooks = x.detach(), codebooks.detach()
+    words = codebooks.flatten(0, 1)
+    # ||x - sum c||^2 is, but for ||x||^2, what words add alone, and 2 c.c' for each pair.
+    norms = words.square().sum(1)
+    gram = torch.cat([(words[: m * size] @ (2 * codebooks[m]).T).flatten() for m in range(count)])
+    codes = torch.empty(len(x), count, dtype=torch.int64)
+    chunk = max(1, min(len(x), _WORK_BYTES // (count * size * 4)))
+    room = x.new_empty(chunk, count * size)
+    for i in range(0, len(x), chunk):
+        part = x[i : i + chunk]
+        alone = torch.addmm(norms, part, words.T, alpha=-2, out=room[: len(part)])
+        failed = cpu.kernel.encode(
+            alone.data_ptr(),
+            gram.data_ptr(),
+            len(part),
+            count,
+            size,
+            beam,
+            codes[i:].data_ptr(),
+            cpu.threads_for(alone.numel()),
+        )
+        if failed:
+            raise MemoryError("no memory to search for codes")
+    return codes
 
 
 def _beam_search(x: Tensor, codebooks: Tensor, gram: Tensor, beam: int) -> Tensor:

@@ -24,6 +24,8 @@ static PyMethodDef methods[] = {
     CALL(bags, "Decode and reduce bags of rows."),
     CALL(gradient, "Gradient of the codebooks."),
     CALL(tiers, "Tier and place of rows."),
+    CALL(encode, "Codes of rows that are sums of codewords."),
+    CALL(normal, "Normal equations of codebooks."),
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods};

@@ -57,9 +57,10 @@ typedef struct {
 /* The plan that was packed into a bytes object; -1 with an exception set. */
 int read_plan(PyObject *packed, Plan *plan);
 
-/* Rows of ids, all given by address; 0, or 1 where an id is no row or its codes are damaged. */
-int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t count, int64_t zero_id, int64_t out,
-                   int threads);
+/* Rows of ids that are `stride` items apart, all given by address; 0, or 1 where an id is no row or
+ * its codes are damaged. */
+int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t count,
+                   int64_t zero_id, int64_t out, int threads);
 
 /* What Python calls; the comment at each says what it takes. */
 PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
@@ -69,5 +70,7 @@ PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *normal(PyObject *self, PyObject *const *args, Py_ssize_t given);
 
 #endif

@@ -1,0 +1,204 @@
+"""The C kernel that searches codes and adds up normal equations, against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mec_embed.learning import quantizers
+from mec_embed.learning.quantizers import AdditiveQuantizer, ProductQuantizer, quantizer_for
+from mec_embed.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the kernel was not built")
+
+
+def _case(rows: int, dim: int, count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows, and codebooks that get finer, as those of residuals do."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator)
+    scale = 0.7 ** torch.arange(count)
+    return x, torch.randn(count, size, dim, generator=generator) * scale[:, None, None]
+
+
+def _torch_codes(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+    words = codebooks.flatten(0, 1)
+    return quantizers._beam_search(x, codebooks, words @ words.T, beam)
+
+
+def _errors(x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    decoded = AdditiveQuantizer().decode(codes, codebooks)
+    return (x - decoded).square().sum(1).double()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    dim=st.integers(1, 12),
+    count=st.integers(1, 9),
+    size=st.integers(1, 70),
+    beam=st.integers(1, 20),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_codes_are_as_good_as_those_of_torch(
+    rows: int, dim: int, count: int, size: int, beam: int, seed: int
+) -> None:
+    x, codebooks = _case(rows, dim, count, size, seed)
+    codes = AdditiveQuantizer().encode(x, codebooks, beam)
+    assert codes.shape == (rows, count) and codes.dtype is torch.int64
+    if not rows:
+        return
+    assert int(codes.min()) >= 0 and int(codes.max()) < size
+    found = _errors(x, codes, codebooks)
+    expected = _errors(x, _torch_codes(x, codebooks, beam), codebooks)
+    # Rounding may change which of two nearly equal sums is kept, for few rows.
+    close = (found - expected).abs() <= 1e-4 + 1e-3 * expected
+    assert int((~close).sum()) <= 1
+    assert float(found.sum()) <= 1.2 * float(expected.sum()) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "beam"),
+    [
+        (1, 300, 16),
+        (2, 1024, 16),
+        (3, 256, 16),
+        (3, 257, 8),
+        (4, 100, 64),
+        (5, 33, 7),
+        (8, 64, 1),
+        (12, 16, 64),
+        (17, 128, 16),
+        (32, 2, 5),
+        (2, 2048, 64),
+    ],
+)
+def test_codes_equal_those_of_torch(count: int, size: int, beam: int) -> None:
+    x, codebooks = _case(60, 40, count, size)
+    codes = AdditiveQuantizer().encode(x, codebooks, beam)
+    expected = _torch_codes(x, codebooks, beam)
+    same = (codes == expected).all(1)
+    # Where the codes differ, the errors are the same but for rounding.
+    torch.testing.assert_close(
+        _errors(x, codes, codebooks)[~same], _errors(x, expected, codebooks)[~same]
+    )
+    assert int(same.sum()) >= 58
+
+
+def test_product_codes_are_the_nearest_codewords_the_first_of_equal_ones() -> None:
+    x, codebooks = _case(500, 6, 1, 37)
+    codebooks = codebooks.view(37, 3, 2).transpose(0, 1).contiguous()
+    codebooks[:, 20:] = codebooks[:, :17]
+    codes = ProductQuantizer().encode(x, codebooks, 1)
+    distances = (x.view(-1, 3, 1, 2) - codebooks).square().sum(3)
+    torch.testing.assert_close(distances.gather(2, codes[:, :, None])[:, :, 0], distances.amin(2))
+    assert int(codes.max()) < 20
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_of_equal_candidates_the_first_is_chosen(count: int) -> None:
+    codes = AdditiveQuantizer().encode(torch.ones(9, 3), torch.ones(count, 50, 3), 8)
+    assert not codes.any()
+
+
+@pytest.mark.parametrize(("count", "size", "beam"), [(3, 256, 16), (7, 31, 12)])
+def test_threads_and_pieces_change_nothing(
+    count: int, size: int, beam: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, codebooks = _case(2000, 8, count, size)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, work_bytes in ((1, 4 << 20), (2, 4 << 20), (5, 4 << 20), (3, 1 << 19)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(quantizers, "_WORK_BYTES", work_bytes)
+            found.append(AdditiveQuantizer().encode(x, codebooks, beam))
+    finally:
+        torch.set_num_threads(before)
+    # Products of other shapes may round otherwise, which ties alone could show.
+    assert all(int((codes != found[0]).any(1).sum()) <= 1 for codes in found)
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    x, codebooks = _case(50, 12, 3, 20)
+    wide = torch.randn(50, 30)
+    wide[:, 5:17] = x
+    quantizer = AdditiveQuantizer()
+    expected = quantizer.encode(x, codebooks, 4)
+    assert torch.equal(quantizer.encode(wide[:, 5:17], codebooks, 4), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("size", [5, 64])
+def test_rows_that_are_no_numbers_get_some_code(value: float, size: int) -> None:
+    x, codebooks = _case(30, 4, 3, size)
+    clean = AdditiveQuantizer().encode(x, codebooks, 8)
+    x[7] = value
+    x[11, 2] = value
+    codes = AdditiveQuantizer().encode(x, codebooks, 8)
+    assert int(codes.min()) >= 0 and int(codes.max()) < size
+    others = [row for row in range(30) if row not in (7, 11)]
+    assert torch.equal(codes[others], clean[others])
+    codebooks[1, 3] = value
+    codes = AdditiveQuantizer().encode(x, codebooks, 8)
+    assert int(codes.min()) >= 0 and int(codes.max()) < size
+
+
+def test_gradients_of_rows_and_codebooks_do_not_matter() -> None:
+    x, codebooks = _case(20, 4, 2, 8)
+    expected = AdditiveQuantizer().encode(x, codebooks, 4)
+    found = AdditiveQuantizer().encode(x.requires_grad_(), codebooks.requires_grad_(), 4)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["additive", "product"])
+def test_without_the_kernel_torch_does_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codebooks = _case(300, 12, 3, 16)
+    weights = torch.rand(300) + 0.1
+    if kind == "product":
+        codebooks = codebooks[:, :, :4].contiguous()
+    quantizer = quantizer_for(kind)
+
+    def learned() -> tuple[Tensor, Tensor]:
+        codes = quantizer.encode(x, codebooks, 8)
+        return codes, quantizer.refit(x, weights, codes, codebooks)
+
+    codes, refitted = learned()
+    monkeypatch.setattr(cpu, "kernel", None)
+    assert not cpu.available()
+    plain_codes, plain_refitted = learned()
+    assert torch.equal(codes, plain_codes)
+    torch.testing.assert_close(refitted, plain_refitted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 60),
+    dim=st.integers(1, 9),
+    count=st.integers(1, 6),
+    size=st.integers(1, 20),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_normal_equations_equal_those_of_the_design_matrix(
+    rows: int, dim: int, count: int, size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    codes = torch.randint(size, (rows, count), generator=generator)
+    normal, right = quantizers._normal_equations(x, weights, codes, size)
+    design = torch.nn.functional.one_hot(codes, size).double().flatten(1)
+    scaled = design.T * weights.double()
+    blocks = torch.ones(count, count).tril().bool().repeat_interleave(size, 0)
+    blocks = blocks.repeat_interleave(size, 1)
+    torch.testing.assert_close(normal[blocks], (scaled @ design)[blocks])
+    torch.testing.assert_close(right, scaled @ x.double())
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+def test_codes_that_name_no_codeword_are_refused(code: int) -> None:
+    codes = torch.zeros(10, 2, dtype=torch.int64)
+    codes[6, 0] = code
+    with pytest.raises(IndexError, match=r"\[0, 4\)"):
+        quantizers._normal_equations(torch.randn(10, 3), torch.ones(10), codes, 4)
