@@ -8,9 +8,10 @@ covariance of the rows, measured on a sample.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from .tiers import TierMap
 _SAMPLE = 4096
 #: Rows read at once for their mean.
 _MEAN_ROWS = 1 << 16
+#: Rows whose weights or counts are worked on at once: temporary arrays of all rows of a large
+#: table would take more memory than its codes.
+_PART_ROWS = 1 << 20
 #: Largest number of codewords in all additive codebooks: the least-squares problem has this side.
 _MOST_WORDS = 2048
 _MOST_CODEBOOKS = 32
@@ -57,31 +61,61 @@ class Field:
     Attributes:
         table: the vector table, or any table on its own.
         partner: the first-order table, or None.
-        weights: popularity weights (rows,) float32; their sum is the number of lookups.
+        table_weights: popularity weights (rows of the table,) float32; their sum is the number of
+            lookups.
         fisher: Fisher matrix (dim, dim) of a lookup, see :mod:`mec_embed.sensitivity`; None
             weighs all directions alike.
-        counts: occurrences (rows,) of each row, or None.
+        counts: occurrences (rows of the table,) of each row, or None.
         tier: ``"head"`` or ``"tail"`` where this is a tier of the tables, else None.
-        ids: rows of the tables (rows,) int64 that are in the tier; None for all.
+        cut: occurrences from which on a row is in the head.
     """
 
     table: Table
     partner: Table | None
-    weights: Tensor
+    table_weights: Tensor
     fisher: np.ndarray | None = None
     counts: np.ndarray | None = None
     tier: str | None = None
-    ids: Tensor | None = None
+    cut: int = 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of the table, or of its tier."""
-        return len(self.weights)
+        if self.tier is None:
+            return self.table.rows
+        return sum(int(np.count_nonzero(part)) for part in self._inside())
+
+    @property
+    def ids(self) -> Tensor:
+        """Rows of the tables (rows,) that are in the field, ascending; made anew at every call."""
+        kind = torch.int32 if self.table.rows <= torch.iinfo(torch.int32).max else torch.int64
+        ids, first, done = torch.empty(self.rows, dtype=kind), 0, 0
+        for part in self._inside():
+            found = np.flatnonzero(part)
+            ids[done : done + len(found)] = torch.from_numpy(found + first)
+            first, done = first + len(part), done + len(found)
+        return ids
+
+    @property
+    def weights(self) -> Tensor:
+        """Popularity weights (rows,) float32; those of a tier are made anew at every call."""
+        if self.tier is None:
+            return self.table_weights
+        return self.table_weights.index_select(0, self.ids)
+
+    def _inside(self) -> Iterator[np.ndarray]:
+        """Whether each row of the tables is in the field: bool arrays, in order."""
+        for start in range(0, self.table.rows, _PART_ROWS):
+            if self.tier is None or self.counts is None:
+                yield np.ones(min(_PART_ROWS, self.table.rows - start), dtype=bool)
+            else:
+                popular = self.counts[start : start + _PART_ROWS] >= self.cut
+                yield popular if self.tier == "head" else ~popular
 
     @cached_property
     def mass(self) -> float:
         """Number of lookups."""
-        return float(self.weights.double().sum())
+        return total_weight(self.weights)
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -98,24 +132,30 @@ class Field:
         """Columns of both."""
         return sum(table.dim for table in self.tables)
 
+    def reader(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Reads rows (n, dim) float32 by their numbers (n,) in the field, the partner's last."""
+        own = None if self.tier is None else self.ids
+
+        def read(ids: Tensor) -> Tensor:
+            rows = ids if own is None else own[ids].long()
+            return torch.cat([t.read(rows).to(device, torch.float32) for t in self.tables], dim=1)
+
+        return read
+
     def read(self, ids: Tensor, device: torch.device) -> Tensor:
         """Rows (n, dim) float32 of ``ids``, the partner's column last."""
-        if self.ids is not None:
-            ids = self.ids[ids]
-        parts = [
-            table.weight.detach()[ids.to(table.weight.device)].to(device, torch.float32)
-            for table in self.tables
-        ]
-        return torch.cat(parts, dim=1)
+        return self.reader(device)(ids)
 
     @property
     def mean(self) -> tuple[Tensor, ...]:
         """Weighted mean row (dim,) of the table, and of its partner."""
-        ids = torch.arange(self.rows)
-        device = self.table.weight.device
+        device, first = self.table.device, 0
+        read = self.reader(device)
         total = torch.zeros(self.dim, dtype=torch.float64, device=device)
-        for chunk in ids.split(_MEAN_ROWS):
-            total += self.weights[chunk].to(device).double() @ self.read(chunk, device).double()
+        for part in self.weights.split(_MEAN_ROWS):
+            ids = torch.arange(first, first + len(part))
+            total += part.to(device).double() @ read(ids).double()
+            first += len(part)
         return (total / self.mass).split([table.dim for table in self.tables])
 
     @cached_property
@@ -125,9 +165,7 @@ class Field:
         if rows <= _SAMPLE:
             ids, mass = torch.arange(rows), self.weights.double()
         else:
-            bounds = self.weights.double().cumsum(0)
-            places = (torch.arange(_SAMPLE, dtype=torch.float64) + 0.5) / _SAMPLE * bounds[-1]
-            ids = torch.searchsorted(bounds, places).clamp(max=rows - 1)
+            ids = _drawn(self.weights, _SAMPLE)
             mass = torch.ones(_SAMPLE, dtype=torch.float64)
         x = self.read(ids, torch.device("cpu")).double()
         if not bool(x.isfinite().all()):
@@ -136,6 +174,24 @@ class Field:
         mean = (share * x).sum(0)
         centred = x - mean
         return mean.numpy(), (centred.T @ (share * centred)).numpy()
+
+
+def total_weight(weights: Tensor) -> float:
+    """The sum of weights (n,), in float64."""
+    return sum(float(part.double().sum()) for part in weights.split(_PART_ROWS))
+
+
+def _drawn(weights: Tensor, size: int) -> Tensor:
+    """Row numbers (size,) at even steps along the sum of ``weights`` (rows,)."""
+    steps = torch.arange(size, dtype=torch.float64) + 0.5
+    places = steps / size * total_weight(weights)
+    drawn, below = [], 0.0
+    for number, part in enumerate(weights.split(_PART_ROWS)):
+        bounds = part.double().cumsum(0) + below
+        inside = places[(places >= below) & (places < bounds[-1])]
+        drawn.append(torch.searchsorted(bounds, inside) + number * _PART_ROWS)
+        below = float(bounds[-1])
+    return torch.cat(drawn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,8 +269,7 @@ class Group:
         return codes + sum(layout.codebook_bytes for layout in layouts[0])
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One way to store a group.
 
     Attributes:
@@ -343,11 +398,11 @@ def choices(group: Group, config: CompressionConfig) -> list[Choice]:
     shapes = code_shapes(group, config)
     if shapes:
         sizes, errors = _sizes(group, shapes, config), _distortions(group, shapes)
-        found += [
-            Choice(*choice)
-            for choice in zip(shapes, sizes.tolist(), errors.tolist(), strict=True)
-            if choice[1] < before
-        ]
+        # Thousands of shapes in plans of many tables: the best of them are found as arrays.
+        order = np.lexsort((errors, sizes))
+        least = np.minimum.accumulate(np.append(np.inf, errors[order]))
+        best = order[(errors[order] < least[:-1]) & (sizes[order] < before)]
+        found += [Choice(shapes[i], int(sizes[i]), float(errors[i])) for i in best]
     found += _row_choices(group, config)
     if group.first.tier == "tail":
         shared: Shape = ("shared", 1, 1)
@@ -493,22 +548,15 @@ def split_fields(fields: Sequence[Field], cut: int) -> list[Field]:
     """
     tiers: list[Field] = []
     for field in fields:
-        popular = None if field.counts is None else field.counts >= cut
-        if popular is None or min(popular.sum(), (~popular).sum()) < _LEAST_TIER_ROWS:
-            tiers.append(field)
-            continue
-        for tier, inside in (("head", popular), ("tail", ~popular)):
-            ids = torch.from_numpy(inside.nonzero()[0])
-            part = replace(field, weights=field.weights[ids], counts=None, tier=tier, ids=ids)
-            tiers.append(part)
+        both = [replace(field, tier=tier, cut=cut) for tier in ("head", "tail")]
+        enough = field.counts is not None and min(t.rows for t in both) >= _LEAST_TIER_ROWS
+        tiers += both if enough else [field]
     return tiers
 
 
 def popular_rows(head: Field) -> Tensor:
     """Bool (rows,) of the table whose popular rows are the field ``head``."""
-    popular = torch.zeros(head.table.rows, dtype=torch.bool)
-    popular[head.ids] = True
-    return popular
+    return torch.from_numpy(np.concatenate(list(head._inside())))
 
 
 #: The choices of groups that were met already.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Assignment, Field, Group, Shape, assign, popular_rows
+from .budget import Assignment, Field, Group, Shape, assign, popular_rows, total_weight
 from .config import POPULARITY, CompressionConfig
 from .forward import Forward, default_forward
 from .frequency import FrequencyStats, counts_for_tables
@@ -51,8 +53,17 @@ Counts = FrequencyStats | Mapping[str, Any] | None
 Compressed = CompressedEmbedding | CompressedEmbeddingBag
 T = TypeVar("T")
 
+#: Finds the codes of a group of this shape by calling what it is given, or knows them already.
+Fit = Callable[[Group, Shape, Callable[[], FittedCodes]], FittedCodes]
+
 #: A row that never occurs counts as this many occurrences: little, but it gets a code.
 _UNSEEN = 0.1
+#: Rows whose weights are worked out at once.
+_WEIGHT_ROWS = 1 << 20
+
+
+def _always_fit(group: Group, shape: Shape, fit: Callable[[], FittedCodes]) -> FittedCodes:
+    return fit()
 
 
 def compress(
@@ -104,12 +115,8 @@ def compress(
     draft = _draft(model, freq_stats, config, optimizer, batches, forward)
     require_faiss()
     check_finite(draft.tables)
-    outcome = _Outcome(draft)
-    groups = draft.groups_to_learn()
-    with _grad_mode(), tqdm(groups, "compressing", unit="table", disable=not progress) as bar:
-        for group, shape in bar:
-            outcome.learn(group, shape, device, _teller(bar, group))
-        outcome.assemble()
+    with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as groups:
+        outcome = learn(draft, groups, partial(_teller, groups), device)
     report = outcome.report(time.perf_counter() - started)
     replace_modules(
         model,
@@ -132,7 +139,31 @@ def plan(
 
     Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
     """
-    return _Outcome(_draft(model, freq_stats, config, optimizer, batches, forward)).report(None)
+    return _draft(model, freq_stats, config, optimizer, batches, forward).report()
+
+
+def learn(
+    draft: Draft,
+    groups: Iterable[tuple[Group, Shape]],
+    teller: Callable[[Group], Progress],
+    device: torch.device | str | None = None,
+    fit: Fit = _always_fit,
+) -> Outcome:
+    """Learn what was planned; the model stays as it is.
+
+    Args:
+        draft: the plan, its tables checked.
+        groups: what :meth:`Draft.groups_to_learn` returned.
+        teller: makes what is told of the progress of a group.
+        device: to learn on; by default where the table is.
+        fit: may keep the codes of groups, or know them from before.
+    """
+    outcome = Outcome(draft, fit)
+    with _grad_mode():
+        for group, shape in groups:
+            outcome.learn(group, shape, device, teller(group))
+        outcome.assemble()
+    return outcome
 
 
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
@@ -171,7 +202,7 @@ def _dense(module: DecodedTable) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """What is known before anything is learned."""
 
     config: CompressionConfig
@@ -183,6 +214,10 @@ class _Draft:
     lookups: list[float | None]
     assignment: Assignment
     notes: list[str]
+
+    def report(self) -> CompressionReport:
+        """What would be done."""
+        return Outcome(self).report(None)
 
     def groups_to_learn(self) -> list[tuple[Group, Shape]]:
         """Groups that change, with their shape."""
@@ -197,7 +232,7 @@ def _draft(
     optimizer: Optimizers,
     batches: Iterable[Any] | None,
     forward: Forward,
-) -> _Draft:
+) -> Draft:
     check_model(model)
     groups_of = optimizer_groups(all_optimizers(model, optimizer))
     if config is None:
@@ -205,18 +240,44 @@ def _draft(
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
     tables, skipped = find_tables(model, config)
+    measure = None
+    if batches is not None:
+        measure = partial(fisher_matrices, model, tables, batches, forward)
+    return draft_tables(model, tables, skipped, freq_stats, config, groups_of, measure)
+
+
+def draft_tables(
+    model: nn.Module,
+    tables: list[Table],
+    skipped: list[SkippedTable],
+    freq_stats: Counts,
+    config: CompressionConfig,
+    groups_of: Mapping[int, Hashable] | None = None,
+    measure: Callable[[], Sequence[Any]] | None = None,
+) -> Draft:
+    """Plan tables that were found already.
+
+    Args:
+        model: that holds the tables.
+        tables: to compress.
+        skipped: tables that stay as they are.
+        freq_stats: as :func:`compress` takes it.
+        config: what to aim for.
+        groups_of: group of its optimizer for the ``id`` of a parameter.
+        measure: finds the Fisher matrices, see :mod:`mec_embed.sensitivity`; None without batches.
+    """
     counts = counts_for_tables(
         freq_stats,
         [(table.names, table.rows) for table in tables],
         [name for table in skipped for name in (table.name, *table.aliases)],
     )
     totals = [None if c is None else float(c.sum()) for c in counts]
-    popularity = config.popularity or ("sqrt" if batches is None else "linear")
+    popularity = config.popularity or ("sqrt" if measure is None else "linear")
     known = [max(total, 1.0) for total in totals if total is not None]
     # A table without counts is looked up as often as the others are on average.
     usual = sum(known) / len(known) if known else 1.0
     weights = [
-        _row_weights(table.rows, c, popularity, usual)
+        row_weights(table.rows, c, popularity, usual)
         for table, c in zip(tables, counts, strict=True)
     ]
     alone = sum(table.nbytes for table in skipped)
@@ -230,14 +291,14 @@ def _draft(
                 "exclude)"
             )
         budget -= alone
-    keys = {table: _share_key(table, groups_of) for table in tables}
-    fishers: list[Any] = [None] * len(tables)
-    if batches is not None:
-        fishers = comparable(tables, fisher_matrices(model, tables, batches, forward))
+    keys = {table: _share_key(table, groups_of or {}) for table in tables}
+    fishers: Sequence[Any] = [None] * len(tables)
+    if measure is not None:
+        fishers = comparable(tables, measure())
     assignment = assign(tables, weights, counts, fishers, keys, config, budget)
     missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
-    return _Draft(
+    return Draft(
         config,
         order,
         tables,
@@ -258,13 +319,24 @@ def _notes(freq_stats: Counts, missing: list[str]) -> list[str]:
     return []
 
 
-def _row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:
-    """Popularity weights (rows,) float32 whose sum is the number of lookups of the table."""
+def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:
+    """Popularity weights (rows,) float32 whose sum is the number of lookups of the table.
+
+    Args:
+        rows: of the table.
+        counts: occurrences (rows,) of each row, or None.
+        popularity: how a row's weight grows with them.
+        usual: number of lookups where they are not known.
+    """
     if counts is None:
         return torch.full((rows,), usual / rows, dtype=torch.float32)
-    occurrences = torch.from_numpy(counts)
-    weights = POPULARITY[popularity](occurrences.clamp(min=_UNSEEN))
-    return (weights * (max(float(occurrences.sum()), 1.0) / weights.sum())).float()
+    weights = torch.empty(rows, dtype=torch.float32)
+    # In parts: as float64, large tables' counts would take more memory than their codes.
+    for start in range(0, rows, _WEIGHT_ROWS):
+        part = np.asarray(counts[start : start + _WEIGHT_ROWS], dtype=np.float64)
+        popular = POPULARITY[popularity](torch.from_numpy(part).clamp(min=_UNSEEN))
+        weights[start : start + _WEIGHT_ROWS] = popular
+    return weights.mul_(max(float(counts.sum()), 1.0) / total_weight(weights))
 
 
 def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> Hashable:
@@ -311,11 +383,12 @@ class _Piece:
     mass: float
 
 
-class _Outcome:
+class Outcome:
     """The replacements and what the report says of each table, filled group by group."""
 
-    def __init__(self, draft: _Draft) -> None:
+    def __init__(self, draft: Draft, fit: Fit = _always_fit) -> None:
         self.draft = draft
+        self.fit = fit
         self.modules: dict[Table, DecodedTable] = {}
         #: Table -> tier (None for a whole table) -> what is planned, learned and told of it.
         self.pieces: dict[Table, dict[str | None, _Piece]] = {}
@@ -405,9 +478,11 @@ class _Outcome:
         means = [[field.mass / group.mass * part for part in field.mean] for field in group.fields]
         books = []
         for place, (table, layout) in enumerate(zip(group.first.tables, layouts[0], strict=True)):
-            rows = table.weight.detach()
             if layout.kind == "shared":
-                rows = torch.stack([mean[place] for mean in means]).sum(0).to(rows.dtype)[None]
+                mean = torch.stack([mean[place] for mean in means]).sum(0)
+                rows = mean.to(table.weight.dtype)[None]
+            else:
+                rows = table.piece(0, table.rows)
             books.append(CodebookSet(layout, table.weight.requires_grad))
             books[-1].store(rows[None].cpu())
         for field, field_layouts in zip(group.fields, layouts, strict=True):
@@ -434,15 +509,16 @@ class _Outcome:
         device: torch.device | str | None,
         tell: Progress,
     ) -> None:
-        place = torch.device(device) if device is not None else group.first.table.weight.device
-        fitted = fit_codes(
-            [Rows(_reader(field, place), field.weights) for field in group.fields],
-            CodeShape(
-                *shape, layouts[0][0].codebook_dtype, _widths(group.first), _metric(group, shape)
-            ),
-            self.draft.config,
-            tell,
+        place = torch.device(device) if device is not None else group.first.table.device
+        code_shape = CodeShape(
+            *shape, layouts[0][0].codebook_dtype, _widths(group.first), _metric(group, shape)
         )
+
+        def fit() -> FittedCodes:
+            rows = [Rows(field.reader(place), field.weights) for field in group.fields]
+            return fit_codes(rows, code_shape, self.draft.config, tell)
+
+        fitted = self.fit(group, shape, fit)
         if not bool(fitted.codebooks.isfinite().all()):
             dtype = layouts[0][0].codebook_dtype
             raise ValueError(
@@ -458,8 +534,7 @@ class _Outcome:
             books.append(CodebookSet(layout, table.weight.requires_grad))
             books[-1].store(values.cpu())
         for number, field in enumerate(group.fields):
-            codes = CodeTable(layouts[number][0])
-            codes.codes.copy_(fitted.encoded[number].packed)
+            codes = _holding(layouts[number][0], fitted.encoded[number].packed)
             for table, layout, book in zip(field.tables, layouts[number], books, strict=True):
                 self._keep(table, field.tier, layout, codes, book)
                 self.told.setdefault(table, {})[field.tier] = _told(fitted, number)
@@ -472,7 +547,7 @@ class _Outcome:
             whole = parts[0] if len(parts) == 1 else _tiered(table, self.maps[table][0], *parts)
             self.modules[table] = whole
             told = self._summary(table)
-            error = weighted_error(whole, table.weight, weights[table])
+            error = weighted_error(whole, table, weights[table])
             row = self.rows[table.name]
             self.rows[table.name] = replace(row, weighted_error=error, **told)
 
@@ -539,8 +614,12 @@ def _metric(group: Group, shape: Shape) -> Tensor | None:
     return torch.from_numpy(group.metric / abs(group.metric).max()).float()
 
 
-def _reader(field: Field, device: torch.device) -> Any:
-    return lambda ids: field.read(ids, device)
+def _holding(layout: CodeLayout, packed: Tensor) -> CodeTable:
+    """The codes ``packed`` as they are: a copy of a large table's would be as large."""
+    with torch.device("meta"):
+        codes = CodeTable(layout)
+    codes.register_buffer("codes", packed)
+    return codes
 
 
 def _module(
@@ -556,7 +635,7 @@ def _module(
         "code_table": codes,
         "codebook_set": books,
     }
-    device = table.weight.device
+    device = table.device
     if tier is not None:
         return CompressedEmbedding(layout, **options).to(device)
     options |= _padding(table)
@@ -572,8 +651,8 @@ def _tiered(
     old, options = table.module, {"name": table.name, **_padding(table)}
     if isinstance(old, nn.EmbeddingBag):
         bags = TieredEmbeddingBag(tier_map, head, tail, **options, **_bags(old))
-        return bags.to(table.weight.device)
-    return TieredEmbedding(tier_map, head, tail, **options).to(table.weight.device)
+        return bags.to(table.device)
+    return TieredEmbedding(tier_map, head, tail, **options).to(table.device)
 
 
 def _padding(table: Table) -> dict[str, Any]:
@@ -584,19 +663,19 @@ def _bags(old: nn.EmbeddingBag) -> dict[str, Any]:
     return {"mode": old.mode, "include_last_offset": old.include_last_offset}
 
 
-def weighted_error(module: DecodedTable, weight: Tensor, weights: Tensor) -> float:
+def weighted_error(module: DecodedTable, table: Table, weights: Tensor) -> float:
     """Weighted squared error of what ``module`` decodes / weighted variance of the dense rows.
 
     Args:
         module: the replacement.
-        weight: the dense table (rows, dim).
+        table: the dense table.
         weights: (rows,) popularity weights.
     """
     error = square = mass = 0.0
-    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    total = torch.zeros(table.dim, dtype=torch.float64, device=table.device)
     with torch.no_grad():
-        for start in range(0, len(weight), DECODE_ROWS):
-            x = weight[start : start + DECODE_ROWS].double()
+        for start in range(0, table.rows, DECODE_ROWS):
+            x = table.piece(start, start + DECODE_ROWS).double()
             share = weights[start : start + DECODE_ROWS].to(x.device).double()
             ids = torch.arange(start, start + len(x), device=x.device)
             error += float(share @ (x - module.decode(ids).double()).square().sum(1))

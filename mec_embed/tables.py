@@ -77,10 +77,23 @@ class Table:
         return self.weight.nbytes
 
     @property
+    def device(self) -> torch.device:
+        """Where rows are read to."""
+        return self.weight.device
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of ``ids`` (n,)."""
+        return self.weight.detach()[ids.to(self.device)]
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, or to the last row."""
+        return self.weight.detach()[start:stop]
+
+    @property
     def zero_padding(self) -> bool:
         """Whether the padding row exists and is exactly zero."""
         padding_idx = self.module.padding_idx
-        return padding_idx is not None and not bool(self.weight[padding_idx].any())
+        return padding_idx is not None and not bool(self.piece(padding_idx, padding_idx + 1).any())
 
 
 @dataclass(frozen=True)
@@ -256,9 +269,8 @@ def _reason_to_skip(
 def check_finite(tables: Sequence[Table]) -> None:
     """ValueError for a table with a NaN or infinite entry, naming table and row."""
     for table in tables:
-        weight = table.weight.detach()
         for start in range(0, table.rows, CHECK_ROWS):
-            finite = weight[start : start + CHECK_ROWS].isfinite().all(1)
+            finite = table.piece(start, start + CHECK_ROWS).isfinite().all(1)
             if not bool(finite.all()):
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(

@@ -1,0 +1,1 @@
+"""Large tables and kills: what the command line takes and survives."""

@@ -1,0 +1,280 @@
+"""Say what a compressed file holds, and compare it with its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint, StoredTensor, damaged_tensors, open_checkpoint
+from .compress import row_weights, weighted_error
+from .counts import read_counts
+from .frequency import FrequencyStats
+from .layout import CodeLayout
+from .modules import DecodedTable
+from .offline import ORIGIN
+from .skeleton import FLOATS, Progress, Roles, Skeleton
+from .storage import build_tables, read_manifest
+
+#: Error relative to that of the report, and absolute, that is the same error.
+_SAME_ERROR = (1e-3, 1e-6)
+
+
+def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a compressed file was made; empty where it was not :func:`compress_file` that made it."""
+    values: dict[str, Any] = json.loads(checkpoint.metadata.get(ORIGIN, "{}"))
+    return values
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """What a compressed file holds of one table: names, layout, bytes, and the error then."""
+
+    names: list[str]
+    module: str
+    rows: int
+    dim: int
+    layout: str
+    codebook_dtype: str
+    code_bytes: int
+    codebook_bytes: int
+    other_bytes: int
+    error: float | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.code_bytes + self.codebook_bytes + self.other_bytes
+
+
+def stored_tables(checkpoint: Checkpoint) -> list[StoredTable]:
+    """The tables of a compressed file; tensors that are shared count with the first of them."""
+    manifest = read_manifest(checkpoint.path)
+    errors = origin_of(checkpoint).get("tables", {})
+    try:
+        keys = _keys_of_tables(checkpoint.tensors, manifest)
+        return [_stored_table(entry, keys, checkpoint, errors) for entry in manifest["tables"]]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path}: the manifest is damaged ({error!r})") from error
+
+
+def _keys_of_tables(
+    keys: Iterable[str], manifest: Mapping[str, Any]
+) -> defaultdict[str, list[str]]:
+    """Keys below each name of each table."""
+    names = {name for entry in manifest["tables"] for name in entry["names"]}
+    found = defaultdict(list)
+    for key in keys:
+        parent = key.rpartition(".")[0]
+        while parent and parent not in names:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            found[parent].append(key)
+    return found
+
+
+def _stored_table(
+    entry: dict[str, Any],
+    keys: Mapping[str, list[str]],
+    checkpoint: Checkpoint,
+    errors: Mapping[str, Any],
+) -> StoredTable:
+    parts = entry.get("tiers", [entry])
+    layouts = [
+        CodeLayout.from_dict(part["layout"] | {"codebook_dtype": part["codebook_dtype"]})
+        for part in parts
+    ]
+    nbytes = dict.fromkeys(("codes", "codebooks", "scales", "map"), 0)
+    for key in (key for name in entry["names"] for key in keys[name]):
+        last = key.rpartition(".")[2]
+        nbytes[last if last in nbytes else "map"] += checkpoint.tensors[key].nbytes
+    return StoredTable(
+        names=entry["names"],
+        module=entry["module"],
+        rows=sum(layout.num_embeddings for layout in layouts),
+        dim=layouts[0].embedding_dim,
+        layout=" | ".join(layout.describe() for layout in layouts),
+        codebook_dtype=parts[0]["codebook_dtype"],
+        code_bytes=nbytes["codes"],
+        codebook_bytes=nbytes["codebooks"] + nbytes["scales"],
+        other_bytes=nbytes["map"],
+        error=errors.get(entry["names"][0], {}).get("error"),
+    )
+
+
+@dataclass(frozen=True)
+class TableErrors:
+    """Errors of one table: squared, relative to the variance of its rows.
+
+    Attributes:
+        name: of the table.
+        weighted: by popularity; None where the counts are not given.
+        unweighted: all rows alike.
+        reported: by popularity, as found when the file was made; None where the file does not say.
+    """
+
+    name: str
+    weighted: float | None
+    unweighted: float
+    reported: float | None
+
+    def problems(self, max_error: float | None) -> Iterator[str]:
+        """What is not as it should be."""
+        error = self.unweighted if self.weighted is None else self.weighted
+        kind = "unweighted" if self.weighted is None else "weighted"
+        if max_error is not None and not error <= max_error:
+            yield (
+                f"table {self.name!r}: {kind} error {error:.6g} is above --max-error {max_error:g}"
+            )
+        if self.weighted is None or self.reported is None:
+            return
+        relative, absolute = _SAME_ERROR
+        if not abs(self.weighted - self.reported) <= relative * self.reported + absolute:
+            yield (
+                f"table {self.name!r}: weighted error {self.weighted:.6g}, expected "
+                f"{self.reported:.6g} as when it was compressed; the checkpoint or the counts are "
+                "others"
+            )
+
+
+@dataclass
+class Verified:
+    """What :func:`verify_file` found; ``differences`` is empty where all is well."""
+
+    tables: list[TableErrors] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify_file(
+    path: str | Path,
+    checkpoint_path: str | Path,
+    *,
+    counts: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_error: float | None = None,
+    tables_only: bool = False,
+    progress: Progress | None = None,
+) -> Verified:
+    """Compare a compressed file with the checkpoint that it was made from, in pieces.
+
+    Args:
+        path: the compressed file.
+        checkpoint_path: the checkpoint.
+        counts: see :func:`read_counts`; needed for weighted errors.
+        columns: see :func:`read_counts`.
+        max_error: larger errors of a table (weighted, if known) are differences.
+        tables_only: leave out tensors that are no tables, for a model that was trained since.
+        progress: told what goes on.
+    """
+    progress, found = progress or Progress(), Verified()
+    small, checkpoint = open_checkpoint(path), open_checkpoint(checkpoint_path)
+    manifest = read_manifest(path)
+    with progress.stage("checking the file", small.nbytes):
+        damaged = damaged_tensors(small, progress.advance)
+    if damaged is None:
+        found.notes.append(f"{path} holds no checksums: mec_embed.save() writes none")
+    for key in damaged or ():
+        found.differences.append(f"{key}: its bytes are not those that were written")
+    modules = build_tables(manifest, _table_tensors(small, manifest), path)
+    names = [entry["names"][0] for entry in manifest["tables"]]
+    keys = {f"{name}.weight": name for name in names}
+    chosen = {
+        keys[key]: stored
+        for key, stored in checkpoint.tensors.items()
+        if key in keys and len(stored.shape) == 2 and stored.dtype in FLOATS
+    }
+    skeleton = Skeleton(checkpoint, chosen, Roles(), progress.advance)
+    stats = None if counts is None else read_counts(counts, skeleton, columns or {}, progress)
+    with progress.stage("comparing tables", 2 * skeleton.nbytes):
+        _compare_tables(dict(zip(names, modules, strict=True)), skeleton, stats, small, found)
+    if not tables_only:
+        with progress.stage("comparing other tensors", checkpoint.nbytes - skeleton.nbytes):
+            _compare_others(small, manifest, checkpoint, {*keys}, found, progress)
+    for table in found.tables:
+        found.differences += table.problems(max_error)
+    return found
+
+
+def _table_tensors(small: Checkpoint, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of all tables of a compressed file, mapped."""
+    shared = manifest["shared"]
+    tensors = {}
+    for keys in _keys_of_tables([*small.tensors, *shared], manifest).values():
+        for key in keys:
+            if shared.get(key, key) not in small.tensors:
+                raise ValueError(f"{small.path}: {key!r} shares a tensor that is not there")
+            tensors[key] = small.mapped(shared.get(key, key))
+    return tensors
+
+
+def _compare_tables(
+    modules: Mapping[str, DecodedTable],
+    skeleton: Skeleton,
+    stats: FrequencyStats | None,
+    small: Checkpoint,
+    found: Verified,
+) -> None:
+    tables = {table.name: table for table in skeleton.tables}
+    origin = origin_of(small).get("tables", {})
+    for name, module in modules.items():
+        table, about = tables.get(name), origin.get(name, {})
+        expected = (module.num_embeddings, module.embedding_dim)
+        if table is None or table.stored.shape != expected:
+            shape = "no such table" if table is None else table.stored.shape
+            found.differences.append(f"table {name!r}: found {shape}, expected {expected}")
+            continue
+        unweighted = weighted_error(module, table, torch.ones(table.rows))
+        weighted = unweighted if about.get("popularity") == "uniform" else None
+        if weighted is None and stats is not None and name in stats:
+            kind = about.get("popularity", "sqrt")
+            weights = row_weights(table.rows, stats[name], kind, 1.0)
+            weighted = weighted_error(module, table, weights)
+        if weighted is None:
+            found.notes.append(f"table {name!r}: no counts, so no weighted error")
+        found.tables.append(TableErrors(name, weighted, unweighted, about.get("error")))
+
+
+def _compare_others(
+    small: Checkpoint,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint,
+    weights: set[str],
+    found: Verified,
+    progress: Progress,
+) -> None:
+    """Tensors that are no tables must be those of the checkpoint, to the bit."""
+    coded = _keys_of_tables([*small.tensors, *manifest["shared"]], manifest)
+    tables = {key for keys in coded.values() for key in keys}
+    ours = _all_tensors(small.tensors, manifest["shared"])
+    theirs = _all_tensors(checkpoint.tensors, checkpoint.shared)
+    weights |= {key for key, first in checkpoint.shared.items() if first in weights}
+    for key in sorted((ours.keys() - tables) | (theirs.keys() - weights)):
+        if key not in ours or key not in theirs:
+            where = small.path if key not in ours else checkpoint.path
+            found.differences.append(f"{key}: {where} does not hold it")
+        elif not _same(ours[key], theirs[key], progress):
+            found.differences.append(f"{key}: differs from that of the checkpoint")
+
+
+def _all_tensors(
+    tensors: Mapping[str, StoredTensor], shared: Mapping[str, str]
+) -> dict[str, StoredTensor]:
+    return {**tensors, **{k: tensors[first] for k, first in shared.items() if first in tensors}}
+
+
+def _same(one: StoredTensor, other: StoredTensor, progress: Progress) -> bool:
+    if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):
+        return False
+    for ours, theirs in zip(one.chunks(), other.chunks(), strict=True):
+        progress.advance(len(ours))
+        if not np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)):
+            return False
+    return True

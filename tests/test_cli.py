@@ -1,0 +1,745 @@
+"""The command line: what it writes is what the library writes, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from benchmarks.scale.kill import kill
+from mec_embed import CompressionConfig, compress, load, offline, save
+from mec_embed.cli import main
+from mec_embed.learning.kmeans import require_faiss
+
+pytest.importorskip("faiss")
+
+#: Learning that takes no time.
+FAST = ["--epochs", "0", "--ratio", "30", "--quiet"]
+
+
+class Model(nn.Module):
+    """Tables of several kinds, a layer, a buffer; names in the order of a sorted file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        fields = {
+            "user": nn.Embedding(2000, 16, padding_idx=0),
+            "größe 1": nn.Embedding(1500, 8),
+        }
+        self.bag = nn.EmbeddingBag(1200, 16, mode="sum", include_last_offset=True)
+        self.embedding = nn.ModuleDict(dict(sorted(fields.items())))
+        self.first = nn.Embedding(2000, 1)
+        self.mlp = nn.Linear(24, 64)
+        self.small = nn.Embedding(20, 4)
+        self.register_buffer("step", torch.tensor(3))
+
+
+ROLES = ["--padding-idx", "*.user=0", "--bag", "bag=sum,last"]
+COUNTS = {
+    "embedding.user": 3000 // (1 + np.arange(2000)),
+    "first": 3000 // (1 + np.arange(2000)),
+    "bag.weight": np.random.default_rng(0).integers(0, 9, 1200).astype(np.float32),
+}
+
+
+def _model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a checkpoint and counts; what runs write goes there too."""
+    save_file(_model().state_dict(), tmp_path / "model.safetensors", {"format": "pt", "by": "me"})
+    np.savez(tmp_path / "counts.npz", **COUNTS)
+    return tmp_path
+
+
+def _run(folder: Path, command: str, *options: object) -> int:
+    arguments = [str(o) for o in options]
+    return main([command, str(folder / "model.safetensors"), *arguments])
+
+
+def _compress(folder: Path, *options: object) -> int:
+    output = ("-o", folder / "small.safetensors")
+    return _run(folder, "compress", *output, "--freq", folder / "counts.npz", *FAST, *options)
+
+
+def _left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"model.safetensors", "counts.npz"}
+
+
+# --- what is written ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--codebook-dtype", "int8"], ["--codes", "product"]])
+def test_the_file_is_that_of_the_library(files: Path, options: list[str]) -> None:
+    assert _compress(files, *ROLES, *options) == 0
+    assert _left(files) == {"small.safetensors"}
+    model, extra = _model(), {}
+    if options:
+        extra = {options[0][2:].replace("-", "_"): options[1]}
+    config = CompressionConfig(epochs=0, exclude=("small",), **extra)
+    # Counts without "embedding.größe 1", ratio of the chosen tables only.
+    chosen = sum(m.weight.nbytes for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    chosen += model.bag.weight.nbytes - model.small.weight.nbytes
+    config = CompressionConfig.from_dict(
+        config.to_dict() | {"ratio": None, "max_bytes": chosen // 30 + model.small.weight.nbytes}
+    )
+    counts = {name.removesuffix(".weight"): values for name, values in COUNTS.items()}
+    compress(model, counts, config, progress=False)
+    save(model, files / "library.safetensors")
+    ours = load_file(files / "small.safetensors")
+    theirs = load_file(files / "library.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    loaded = load(_model(1), files / "small.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert not loaded.embedding["user"](torch.tensor([0])).any()
+
+
+@pytest.mark.parametrize("kind", ["torch", "sharded", "wrapped"])
+def test_other_checkpoints_give_the_same_tensors(files: Path, kind: str) -> None:
+    assert _compress(files, *ROLES) == 0
+    state, other = _model().state_dict(), files / "other.pt"
+    if kind == "sharded":
+        keys, other = [*state], files / "m.safetensors.index.json"
+        names = {key: f"{number % 2}.safetensors" for number, key in enumerate(keys)}
+        for name in ("0.safetensors", "1.safetensors"):
+            save_file({k: state[k] for k in keys if names[k] == name}, files / name)
+        other.write_text(json.dumps({"weight_map": dict(sorted(names.items()))}))
+    else:
+        ordered = {key: state[key] for key in sorted(state)}
+        torch.save({"state_dict": ordered} if kind == "wrapped" else ordered, other)
+    arguments = ["--freq", str(files / "counts.npz"), *FAST, *ROLES, "-o", str(files / "o")]
+    assert main(["compress", str(other), *arguments]) == 0
+    first, second = load_file(files / "small.safetensors"), load_file(files / "o")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert main(["verify", str(files / "o"), str(other), "--quiet"]) == 0
+
+
+def test_a_module_with_two_names_and_extra_state_load_again(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Embedding(2000, 8)
+            self.b = self.a
+            self.n = 0
+
+        def get_extra_state(self):
+            return {"n": self.n}
+
+        def set_extra_state(self, state) -> None:
+            self.n = state["n"]
+
+    model = Twice()
+    model.n = 7
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert main(["compress", str(tmp_path / "m.pt"), "-o", str(tmp_path / "s"), *FAST]) == 0
+    np.savez(tmp_path / "c.npz", b=np.ones(2000))
+    assert main(["plan", str(tmp_path / "m.pt"), "--freq", str(tmp_path / "c.npz"), *FAST]) == 0
+    loaded = load(Twice(), tmp_path / "s")
+    assert loaded.a is loaded.b and loaded.n == 7
+    assert main(["verify", str(tmp_path / "s"), str(tmp_path / "m.pt"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("left_out", ["--padding-idx", "--bag"])
+def test_load_says_what_was_left_out(files: Path, left_out: str) -> None:
+    place = ROLES.index(left_out)
+    assert _compress(files, *ROLES[:place], *ROLES[place + 2 :]) == 0
+    with pytest.raises(ValueError, match=r"'bag'|padding_idx"):
+        load(_model(1), files / "small.safetensors")
+
+
+def test_two_runs_write_the_same_bytes_and_metadata_stays(files: Path) -> None:
+    assert _compress(files) == 0
+    first = (files / "small.safetensors").read_bytes()
+    assert _compress(files) == 0
+    assert (files / "small.safetensors").read_bytes() == first
+    with safe_open(files / "small.safetensors", framework="pt") as file:
+        assert file.metadata()["by"] == "me"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_thousand_small_tables(shared: bool, tmp_path: Path, capsys) -> None:
+    fields = {f"{number:04}": torch.randn(40, 4) for number in range(1000)}
+    save_file({f"f.{k}.weight": v for k, v in fields.items()}, tmp_path / "m.safetensors")
+    options = ["--include", "f.*", "--quiet", "--json"]
+    if shared:
+        options += ["--epochs", "0", "--ratio", "8"]
+    else:  # an explicit layout: each table is a group of its own
+        values = {"num_subvectors": 1, "codebook_size": 4, "epochs": 0}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        options += ["--config", str(tmp_path / "config.json")]
+    arguments = [str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "s"), *options]
+    assert main(["compress", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert len(report["tables"]) == 1000
+    modules = {number: nn.Embedding(40, 4) for number in fields}
+    load(nn.ModuleDict({"f": nn.ModuleDict(modules)}), tmp_path / "s")
+    assert main(["inspect", str(tmp_path / "s"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert len(about["tables"]) == 1000 and about["table_bytes"] == report["bytes_after"]
+
+
+# --- plan, inspect, verify ----------------------------------------------------------------------
+
+
+def test_plan_says_what_compress_does_and_writes_nothing(files: Path, capsys) -> None:
+    options = ["--freq", files / "counts.npz", *FAST, *ROLES, "--json"]
+    assert _run(files, "plan", *options) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert _left(files) == set()
+    assert planned["left_alone"].keys() == {"mlp.weight", "small.weight"}
+    assert _compress(files, *ROLES, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["bytes"] == (files / "small.safetensors").stat().st_size
+    for before, after in zip(planned["report"]["tables"], done["report"]["tables"], strict=True):
+        assert before["weighted_error"] is None and after["weighted_error"] is not None
+        same = ("name", "rows", "dim", "layout", "bytes_before", "bytes_after", "lookups")
+        assert all(before[name] == after[name] for name in same)
+
+
+def test_texts_name_tables_and_bytes(files: Path, capsys) -> None:
+    assert _run(files, "plan", *FAST) == 0
+    out = capsys.readouterr().out
+    assert "embedding.größe 1" in out and "left alone: small.weight: has fewer than" in out
+    assert _compress(files) == 0
+    assert "wrote " in capsys.readouterr().out
+    assert _run(files, "inspect") == 0
+    out = capsys.readouterr().out
+    assert "by: me" in out and "128000" in out and "left alone: mlp.weight" in out
+    assert main(["inspect", str(files / "small.safetensors")]) == 0
+    assert "additive" in capsys.readouterr().out
+    assert main(["verify", *_both(files), "--quiet"]) == 0
+    assert "all is well" in capsys.readouterr().out
+
+
+def _both(folder: Path) -> list[str]:
+    return [str(folder / "small.safetensors"), str(folder / "model.safetensors")]
+
+
+@pytest.mark.parametrize("ratio", ["4", "30"])
+def test_inspect_counts_the_bytes_of_the_file(files: Path, ratio: str, capsys) -> None:
+    assert _compress(files, *ROLES, "--ratio", ratio, "--json") == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert main(["inspect", str(files / "small.safetensors"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    parts = ("table_bytes", "other_tensor_bytes", "header_bytes")
+    size = (files / "small.safetensors").stat().st_size
+    assert sum(about[part] for part in parts) == about["file_bytes"] == size
+    told = {table["name"]: table for table in report["tables"]}
+    for table in about["tables"]:
+        expected = told[table["names"][0]]
+        for name in ("rows", "dim", "layout", "code_bytes", "codebook_bytes", "other_bytes"):
+            assert table[name] == expected[name]
+        assert table["bytes"] == expected["bytes_after"]
+        assert table["error"] == expected["weighted_error"]
+
+
+def test_inspect_and_verify_take_files_of_save(files: Path, capsys) -> None:
+    model = _model()
+    compress(model, None, CompressionConfig(ratio=10, epochs=0), progress=False)
+    save(model, files / "small.safetensors")
+    assert main(["inspect", str(files / "small.safetensors"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["table_bytes"] + about["other_tensor_bytes"] == about["tensor_bytes"]
+    assert {table["names"][0] for table in about["tables"]} >= {"bag", "embedding.user"}
+    assert main(["verify", *_both(files), "--json", "--quiet"]) == 0
+    assert "no checksums" in capsys.readouterr().out
+
+
+def test_verify_finds_the_errors_of_the_report(files: Path, capsys) -> None:
+    assert _compress(files, *ROLES, "--json") == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert main(["verify", *_both(files), "--freq", str(files / "counts.npz"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fine"] and not found["notes"]
+    reported = {table["name"]: table["weighted_error"] for table in report["tables"]}
+    model = load(_model(1), files / "small.safetensors")
+    for table in found["tables"]:
+        assert table["reported"] == reported[table["name"]]
+        assert table["weighted"] == pytest.approx(table["reported"], rel=1e-6)
+        dense = _model().get_submodule(table["name"]).weight.detach().double()
+        decoded = model.get_submodule(table["name"]).dequantize()
+        error = (decoded - dense).square().sum()
+        variance = (dense - dense.mean(0)).square().sum()
+        assert table["unweighted"] == pytest.approx(float(error / variance), rel=1e-6)
+
+
+def test_verify_exits_1_for_what_differs(files: Path, capsys) -> None:
+    assert _compress(files) == 0
+    both, counts = _both(files), ["--freq", str(files / "counts.npz"), "--quiet"]
+    assert main(["verify", *both, *counts, "--max-error", "0.001"]) == 1
+    assert "above --max-error 0.001" in capsys.readouterr().out
+    whole = (files / "small.safetensors").read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) - 20] ^= 1
+    (files / "small.safetensors").write_bytes(damaged)
+    assert main(["verify", *both, *counts]) == 1
+    assert "not those that were written" in capsys.readouterr().out
+    (files / "small.safetensors").write_bytes(whole)
+    state = _model().state_dict()
+    state["mlp.bias"][3] += 1
+    save_file(state, files / "model.safetensors")
+    assert main(["verify", *both, *counts]) == 1
+    assert "mlp.bias: differs" in capsys.readouterr().out
+    assert main(["verify", *both, *counts, "--tables-only"]) == 0
+    state["bag.weight"] *= 2
+    del state["first.weight"], state["step"]
+    save_file(state, files / "model.safetensors")
+    assert main(["verify", *both, "--quiet"]) == 1
+    out = capsys.readouterr().out
+    assert "table 'first': found no such table, expected (2000, 1)" in out
+    assert "step: " in out
+    assert main(["verify", *both, *counts[2:], "--tables-only"]) == 1
+
+
+# --- input that does not fit --------------------------------------------------------------------
+
+
+def _said(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("command", ["plan", "compress", "inspect", "verify"])
+def test_a_missing_file_is_named(command: str, tmp_path: Path, capsys) -> None:
+    more = {"compress": ["-o", str(tmp_path / "s")], "verify": [str(tmp_path / "x")]}
+    assert main([command, str(tmp_path / "none"), *more.get(command, [])]) == 2
+    assert f"{tmp_path / 'none'}: no such file" in _said(capsys)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_is_no_checkpoint(files: Path, capsys) -> None:
+    (files / "model.safetensors").write_text("label,id\n")
+    assert _compress(files) == 2
+    assert "no checkpoint that can be read" in _said(capsys)
+    assert _left(files) == set()
+
+
+def test_rows_that_hold_nan_are_named(files: Path, capsys) -> None:
+    state = _model().state_dict()
+    state["embedding.user.weight"][1234, 5] = float("nan")
+    save_file(state, files / "model.safetensors")
+    assert _compress(files) == 2
+    assert "'embedding.user': row 1234 holds NaN or infinity" in _said(capsys)
+    assert _left(files) == set()
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts"),
+    [
+        ({"first": np.ones(1999)}, ["'first'", "(1999,)", "(2000,)"]),
+        ({"first": np.ones((2000, 1))}, ["'first'", "(2000, 1)", "(2000,)"]),
+        ({"first": np.array(3)}, ["'first'", "()", "(2000,)"]),
+        ({"first": np.where(np.arange(2000) == 77, -2, 1)}, ["'first'", "-2", "row 77"]),
+        ({"first": np.where(np.arange(2000) == 77, np.nan, 1)}, ["'first'", "nan", "row 77"]),
+        ({"first": np.where(np.arange(2000) == 77, np.inf, 1)}, ["'first'", "inf", "row 77"]),
+        ({"first": np.array(["a"] * 2000)}, ["'first'", "<U1", "numbers"]),
+        ({"frist": np.ones(2000)}, ["'frist'", "first", "rename"]),
+        ({"nope.*": np.ones(2000)}, ["'nope.*'", "rename"]),
+        ({"embedding.*": np.ones(2000)}, ["'embedding.größe 1'", "(2000,)", "(1500,)"]),
+        ({"first": np.ones(2000), "fir*": np.ones(2000)}, ["'first' twice", "'fir*'"]),
+        ({"first": np.array([object()] * 2000)}, ["'first'", "pickle"]),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_counts_that_do_not_fit(
+    counts: dict[str, np.ndarray], parts: list[str], compressed: bool, files: Path, capsys
+) -> None:
+    (np.savez_compressed if compressed else np.savez)(files / "counts.npz", **counts)
+    assert _compress(files) == 2
+    said = _said(capsys)
+    assert all(part in said for part in [*parts, "counts.npz"]), said
+    assert _left(files) == set()
+
+
+@pytest.mark.parametrize("contents", [b"", b"nonsense", b"PK\x03\x04nonsense", b"\x93NUMPY"])
+def test_a_file_that_holds_no_counts(contents: bytes, files: Path, capsys) -> None:
+    (files / "counts.npz").write_bytes(contents)
+    assert _compress(files) == 2
+    assert "is no file of counts" in _said(capsys)
+
+
+def test_one_array_and_a_missing_file_are_no_counts(files: Path, capsys) -> None:
+    np.save(files / "counts.npy", np.ones(2000))
+    assert _run(files, "plan", "--freq", files / "counts.npy") == 2
+    assert "is no file of counts" in _said(capsys)
+    assert _run(files, "plan", "--freq", files / "none.npz") == 2
+    assert "none.npz: no such file" in _said(capsys)
+
+
+def test_counts_are_found_by_pattern_last_part_and_in_any_type(files: Path, capsys) -> None:
+    values = np.arange(2000) % 50
+    for dtype in (np.int64, np.uint8, np.float32, ">i4"):
+        for name in ("first", "first.weight", "fir?t"):
+            np.savez(files / "counts.npz", **{name: values.astype(dtype), "user": values})
+            assert _run(files, "plan", "--freq", files / "counts.npz", "--json", "--quiet") == 0
+            report = json.loads(capsys.readouterr().out)["report"]
+            lookups = {table["name"]: table["lookups"] for table in report["tables"]}
+            assert lookups["first"] == lookups["embedding.user"] == values.sum()
+    np.savez(files / "counts.npz", small=np.ones(20), first=values)
+    assert _run(files, "plan", "--freq", files / "counts.npz", "--json") == 0
+    assert "counts of 'small' have no use" in capsys.readouterr().err
+
+
+def test_ids_of_a_parquet_file_are_counted(files: Path, capsys) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = files / "log.parquet"
+    table = {"label": [0, 1, 0], "user": [5, 5, 1999], "other": [[1], [2, 2], None]}
+    parquet.write_table(pa.table(table), path)
+
+    def lookups(*options: str) -> dict[str, float]:
+        assert _run(files, "plan", "--freq", path, "--json", "--quiet", *options) == 0
+        report = json.loads(capsys.readouterr().out)["report"]
+        return {table["name"]: table["lookups"] for table in report["tables"]}
+
+    assert lookups()["embedding.user"] == 3
+    found = lookups("--column", "user=first", "--column", "other=bag")
+    assert (found["first"], found["bag"], found["embedding.user"]) == (3, 3, None)
+    for wrong, part in (("user=none", "'none'"), ("user=bag", "1999"), ("x=bag", "no column x")):
+        assert _run(files, "plan", "--freq", path, "--column", wrong) == 2
+        assert part in _said(capsys)
+    parquet.write_table(pa.table({"x": [1]}), path)
+    assert _run(files, "plan", "--freq", path) == 2
+    assert "no column that is named as a table: found x" in _said(capsys)
+    assert _run(files, "plan", "--freq", files / "counts.npz", "--column", "a=b") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--include", "nope*"], "no table to compress; seen: bag.weight: its name"),
+        (["--padding-idx", "nope=0"], "'nope', which fits none"),
+        (["--padding-idx", "first=2000"], "padding row 2000 is none of its 2000 rows"),
+        (["--bag", "nope=sum"], "'nope', which fits none"),
+        (["--ratio", "0.5"], "ratio must be finite and at least 1"),
+        (["--ratio", "100000"], "cannot fit"),
+        (["--min-rows", "0"], "min_rows must be at least 1"),
+        (["--ratio", "1"], "nothing to compress"),
+        (["--config", "bad.json"], "bad.json: no such file"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], part: str, files: Path, capsys) -> None:
+    assert _compress(files, *options) == 2
+    assert part in _said(capsys)
+    assert not (files / "small.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bag", "first"],
+        ["--bag", "first=max,first"],
+        ["--padding-idx", "first=x"],
+        ["--ratio", "x"],
+        ["--ratio", "2", "--max-bytes", "3"],
+        ["--device", "nothing"],
+        ["--unknown"],
+    ],
+)
+def test_options_that_cannot_be_read_exit_2(options: list[str], files: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _run(files, "plan", *options) if "--device" not in options else _compress(files, *options)
+    assert caught.value.code == 2
+    assert "usage: mec-embed" in _said(capsys)
+
+
+def test_a_configuration_may_come_from_a_file(files: Path, capsys) -> None:
+    config = CompressionConfig(max_bytes=30_000, codebook_dtype="int8", min_rows=1600)
+    (files / "config.json").write_text(config.to_json())
+    assert _run(files, "plan", "--config", files / "config.json", "--json") == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert report["config"] == config.to_dict() and len(report["tables"]) == 2
+    options = ["--ratio", "12", "--include", "first", "--no-tiers", "--json"]
+    assert _run(files, "plan", "--config", files / "config.json", *options) == 0
+    found = json.loads(capsys.readouterr().out)["report"]["config"]
+    assert (found["ratio"], found["max_bytes"], found["tiers"]) == (12, None, False)
+    for text in ("[]", "{", '{"unknown": 1}', '{"epochs": "x"}'):
+        (files / "config.json").write_text(text)
+        assert _run(files, "plan", "--config", files / "config.json") == 2
+
+
+def test_compressed_files_are_not_compressed_again(files: Path, capsys) -> None:
+    assert _compress(files) == 0
+    shutil.move(files / "small.safetensors", files / "model.safetensors")
+    capsys.readouterr()
+    assert _compress(files) == 2
+    assert "is compressed already" in _said(capsys)
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def test_the_input_is_never_the_output(files: Path, capsys) -> None:
+    before = (files / "model.safetensors").read_bytes()
+    assert _run(files, "compress", *FAST, "-o", files / "model.safetensors") == 2
+    assert "is also read" in _said(capsys)
+    assert (files / "model.safetensors").read_bytes() == before
+
+
+def test_outputs_that_cannot_be_written(files: Path, capsys) -> None:
+    assert _run(files, "compress", *FAST, "-o", files / "none" / "s") == 2
+    assert "there is no folder" in _said(capsys)
+    assert _run(files, "compress", *FAST, "-o", files) == 2
+    assert "is a folder" in _said(capsys)
+
+
+def test_a_folder_that_is_read_only(files: Path, capsys, monkeypatch) -> None:
+    folder = files / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    if os.access(folder, os.W_OK):  # root may write anywhere
+
+        def refuse(path: Path, *args: object, **options: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    assert _run(files, "compress", *FAST, "-o", folder / "s") == 3
+    assert f"{folder / 's.partial'}: Permission denied" in _said(capsys)
+    assert not [*folder.iterdir()]
+
+
+def test_space_is_checked_first(files: Path, capsys, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")(10**12, 10**12, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(offline, "learn", None)
+    assert _compress(files) == 3
+    said = _said(capsys)
+    assert "not enough space" in said and "5,000 are free" in said and "bytes are needed" in said
+
+
+def test_a_disk_that_fills_up_leaves_no_output(files: Path) -> None:
+    script = f"""
+import resource, sys
+from mec_embed.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.exit(main({["compress", *_both(files)[1:], "-o", _both(files)[0], *FAST]!r}))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 3 and "File too large" in run.stderr, run.stderr
+    assert not (files / "small.safetensors").exists()
+    # The next run goes on, and leaves nothing behind.
+    assert _run(files, "compress", *FAST, "-o", files / "small.safetensors") == 0
+    assert _left(files) == {"small.safetensors"}
+
+
+def test_an_older_output_stays_until_the_new_one_is_whole(files: Path, monkeypatch, capsys) -> None:
+    (files / "small.safetensors").write_text("old")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(offline, "write_safetensors", full)
+        assert _compress(files) == 3
+    assert (files / "small.safetensors").read_text() == "old"
+    assert _compress(files) == 0
+    assert (files / "small.safetensors").read_bytes()[:3] != b"old"
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """A kill, as far as the process can simulate one."""
+
+
+def _interrupted(files: Path, monkeypatch, groups: int, *options: str) -> None:
+    """A run that ends after so many groups."""
+    fit, done = offline.Partial.fit, []
+
+    def stopping(self, *args):
+        if len(done) == groups:
+            raise Stop
+        done.append(1)
+        return fit(self, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(offline.Partial, "fit", stopping)
+        _compress(files, *options)
+
+
+def _resumed(files: Path, capsys, *options: str) -> int:
+    capsys.readouterr()
+    assert _compress(files, "--json", *options) == 0
+    return json.loads(capsys.readouterr().out)["resumed_groups"]
+
+
+def test_finished_groups_are_used_again(files: Path, monkeypatch, capsys) -> None:
+    assert _compress(files) == 0
+    whole = (files / "small.safetensors").read_bytes()
+    (files / "small.safetensors").unlink()
+    _interrupted(files, monkeypatch, 2)
+    assert _left(files) == {"small.safetensors.partial"}
+    assert _resumed(files, capsys) == 2
+    assert (files / "small.safetensors").read_bytes() == whole
+    assert _left(files) == {"small.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "change", ["--seed", "--no-resume", "counts", "input", "damage", "version"]
+)
+def test_groups_of_another_run_are_not_used(change: str, files: Path, monkeypatch, capsys) -> None:
+    _interrupted(files, monkeypatch, 2)
+    options = {"--seed": ["--seed", "5"], "--no-resume": ["--no-resume"]}.get(change, [])
+    if change == "counts":
+        np.savez(files / "counts.npz", first=np.ones(2000))
+    if change == "input":
+        save_file(_model(3).state_dict(), files / "model.safetensors")
+    if change == "version":
+        monkeypatch.setattr(offline, "__version__", "0.0.0")
+    if change == "damage":
+        for path in (files / "small.safetensors.partial").glob("*.group"):
+            path.write_bytes(path.read_bytes()[:-9] + b"\1" * 9)
+    assert _resumed(files, capsys, *options) == 0
+    resumed = (files / "small.safetensors").read_bytes()
+    assert _compress(files, *options) == 0
+    assert (files / "small.safetensors").read_bytes() == resumed
+
+
+def test_a_folder_of_someone_else_is_left_alone(files: Path, capsys) -> None:
+    folder = files / "small.safetensors.partial"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("all of it")
+    assert _compress(files) == 2
+    assert "holds thesis.tex" in _said(capsys)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_two_runs_with_one_output_are_refused(files: Path, capsys) -> None:
+    pytest.importorskip("fcntl")
+    with offline.Partial(files / "small.safetensors", "", True, offline.Progress()):
+        assert _compress(files) == 2
+    assert "another process works in" in _said(capsys)
+    assert _compress(files) == 0
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_noticed(files: Path, monkeypatch, capsys) -> None:
+    learn = offline.learn
+
+    def changing(*args, **options):
+        result = learn(*args, **options)
+        os.utime(files / "model.safetensors", ns=(1, 1))
+        return result
+
+    monkeypatch.setattr(offline, "learn", changing)
+    assert _compress(files) == 2
+    assert "was changed while it was read" in _said(capsys)
+    assert not (files / "small.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_kills_at_random_points_lose_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    figures = kill(folder, 10, random.randrange(10**6), tables=3)
+    assert not figures.wrong, figures
+    assert figures.kills == 10 and figures.with_finished and figures.finished
+
+
+# --- memory and the rest ------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from mec_embed.cli import main
+for argv in {first!r}:  # what libraries take at their first use is not the table's
+    assert main(argv) == 0
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + {room}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for argv in {then!r}:
+    assert main(argv) == 0, argv
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_table_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    dim, room, commands = 512, 300 << 20, []
+    for name, rows in (("small", 3000), ("large", 300_000)):
+        path, output = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.out"
+        entry = {"dtype": "F32", "shape": [rows, dim], "data_offsets": [0, rows * dim * 4]}
+        header = json.dumps({"t.weight": entry}).encode()
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(np.random.default_rng(0).random((3000, dim), np.float32).tobytes())
+            # The rest is a hole, of rows that are zero.
+            file.truncate(8 + len(header) + rows * dim * 4)
+        options = ["--include", "t", "--epochs", "0", "--quiet", "-o", str(output), "--ratio"]
+        commands.append(
+            [
+                ["compress", str(path), *options, "100" if name == "small" else "1000"],
+                ["verify", str(output), str(path), "--quiet"],
+            ]
+        )
+    assert path.stat().st_size > 1.9 * room
+    script = LIMITED.format(room=room, first=commands[0], then=commands[1])
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_ctrl_c_and_lack_of_memory_are_said(files: Path, monkeypatch, capsys) -> None:
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+    errors = [(KeyboardInterrupt(), 130, "goes on"), (MemoryError(), 3, "enough memory")]
+    for error, code, part in [*errors, (full, 3, "enough memory")]:
+        monkeypatch.setattr(offline, "check_finite", Mock(side_effect=error))
+        assert _compress(files) == code
+        assert part in _said(capsys)
+
+
+def test_faiss_that_is_missing_is_said(files: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(RuntimeError):
+        require_faiss()
+    assert _compress(files) == 3
+    assert "pip install" in _said(capsys)
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["compress"], ["inspect"], ["verify"]])
+def test_help_teaches_by_examples(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"mec-embed {' '.join(command)}" in out and "examples:" in out and "exit codes:" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_progress_is_on_stderr_and_can_be_silent(files: Path, capsys) -> None:
+    options = ["--epochs", "0", "--ratio", "10", "-o", str(files / "s"), "--json"]
+    assert _run(files, "compress", *options) == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert "compressing" in captured.err and "writing" in captured.err
+    assert _run(files, "compress", *options, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_it_runs_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "mec_embed", "--version"], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and run.stdout.startswith("mec-embed ")
