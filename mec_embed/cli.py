@@ -109,7 +109,7 @@ what a checkpoint does not say:
 files:
   The output appears whole or not at all, in the place of one of the same name. What a killed run
   has finished is kept in OUTPUT.partial; the same command goes on from there. Peak memory is about
-  30 bytes a row of the largest table beside some 200 MB, however wide its rows.
+  20 bytes a row of the largest table beside some 200 MB, however wide its rows.
 
 {_TABLES}
 {_CODES}"""

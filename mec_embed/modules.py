@@ -297,9 +297,18 @@ class _Compressed(DecodedTable):
         return ops.cpu.pack_plan(self.num_embeddings, self.embedding_dim, (fields,))
 
     def _decode(self, ids: Tensor) -> Tensor:
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        if self.layout.kind != "shared":
+            return self._look_up(ids, padding_idx)
+        rows = self._look_up(torch.zeros_like(ids), -1)
+        if self.padding_idx is None:
+            return rows
+        padding = (ids == padding_idx)[..., None]
+        return torch.where(padding, 0 if self.zero_padding else rows.detach(), rows)
+
+    def _look_up(self, ids: Tensor, padding_idx: int) -> Tensor:
+        """Rows by the operator."""
         layout, books = self.layout, self.codebook_set
-        if layout.kind == "shared":
-            ids = torch.zeros_like(ids)
         return ops.lookup(
             ids,
             self.code_table.codes,
@@ -308,7 +317,7 @@ class _Compressed(DecodedTable):
             layout.num_embeddings,
             layout.embedding_dim,
             layout.bits,
-            -1 if self.padding_idx is None else self.padding_idx,
+            padding_idx,
             self.zero_padding,
             self.sparse,
             self.output_dtype.dtype,

@@ -571,3 +571,17 @@ def test_ids_out_of_range_read_the_row_that_is_named(cls, grad):
         with pytest.raises(ValueError, match=r"oov_row must be in 0\.\.19 or None, got 20"):
             table.oov_row = 20
         assert copy.deepcopy(table).oov_row == 7
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3])
+def test_one_row_for_all_has_its_padding(padding_idx):
+    table = CompressedEmbedding(CodeLayout("shared", 5, 4, 1, 1), padding_idx=padding_idx)
+    table.codebook_set.store(torch.ones(1, 1, 4))
+    expected = torch.ones(5, 4)
+    expected[padding_idx] = 0
+    rows = table(torch.arange(5))
+    assert torch.equal(rows, expected)
+    rows.sum().backward()
+    assert table.codebooks.grad.eq(4).all()
+    with torch.no_grad():
+        assert torch.equal(table(torch.arange(5)), expected)

@@ -19,6 +19,9 @@ from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
 SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
 SAMPLE_BYTES = 12 << 20
+#: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
+#: take longer (docs/experiments.md).
+MEC_ROWS = 1 << 15
 #: Alternations of encoding and least squares, at most.
 ROUNDS = 10
 #: Stop alternating when the error falls by less than this part of it.
@@ -317,10 +320,12 @@ class _Learner:
     def _train(self, refined: Tensor, codes: Tensor) -> Tensor:
         """The MEC objective; taken back towards ``refined`` as far as the start's error asks."""
         config = self.config
+        # Rows were drawn in order of their numbers, and any part of them is a sample as well.
+        seen = torch.randperm(len(self.x), generator=self.generator)[:MEC_ROWS].to(self.x.device)
         trained, self.history = train_codebooks(
-            self.x,
-            self.weights,
-            codes.clone(),
+            self.x[seen],
+            self.weights[seen],
+            codes[seen],
             refined,
             self.quantizer,
             Weights(config.usage_weight, config.contrastive_weight),

@@ -153,23 +153,31 @@ def reduce_rows(
     include_last_offset: bool,
 ) -> Tensor:
     """Reduce the rows (ids, dim) of ``input``, bag by bag; the rest as :func:`bag`."""
-    place = torch.arange(input.numel(), dtype=input.dtype, device=input.device)
-    skipped = None
-    if padding_idx >= 0 or not input.numel():
-        # Padding ids are left out of a bag, so they point at one extra row that is skipped.
+    place = torch.arange(input.numel(), dtype=input.dtype, device=input.device).view(input.shape)
+
+    def reduced(values: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
+        return F.embedding_bag(
+            place,
+            values,
+            offsets,
+            mode=mode,
+            per_sample_weights=weights,
+            include_last_offset=include_last_offset,
+        )
+
+    if not input.numel():  # embedding_bag refuses a table without rows
         rows = F.pad(rows, (0, 0, 0, 1))
-        skipped = input.numel()
-        if padding_idx >= 0:
-            place = place.masked_fill(input.reshape(-1).eq(padding_idx), skipped)
-    return F.embedding_bag(
-        place.view(input.shape),
-        rows,
-        offsets,
-        mode=mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=include_last_offset,
-        padding_idx=skipped,
-    )
+    if padding_idx < 0 or not input.numel():
+        return reduced(rows, mode, per_sample_weights)
+    # embedding_bag's padding_idx would make the number of ids a constant of compiled graphs.
+    skipped = input.reshape(-1, 1) == padding_idx
+    if mode == "sum":
+        return reduced(rows.masked_fill(skipped, 0), mode, per_sample_weights)
+    members = reduced((~skipped).to(rows.dtype), "sum")
+    if mode == "max":
+        largest = reduced(rows.masked_fill(skipped, float("-inf")), mode)
+        return largest.masked_fill(members == 0, 0)
+    return reduced(rows.masked_fill(skipped, 0), "sum") / members.clamp(min=1)
 
 
 #: Rows that share one count of the popular rows before them, in maps by bitmap.

@@ -163,7 +163,7 @@ def _save_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, dim, bits, padding_idx, mode, include_last_offset, sparse, _, name = options
     ctx.save_for_backward(ids, offsets, weights, codes, codebooks, scales)
     ctx.layout = (rows, dim, bits, padding_idx)
-    ctx.bags = (mode, include_last_offset, len(output))
+    ctx.bags = (mode, include_last_offset, output.shape[0])
     ctx.sparse, ctx.name = sparse, name
 
 
