@@ -170,6 +170,8 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     # Names give way first where the numbers are wide.
     widths[0] = min(widths[0], max(8, _WIDTH - sum(widths[1:]) - len(widths) + 1))
+    # Then layouts, of which the last part tells most.
+    widths[3] = min(widths[3], max(8, widths[3] + _WIDTH - sum(widths) - len(widths) + 1))
     return [
         " ".join(
             _shortened(cell, width).ljust(width) if i in (0, 3) else cell.rjust(width)

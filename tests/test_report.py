@@ -128,6 +128,25 @@ def test_text_fits_120_columns(name: str, count: int) -> None:
     assert str(BILLIONS["code_bytes"]) in text and "product 256x65536" in text
 
 
+def test_layouts_give_way_where_all_numbers_are_wide() -> None:
+    wide = _table(
+        name="_",
+        rows=10**10,
+        row_bits=512,
+        bytes_before=10**13,
+        code_bytes=10**12,
+        codebook_bytes=10**11,
+        other_bytes=10**11,
+        dim=4096,
+        layout="product 256x65536",
+        perplexity=65536.0,
+        codewords=65536,
+        dead_codes=65536,
+    )
+    text = str(_report(wide, wide, wide))
+    assert max(map(len, text.splitlines())) <= 120 and "65536" in text
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
