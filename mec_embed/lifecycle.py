@@ -226,13 +226,7 @@ def _check_holders(parts: Sequence[_Compressed]) -> None:
 
 def _codebooks(parts: Sequence[_Compressed]) -> Tensor:
     """Codebooks (M, K, columns of all parts) float32."""
-    books = []
-    for part in parts:
-        values = part.codebooks.detach().float()
-        if part.codebook_set.scales is not None:
-            values = values * part.codebook_set.scales.float()[:, :, None]
-        books.append(values)
-    return torch.cat(books, dim=2)
+    return torch.cat([part.codebook_set.values() for part in parts], dim=2)
 
 
 def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | None:

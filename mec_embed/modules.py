@@ -65,11 +65,14 @@ class CodebookSet(nn.Module):
                 self.codebooks.copy_(codebooks)
                 self.scales.copy_(scales)
 
+    def values(self) -> Tensor:
+        """The codebooks (M, K, subvector_dim) in float32, scales applied, without gradient."""
+        values = self.codebooks.detach().float()
+        return values if self.scales is None else values * self.scales.float()[:, :, None]
+
     def thaw(self) -> nn.Parameter:
         """Hold the codebooks as a trainable float32 parameter until :meth:`freeze`."""
-        values = self.codebooks.detach().float()
-        if self.scales is not None:
-            values = values * self.scales.float()[:, :, None]
+        values = self.values()
         del self.codebooks
         self.scales = None
         self.register_parameter("codebooks", nn.Parameter(values))

@@ -150,10 +150,7 @@ def rechoose(model: torch.nn.Module, base: Base, damping: float) -> float:
         rows = table._decode(ids).detach()
         step = torch.linalg.solve(fisher, held.gradient.double().T).T
         target = rows - (step / (held.lookups[:, None] + damping)).float()
-        books = table.codebook_set
-        words = books.codebooks.detach().float()
-        if books.scales is not None:
-            words = words * books.scales.float()[:, :, None]
+        words = table.codebook_set.values()
         measured = target @ metric.float(), words @ metric.float()
         codes = AdditiveQuantizer().encode(*measured, 16)
         old = unpack(table.codes, layout.num_subvectors, layout.bits, ids)
