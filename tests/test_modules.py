@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -405,27 +406,21 @@ class Scorer(nn.Module):
         return self.layer(self.table(ids)).square().mean()
 
 
-def train_in_process(rank, world_size, address, queue):
-    """Two steps of one of the processes; the first gives the state back."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+def train_in_process():
+    """Two steps of one of the processes, by its rank's half of the ids."""
     model = DistributedDataParallel(Scorer())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        model(IDS[rank]).backward()
+        model(IDS[dist.get_rank()]).backward()
         optimizer.step()
-    if rank == 0:
-        torch.save(model.module.state_dict(), queue)
-    dist.destroy_process_group()
+    return model.module.state_dict()
 
 
 @pytest.mark.slow
 def test_distributed_training_equals_one_process(tmp_path):
     """The mean loss over two processes is the mean loss over their batches together."""
-    result = tmp_path / "state.pt"
-    args = (2, f"file://{tmp_path / 'rendezvous'}", str(result))
-    torch.multiprocessing.spawn(train_in_process, args=args, nprocs=2)
+    states = processes.run(train_in_process, 2, tmp_path)
     model = Scorer()
     start = model.table.codebooks.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -433,7 +428,8 @@ def test_distributed_training_equals_one_process(tmp_path):
         optimizer.zero_grad()
         model(IDS).backward()
         optimizer.step()
-    torch.testing.assert_close(torch.load(result), dict(model.state_dict()))
+    for state in states:
+        torch.testing.assert_close(state, dict(model.state_dict()))
     assert not torch.equal(model.table.codebooks, start)
 
 
