@@ -271,6 +271,10 @@ def draft_tables(
         [(table.names, table.rows) for table in tables],
         [name for table in skipped for name in (table.name, *table.aliases)],
     )
+    missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
+    # Its rows do not weigh nothing: more likely, the model reads its weight without looking up.
+    unused = [t.name for t, c in zip(tables, counts, strict=True) if c is not None and not c.any()]
+    counts = [c if c is not None and c.any() else None for c in counts]
     totals = [None if c is None else float(c.sum()) for c in counts]
     popularity = config.popularity or ("sqrt" if measure is None else "linear")
     known = [max(total, 1.0) for total in totals if total is not None]
@@ -296,7 +300,6 @@ def draft_tables(
     if measure is not None:
         fishers = comparable(tables, measure())
     assignment = assign(tables, weights, counts, fishers, keys, config, budget)
-    missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
     return Draft(
         config,
@@ -307,16 +310,22 @@ def draft_tables(
         weights,
         totals,
         assignment,
-        _notes(freq_stats, missing),
+        _notes(freq_stats, missing, unused),
     )
 
 
-def _notes(freq_stats: Counts, missing: list[str]) -> list[str]:
+def _notes(freq_stats: Counts, missing: list[str], unused: list[str]) -> list[str]:
     if freq_stats is None:
         return ["no freq_stats: all rows weigh the same; counts of training ids give better codes"]
+    notes = []
     if missing:
-        return [f"no counts for {', '.join(missing)}: their rows weigh the same"]
-    return []
+        notes.append(f"no counts for {', '.join(missing)}: their rows weigh the same")
+    if unused:
+        notes.append(
+            f"freq_stats counts no lookup of {', '.join(unused)}: their rows weigh the same, and "
+            "together as much as those of another table; exclude what the model reads as a whole"
+        )
+    return notes
 
 
 def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:

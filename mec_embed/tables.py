@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
+from .modules import DecodedTable
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
@@ -200,6 +201,16 @@ def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> Ski
 
 
 def _nothing_matched(model: nn.Module, skipped: list[SkippedTable]) -> str:
+    done = [
+        aliases[0].name
+        for _, aliases in find_modules(model, (DecodedTable,))
+        if not isinstance(aliases[0].parent, DecodedTable)
+    ]
+    if done:
+        return (
+            f"no table to compress: {', '.join(done)} are compressed already; call "
+            "decompress(model) first to compress them anew"
+        )
     if not skipped:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         return (

@@ -319,6 +319,18 @@ def test_one_table_never_used_and_one_without_counts(config):
     assert model["b"].dequantize().isfinite().all()
 
 
+def test_a_table_that_is_read_but_never_looked_up_keeps_its_rows():
+    """As positions are, whose weight the forward adds: all zeros say nothing about its use."""
+    model = nn.ModuleDict({"item": nn.Embedding(400, 8), "position": nn.Embedding(50, 8)})
+    counts = {"item": np.arange(400), "position": np.zeros(50)}
+    config = CompressionConfig(ratio=5, epochs=0)
+    report = plan(model, counts, config)
+    without = plan(model, {"item": counts["item"]}, config)
+    assert [t.bytes_after for t in report.tables] == [t.bytes_after for t in without.tables]
+    (note,) = report.notes
+    assert "no lookup of position:" in note and "exclude" in note
+
+
 def test_no_counts_adds_a_note():
     model = small()
     assert any("freq_stats" in note for note in plan(model, None, FAST).notes)
@@ -622,7 +634,8 @@ def test_compressing_twice_takes_only_what_is_left():
     report = run(model)
     assert model.embeddings["f0"] is first
     assert {t.name for t in report.tables if t.compressed} == {"embeddings.f1", "first_order.f1"}
-    with pytest.raises(ValueError, match="no table"):
+    done = "embeddings.f0, embeddings.f1, first_order.f0, first_order.f1"
+    with pytest.raises(ValueError, match=f"{done} are compressed already; call decompress"):
         run(model)
 
 
