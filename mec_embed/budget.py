@@ -39,6 +39,8 @@ _MOST_FITTED = 0.9
 _WORTH, _WORTH_PER_BIT, _WORTH_MOST = 0.69, 0.035, 0.98
 #: Cuts between tiers that are tried first, in occurrences; then half and twice the best.
 _CUTS = (1, 4, 16, 64, 256)
+#: Prices of a byte at which a plan says what it would lose.
+_PRICES = 61
 #: Rows that a tier must have to be worth codebooks of its own.
 _LEAST_TIER_ROWS = 64
 #: Rounding error of a row in each storage dtype, relative to its square.
@@ -488,17 +490,23 @@ def allocate(options: Sequence[Sequence[Choice]], budget: int) -> list[Choice] |
     step by step, where it lowers the distortion most. None if even the smallest choices are too
     large.
     """
-    # One line a group; the lines of groups with fewer choices end in infinitely bad ones.
-    sizes = np.full((len(options), max(map(len, options))), 1e30)
-    errors = np.full_like(sizes, np.inf)
-    for line, front in enumerate(options):
-        sizes[line, : len(front)] = [choice.nbytes for choice in front]
-        errors[line, : len(front)] = [choice.distortion for choice in front]
+    sizes, errors = _as_lines(options)
     if sizes[:, 0].sum() > budget:
         return None
     picked = _at_best_price(sizes, errors, budget)
     _spend(sizes, errors, picked, budget)
     return [front[i] for front, i in zip(options, picked, strict=True)]
+
+
+def _as_lines(options: Sequence[Sequence[Choice]]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and distortions (groups, choices) of the choices of each group."""
+    # The lines of groups with fewer choices end in infinitely bad ones.
+    sizes = np.full((len(options), max(map(len, options))), 1e30)
+    errors = np.full_like(sizes, np.inf)
+    for line, front in enumerate(options):
+        sizes[line, : len(front)] = [choice.nbytes for choice in front]
+        errors[line, : len(front)] = [choice.distortion for choice in front]
+    return sizes, errors
 
 
 def _at_best_price(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
@@ -595,15 +603,29 @@ def grouped(
 
 @dataclass(frozen=True)
 class Assignment:
-    """The groups of a plan and what each becomes."""
+    """The groups of a plan and what each becomes.
+
+    Attributes:
+        groups: of all tables, or tiers of them.
+        chosen: how each is stored.
+        variance: weighted variance of the rows of all tables, summed over lookups.
+        others: see :func:`_other_sizes`.
+    """
 
     groups: list[Group]
     chosen: list[Choice]
+    variance: float = 0.0
+    others: Sequence[tuple[int, float]] = ()
 
     @property
     def distortion(self) -> float:
         """Predicted weighted squared error of all tables."""
         return sum(choice.distortion for choice in self.chosen)
+
+    @property
+    def error(self) -> float:
+        """The distortion relative to the variance; 0 where all rows of every table are equal."""
+        return self.distortion / self.variance if self.variance else 0.0
 
 
 def assign(
@@ -633,7 +655,8 @@ def assign(
     if budget is None:
         fields = make_fields(tables, weights, counts, fishers, may_pair)
         groups = [Group((field,)) for field in fields]
-        return Assignment(groups, [explicit_choice(group, config) for group in groups])
+        chosen = [explicit_choice(group, config) for group in groups]
+        return _with_outlook(Assignment(groups, chosen), fields, config)
     search = _Search(keys, config, budget)
     for pair in (True, False) if may_pair else (False,):
         fields = make_fields(tables, weights, counts, fishers, pair)
@@ -646,7 +669,32 @@ def assign(
         )
     if config.tiers:
         search.try_tiers()
-    return search.best
+    return _with_outlook(search.best, fields, config)
+
+
+def _with_outlook(
+    plan: Assignment, fields: Sequence[Field], config: CompressionConfig
+) -> Assignment:
+    """The plan, with the variance of whole tables and what it would lose at other sizes."""
+    variance = sum(float(Group((field,)).spectrum.sum()) * field.mass for field in fields)
+    return replace(plan, variance=variance, others=_other_sizes(plan.groups, variance, config))
+
+
+def _other_sizes(
+    groups: Sequence[Group], variance: float, config: CompressionConfig
+) -> list[tuple[int, float]]:
+    """Bytes of all groups, ascending, and the error relative to ``variance``, at other budgets.
+
+    The same groups at other prices of a byte; under another budget the planner may find better
+    ones.
+    """
+    sizes, errors = _as_lines([choices(group, config) for group in groups])
+    lines = np.arange(len(sizes))
+    points: dict[int, float] = {}
+    for price in float(errors[:, 0].max()) * np.geomspace(1, 1e-20, _PRICES):
+        picked = (errors + price * sizes).argmin(1)
+        points[int(sizes[lines, picked].sum())] = float(errors[lines, picked].sum())
+    return [(nbytes, points[nbytes] / (variance or 1.0)) for nbytes in sorted(points)]
 
 
 class _Search:

@@ -578,8 +578,18 @@ class Outcome:
 
     def report(self, seconds: float | None) -> CompressionReport:
         """All tables in the order of the model."""
-        rows = tuple(self.rows[name] for name in self.draft.order)
-        return CompressionReport(rows, self.draft.config, tuple(self.draft.notes), seconds)
+        draft, plan = self.draft, self.draft.assignment
+        rows = tuple(self.rows[name] for name in draft.order)
+        # Maps of tiers, and tables left alone, take the same whatever the codes do.
+        rest = sum(row.bytes_after for row in rows) - sum(choice.nbytes for choice in plan.chosen)
+        return CompressionReport(
+            rows,
+            draft.config,
+            tuple(draft.notes),
+            seconds,
+            plan.error,
+            tuple((nbytes + rest, error) for nbytes, error in plan.others),
+        )
 
 
 def _told(fitted: FittedCodes, number: int) -> dict[str, Any]:

@@ -6,9 +6,13 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .config import CompressionConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,26 @@ class TableReport:
 class CompressionReport:
     """What :func:`mec_embed.compress` did, or what :func:`mec_embed.plan` would do.
 
-    ``str()`` is an aligned table. ``tables`` holds every embedding table of the model, those left
-    alone too, in the order of the model.
+    ``str()`` is an aligned table.
+
+    Attributes:
+        tables: every embedding table of the model, those left alone too, in the order of the model.
+        config: what was asked for.
+        notes: what to know about the result.
+        seconds: that ``compress`` took; None for a plan.
+        predicted_error: what the planner expects: weighted squared error / weighted variance of
+            the rows of all tables that it may change. With ``batches=`` both are measured by what
+            the predictions depend on.
+        predicted: the same at other sizes, ascending: (bytes of all tables after, error), all
+            grouped and cut as in this plan. A plan for another ratio may find better groups.
     """
 
     tables: tuple[TableReport, ...]
     config: CompressionConfig
     notes: tuple[str, ...] = ()
     seconds: float | None = None
+    predicted_error: float | None = None
+    predicted: tuple[tuple[int, float], ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -108,6 +124,8 @@ class CompressionReport:
             "bytes_after": self.bytes_after,
             "ratio": self.ratio,
             "seconds": self.seconds,
+            "predicted_error": self.predicted_error,
+            "predicted": [list(point) for point in self.predicted],
             "notes": list(self.notes),
             "config": self.config.to_dict(),
             "tables": tables,
@@ -116,6 +134,31 @@ class CompressionReport:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw what other ratios would cost, and the bytes of each table (needs matplotlib).
+
+        Left: the predicted error of all tables against the ratio, as in ``predicted``, and this
+        report as a dot. Right: bytes of the 15 largest tables before and after, on a logarithmic
+        scale, with their ratios and, once compressed, weighted errors.
+
+        Args:
+            path: where to write the figure too; the ending (.svg, .png, .pdf) says how.
+
+        Returns:
+            A ``matplotlib.figure.Figure``, which notebooks show.
+
+        Raises:
+            RuntimeError: matplotlib is not installed.
+            OSError: the file cannot be written.
+            ValueError: an ending that matplotlib does not know.
+
+        Example:
+            >>> plan(model, stats).plot("ratio.svg")  # doctest: +SKIP
+        """
+        from .plotting import plot
+
+        return plot(self, path)
 
     def __str__(self) -> str:
         """An aligned table of at most 120 columns."""

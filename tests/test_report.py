@@ -250,6 +250,8 @@ def test_dict_and_json(reports: tuple[CompressionReport, CompressionReport]) -> 
             CompressionConfig.from_dict(values["config"]),
             tuple(values["notes"]),
             values["seconds"],
+            values["predicted_error"],
+            tuple(map(tuple, values["predicted"])),
         )
         assert again == report and str(again) == str(report)
 
@@ -294,6 +296,30 @@ def test_the_plan_is_what_compress_does(
     assert planned.seconds is None and "(planned)" in str(planned)
     assert done.seconds > 0 and "(planned)" not in str(done)
     assert planned.notes == done.notes and planned.config == done.config == OPTIONS
+    assert planned.predicted == done.predicted != ()
+    assert planned.predicted_error == done.predicted_error > 0
+
+
+@pytest.mark.parametrize("ratio", [5, 20, 60])
+def test_other_sizes_are_those_of_other_plans(ratio: int) -> None:
+    """What a plan says of another ratio, the planner finds or betters there."""
+    one = plan(_model(), COUNTS, CompressionConfig(ratio=20))
+    other = plan(_model(), COUNTS, CompressionConfig(ratio=ratio))
+    sizes, errors = zip(*one.predicted, strict=True)
+    assert list(sizes) == sorted(sizes) and list(errors) == sorted(errors, reverse=True)
+    assert sizes[-1] == one.bytes_before and errors[-1] == 0
+    there = np.interp(other.bytes_after, sizes, errors)
+    assert 0.5 * there < other.predicted_error < 1.05 * there
+
+
+def test_the_predicted_error_is_near_the_one_found() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3000, 8) @ torch.randn(8, 16)
+    model = nn.ModuleDict({"large": nn.Embedding.from_pretrained(rows)})
+    report = compress(
+        model, {"large": COUNTS["large"]}, CompressionConfig(ratio=20), progress=False
+    )
+    assert 0.5 < report.predicted_error / report.tables[0].weighted_error < 2
 
 
 def test_what_was_learned_is_reported(
