@@ -137,7 +137,8 @@ def plan(
 ) -> CompressionReport:
     """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
 
-    Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
+    Args and errors as :func:`compress`. The bytes are exact; errors are predicted
+    only: ``report.predicted_error``, and ``report.plot()`` for that of other ratios.
     """
     return _draft(model, freq_stats, config, optimizer, batches, forward).report()
 

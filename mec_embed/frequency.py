@@ -112,7 +112,8 @@ class FrequencyStats:
             columns: table name (or its unambiguous last part) -> integer ids of any shape.
 
         Raises:
-            ValueError: an unknown table name. IndexError: an id that is no row of its table.
+            ValueError: an unknown table name.
+            IndexError: an id that is no row of its table.
         """
         counter = IdCounter(model)
         for name, values in columns.items():
@@ -132,7 +133,8 @@ class FrequencyStats:
                 columns (sequences) are flattened, nulls left out.
 
         Raises:
-            ValueError: an unknown table or column. IndexError: an id that is no row of its table.
+            ValueError: an unknown table or column.
+            IndexError: an id that is no row of its table.
             RuntimeError: pyarrow is not installed.
         """
         counter = IdCounter(model)
@@ -163,7 +165,8 @@ class FrequencyStats:
 
         Raises:
             ValueError: an unknown table or column, a folder without parquet files, a null, or a
-                count that is negative or not finite. IndexError: an id that is no row of its table.
+                count that is negative or not finite.
+            IndexError: an id that is no row of its table.
             RuntimeError: pyarrow is not installed.
 
         Example:
@@ -190,7 +193,8 @@ def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[s
     """Flat ids of some columns of a parquet file, piece by piece.
 
     Raises:
-        ValueError: a column is missing. RuntimeError: pyarrow is not installed.
+        ValueError: a column is missing.
+        RuntimeError: pyarrow is not installed.
     """
     try:
         import pyarrow.parquet as parquet
@@ -330,7 +334,8 @@ def counts_for_tables(
         other_names: names of tables that are not compressed; counts for them are allowed.
 
     Raises:
-        TypeError: another type. ValueError: an unknown or ambiguous name, a wrong length.
+        TypeError: another type.
+        ValueError: an unknown or ambiguous name, a wrong length.
     """
     if freq_stats is None:
         return [None] * len(tables)

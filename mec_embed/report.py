@@ -20,22 +20,29 @@ class TableReport:
     """One embedding table before and after.
 
     Attributes:
-        name: qualified name; ``aliases``: other names of the same table.
-        rows, dim, dtype: of the dense table.
+        name: qualified name.
+        aliases: other names of the same table.
+        rows: of the dense table.
+        dim: columns of the dense table.
+        dtype: of the dense table.
         layout: such as ``"additive 5x32"``; ``"as it was"`` where nothing changes.
         row_bits: bits of codes a row.
-        bytes_before, bytes_after: of all its tensors.
-        code_bytes, codebook_bytes, other_bytes: what ``bytes_after`` consists of; tensors shared
-            by several tables are counted with the first of them.
-        shares_codes_with, shares_codebooks_with: the table that holds shared tensors, or None.
+        bytes_before: of all its tensors.
+        code_bytes: of its codes. Tensors shared by several tables are counted with the first.
+        codebook_bytes: of its codebooks.
+        other_bytes: of all else: maps of tiers, and tables that stay as they were.
+        shares_codes_with: the table that holds its codes, or None.
+        shares_codebooks_with: the table that holds its codebooks, or None.
         reason: why the table stays as it was, or None.
         popularity: weighting of the rows; ``"uniform"`` without counts.
         lookups: total of the counts, None without counts.
         weighted_error: weighted squared error / weighted variance of the rows.
-        start_error, learned_error: the same for the rows that the codebooks were learned from,
-            after the k-means start and at the end (for all tables that share the codebooks).
+        start_error: the same for the rows that the codebooks were learned from, after the k-means
+            start (for all tables that share the codebooks).
+        learned_error: the same at the end.
         perplexity: mean over codebooks of exp(entropy of the use of codewords).
-        dead_codes: codewords that no row uses. codewords: all of them.
+        dead_codes: codewords that no row uses.
+        codewords: all of them.
         objective: mean of each term of the MEC objective in its last epoch.
         seconds: spent learning (for all tables that share the codebooks, with the first).
     """

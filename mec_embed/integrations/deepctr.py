@@ -76,7 +76,8 @@ def frequencies(model: nn.Module, x: Any) -> FrequencyStats:
         x: a mapping from feature to array, or the list of arrays in the model's order.
 
     Raises:
-        ValueError: an array is missing. TypeError: ``x`` of another kind.
+        ValueError: an array is missing.
+        TypeError: ``x`` of another kind.
     """
     columns = _columns(model, x)
     return count_features(model, _lookups(model), _ids(model, columns))

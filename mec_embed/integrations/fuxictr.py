@@ -80,7 +80,8 @@ def frequencies(model: nn.Module, data: Any) -> FrequencyStats:
             ``.npz`` or ``.parquet`` file or a folder of them; or a mapping from feature to ids.
 
     Raises:
-        ValueError: no feature of the model is in the data. TypeError: data of another kind.
+        ValueError: no feature of the model is in the data.
+        TypeError: data of another kind.
     """
     lookups = _lookups(model)
     columns = (_real_ids(model, batch) for batch in _batches(data, set(lookups)))

@@ -91,7 +91,8 @@ def frequencies(model: nn.Module, batches: Iterable[Any]) -> FrequencyStats:
 
     Raises:
         ValueError: no feature of the model is in the data, or the model changes ids before it
-            looks them up. TypeError: batches of another kind.
+            looks them up.
+        TypeError: batches of another kind.
     """
     check_model(model)
     columns = ({key: kjt[key].values() for key in kjt.keys()} for kjt in map(_jagged, batches))
