@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test lint docs venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mec_embed
 
+docs: $(STAMP) ## build the documentation in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 venv: $(STAMP) ## create or refresh .venv
 
 # torch goes in first and alone: with its version settled, the second call keeps the build that
@@ -45,5 +48,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mec_embed/native/*)
 	@touch $@
 
 clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mec_embed tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
