@@ -343,7 +343,8 @@ def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor
     weights = torch.empty(rows, dtype=torch.float32)
     # In parts: as float64, large tables' counts would take more memory than their codes.
     for start in range(0, rows, _WEIGHT_ROWS):
-        part = np.asarray(counts[start : start + _WEIGHT_ROWS], dtype=np.float64)
+        # A copy: torch warns of arrays that it may not write to, as those mapped from a file.
+        part = np.array(counts[start : start + _WEIGHT_ROWS], dtype=np.float64)
         popular = POPULARITY[popularity](torch.from_numpy(part).clamp(min=_UNSEEN))
         weights[start : start + _WEIGHT_ROWS] = popular
     return weights.mul_(max(float(counts.sum()), 1.0) / total_weight(weights))

@@ -188,6 +188,7 @@ def names_for(block: Block) -> dict[str, Any]:
 # --- tests --------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: str(run[0]))
 def test_blocks_run(run: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS.get(run[0].page_name, ()):
