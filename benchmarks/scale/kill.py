@@ -1,8 +1,8 @@
 """Kill ``mec-embed compress`` at random points and see that nothing is lost or half done.
 
 ``python -m benchmarks.scale.kill`` kills 100 runs (SIGKILL) after random times, each going on from
-what the runs before have finished, and prints what happened as JSON. The input must stay as it is,
-the output must be absent or the same, to the byte, as that of a run that nobody killed.
+what the runs before have finished, and appends what happened to a CSV file. The input must stay as
+it is, the output must be absent or the same, to the byte, as that of a run that nobody killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
+import platform
 import random
 import signal
 import sys
@@ -18,13 +20,22 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import mec_embed
+from benchmarks.hardware import processor
+from benchmarks.scale.large import append
 from mec_embed.cli import main as main_of_the_command_line
+
+COLUMNS = (
+    "kills", "seed", "tables", "with_finished", "finished", "resumed", "wrong", "seconds",
+    "mec_embed", "torch", "python", "processor", "threads",
+)  # fmt: skip
 
 #: Rows of the tables; dimensions differ, so that each is learned on its own.
 ROWS, TABLES = 2000, 6
@@ -60,11 +71,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale_kill.csv"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mec_embed_kill_") as name:
         figures = kill(Path(name), options.kills, options.seed)
-    print(json.dumps(asdict(figures), indent=2))
+    line = line_of(figures, options.seed)
+    append(options.out, line, COLUMNS)
+    print(json.dumps(line, indent=2))
     sys.exit(1 if figures.wrong else 0)
+
+
+def line_of(figures: Figures, seed: int) -> dict[str, Any]:
+    """What happened, and where."""
+    return {
+        **asdict(figures),
+        "wrong": "; ".join(figures.wrong),
+        "seed": seed,
+        "tables": TABLES,
+        "mec_embed": mec_embed.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
+    }
 
 
 def kill(folder: Path, kills: int, seed: int = 0, tables: int = TABLES) -> Figures:

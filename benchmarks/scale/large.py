@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def main() -> None:
         sys.exit("memory is read from /proc, which is not here")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="mec_embed_scale_") as name:
         line = measure(options, Path(name))
-    append(options.out, line)
+    append(options.out, line, COLUMNS)
     print(json.dumps(line, indent=2))
 
 
@@ -162,11 +163,11 @@ def _interpreter_mb() -> float:
     return _sizes(run.stdout)["RssAnon"]
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
+def append(path: Path, line: dict[str, Any], columns: Sequence[str]) -> None:
     """One more line of a CSV file."""
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if fresh:
             writer.writeheader()
         writer.writerow(line)
@@ -180,7 +181,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--counts", choices=("sorted", "shuffled", "none"), default="shuffled")
     parser.add_argument("--options", default="", help="more options of mec-embed compress")
     parser.add_argument("--folder", type=Path, help="for the table (default: the system's)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale.csv"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale_large.csv"))
     return parser.parse_args()
 
 

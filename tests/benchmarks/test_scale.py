@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.scale import large
+from benchmarks.scale import kill, large
 
 
 def test_a_table_is_made_in_pieces(tmp_path: Path, monkeypatch) -> None:
@@ -42,7 +42,13 @@ def test_what_it_took_is_one_line(tmp_path: Path) -> None:
     assert line["ratio"] >= 20 and 0 < line["error"] < 1
     assert line["anonymous_mb"] > line["interpreter_mb"] > 0 and line["file_mb"] > 0
     for _ in range(2):
-        large.append(tmp_path / "scale.csv", line)
+        large.append(tmp_path / "scale.csv", line, large.COLUMNS)
     written = [*csv.DictReader(io.StringIO((tmp_path / "scale.csv").read_text()))]
     assert len(written) == 2 and tuple(written[0]) == large.COLUMNS
     assert written[0]["rows"] == "20000"
+
+
+def test_a_line_of_kills_has_the_columns_of_the_file() -> None:
+    line = kill.line_of(kill.Figures(kills=3, wrong=["one", "two"]), 7)
+    assert sorted(line) == sorted(kill.COLUMNS)
+    assert (line["kills"], line["seed"], line["wrong"]) == (3, 7, "one; two")
