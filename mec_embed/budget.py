@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .config import CompressionConfig
 from .layout import CodeKind, CodeLayout, packed_bytes
+from .modules import _Compressed
+from .packing import unpack
 from .tables import Table, check_finite
 from .tiers import TierMap
 
@@ -70,6 +72,7 @@ class Field:
         counts: occurrences (rows of the table,) of each row, or None.
         tier: ``"head"`` or ``"tail"`` where this is a tier of the tables, else None.
         cut: occurrences from which on a row is in the head.
+        earlier: what holds codes and codebooks of an earlier version of each table, or nothing.
     """
 
     table: Table
@@ -79,6 +82,7 @@ class Field:
     counts: np.ndarray | None = None
     tier: str | None = None
     cut: int = 0
+    earlier: tuple[_Compressed, ...] = ()
 
     @cached_property
     def rows(self) -> int:
@@ -147,6 +151,12 @@ class Field:
     def read(self, ids: Tensor, device: torch.device) -> Tensor:
         """Rows (n, dim) float32 of ``ids``, the partner's column last."""
         return self.reader(device)(ids)
+
+    def earlier_codes(self, ids: Tensor) -> Tensor:
+        """Codes (n, M) int64 that rows had in the earlier version, by their numbers (n,)."""
+        part = self.earlier[0]
+        layout, codes = part.layout, part.codes
+        return unpack(codes, layout.num_subvectors, layout.bits, ids.to(codes.device))
 
     @property
     def mean(self) -> tuple[Tensor, ...]:
@@ -248,6 +258,8 @@ class Group:
 
     def layouts(self, shape: Shape, config: CompressionConfig) -> list[list[CodeLayout]]:
         """For each field, the layout of its table and of its partner."""
+        if self.first.earlier:
+            return [[_stored_layout(part) for part in field.earlier] for field in self.fields]
         kind, subvectors, size = shape
         return [
             [
@@ -264,11 +276,22 @@ class Group:
             for field in self.fields
         ]
 
+    def earlier_codebooks(self) -> Tensor | None:
+        """Codebooks (M, K, columns of the fields) float32 of the earlier version, if any."""
+        if not self.first.earlier:
+            return None
+        return torch.cat([part.codebook_set.values() for part in self.first.earlier], dim=2)
+
     def layout_bytes(self, shape: Shape, config: CompressionConfig) -> int:
         """Bytes of all codes and of the one set of codebooks in this shape."""
         layouts = self.layouts(shape, config)
         codes = sum(field[0].code_bytes for field in layouts)
         return codes + sum(layout.codebook_bytes for layout in layouts[0])
+
+
+def _stored_layout(part: _Compressed) -> CodeLayout:
+    # Its codebooks may have been cast since.
+    return replace(part.layout, codebook_dtype=part.codebooks.dtype)
 
 
 class Choice(NamedTuple):
@@ -330,7 +353,7 @@ def make_fields(
             table,
             tables[partners[i]] if i in partners else None,
             weights[i],
-            _joint(fishers[i], fishers[partners[i]]) if i in partners else fishers[i],
+            joint_fisher(fishers[i], fishers[partners[i]]) if i in partners else fishers[i],
             counts[i],
         )
         for i, table in enumerate(tables)
@@ -338,7 +361,7 @@ def make_fields(
     ]
 
 
-def _joint(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+def joint_fisher(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
     """Fisher matrix of a table and its partner, taken to be independent."""
     if first is None or second is None:
         return None

@@ -101,6 +101,7 @@ examples:
   mec-embed compress model.safetensors --freq counts.npz --ratio 50 -o small.safetensors
   mec-embed compress model.safetensors.index.json --codebook-dtype int8 -o small.safetensors
   mec-embed compress model.pt --padding-idx '*=0' --bag 'history.*=sum' -o small.safetensors
+  mec-embed compress monday.safetensors --start-from sunday-small.safetensors -o small.safetensors
 
 what a checkpoint does not say:
   A checkpoint holds neither which tables are nn.EmbeddingBag nor their padding rows, and load()
@@ -383,6 +384,7 @@ def _job(options: argparse.Namespace) -> Job:
         Roles(tuple(options.bag), tuple(options.padding_idx)),
         options.freq,
         dict(options.column),
+        options.start_from,
     )
 
 
@@ -524,6 +526,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--ratio", type=float, help="bytes before / bytes after (default: 50)")
     target.add_argument("--max-bytes", type=int, metavar="N", help="bytes after, instead")
+    target.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FILE",
+        help="compressed file of an earlier version, instead: keep its layouts and most codes",
+    )
     _add_tables(parser)
     learning = parser.add_argument_group("how")
     learning.add_argument("--codes", choices=("additive", "product"))

@@ -46,6 +46,7 @@ from .tables import (
     untouched,
 )
 from .tiers import TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
+from .warm import Earlier
 
 logger = logging.getLogger("mec_embed")
 
@@ -58,6 +59,8 @@ Fit = Callable[[Group, Shape, Callable[[], FittedCodes]], FittedCodes]
 
 #: A row that never occurs counts as this many occurrences: little, but it gets a code.
 _UNSEEN = 0.1
+#: Which tables are compressed after an earlier version, that version decides.
+_EVERY_TABLE = CompressionConfig(min_rows=1)
 #: Rows whose weights are worked out at once.
 _WEIGHT_ROWS = 1 << 20
 
@@ -76,6 +79,7 @@ def compress(
     optimizer: Optimizers = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """Replace the embedding tables of a trained model by codes and codebooks, in place.
 
@@ -97,22 +101,31 @@ def compress(
             old tables in their groups, and the state of the old tables is dropped.
         device: to learn on; by default where the table is.
         progress: show a progress bar.
+        start_from: the compressed model of an earlier version, to change few of its codes. Tables,
+            layouts, tiers and kinds of codes are as there, whatever ``config`` says; codebooks are
+            refitted from there on, and a row gets other codes only where they lower its error
+            clearly. The report counts these rows. Rows that were appended since need codes first,
+            see :func:`mec_embed.extend`.
 
     Returns:
         Every table with its bytes and errors.
 
     Raises:
         ValueError: no table to compress, a budget that cannot be met, counts that do not fit,
-            NaN or infinite rows; the table is named.
+            NaN or infinite rows, tables that are not those of ``start_from``; the table is named.
         TypeError: an argument of another type.
         RuntimeError: faiss is not installed.
 
     Example:
         >>> report = compress(model, stats, CompressionConfig(ratio=50))  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
+
+        The next night, with ``old = load(build_model(), "yesterday.safetensors")``:
+
+        >>> report = compress(model, stats, start_from=old)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    draft = _draft(model, freq_stats, config, optimizer, batches, forward)
+    draft = _draft(model, freq_stats, config, optimizer, batches, forward, start_from)
     require_faiss()
     check_finite(draft.tables)
     with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as groups:
@@ -233,6 +246,7 @@ def _draft(
     optimizer: Optimizers,
     batches: Iterable[Any] | None,
     forward: Forward,
+    start_from: nn.Module | None = None,
 ) -> Draft:
     check_model(model)
     groups_of = optimizer_groups(all_optimizers(model, optimizer))
@@ -240,11 +254,14 @@ def _draft(
         config = CompressionConfig()
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
-    tables, skipped = find_tables(model, config)
+    earlier = None if start_from is None else Earlier.of(start_from)
+    tables, skipped = find_tables(model, config if earlier is None else _EVERY_TABLE)
+    if earlier is not None:
+        tables, skipped = earlier.choose(tables, skipped)
     measure = None
     if batches is not None:
         measure = partial(fisher_matrices, model, tables, batches, forward)
-    return draft_tables(model, tables, skipped, freq_stats, config, groups_of, measure)
+    return draft_tables(model, tables, skipped, freq_stats, config, groups_of, measure, earlier)
 
 
 def draft_tables(
@@ -255,6 +272,7 @@ def draft_tables(
     config: CompressionConfig,
     groups_of: Mapping[int, Hashable] | None = None,
     measure: Callable[[], Sequence[Any]] | None = None,
+    earlier: Earlier | None = None,
 ) -> Draft:
     """Plan tables that were found already.
 
@@ -266,6 +284,7 @@ def draft_tables(
         config: what to aim for.
         groups_of: group of its optimizer for the ``id`` of a parameter.
         measure: finds the Fisher matrices, see :mod:`mec_embed.sensitivity`; None without batches.
+        earlier: whose plan is taken over, if any; it chose the tables.
     """
     counts = counts_for_tables(
         freq_stats,
@@ -285,22 +304,15 @@ def draft_tables(
         row_weights(table.rows, c, popularity, usual)
         for table, c in zip(tables, counts, strict=True)
     ]
-    alone = sum(table.nbytes for table in skipped)
-    before = sum(table.nbytes for table in tables) + alone
-    budget = config.budget(before)
-    if budget is not None:
-        if alone > budget:
-            raise ValueError(
-                f"the tables left alone take {alone:,} bytes, more than the budget of {budget:,}; "
-                "lower ratio (or raise max_bytes) or compress more tables (min_rows, include, "
-                "exclude)"
-            )
-        budget -= alone
     keys = {table: _share_key(table, groups_of or {}) for table in tables}
     fishers: Sequence[Any] = [None] * len(tables)
     if measure is not None:
         fishers = comparable(tables, measure())
-    assignment = assign(tables, weights, counts, fishers, keys, config, budget)
+    if earlier is None:
+        budget = _budget(tables, skipped, config)
+        assignment = assign(tables, weights, counts, fishers, keys, config, budget)
+    else:
+        assignment = earlier.assignment(weights, fishers, keys, config)
     order = [aliases[0].name for _, aliases in find_modules(model, EMBEDDINGS)]
     return Draft(
         config,
@@ -313,6 +325,23 @@ def draft_tables(
         assignment,
         _notes(freq_stats, missing, unused),
     )
+
+
+def _budget(
+    tables: Sequence[Table], skipped: Sequence[SkippedTable], config: CompressionConfig
+) -> int | None:
+    """Bytes that the tables to compress may take; None where the layout is explicit."""
+    alone = sum(table.nbytes for table in skipped)
+    budget = config.budget(sum(table.nbytes for table in tables) + alone)
+    if budget is None:
+        return None
+    if alone > budget:
+        raise ValueError(
+            f"the tables left alone take {alone:,} bytes, more than the budget of {budget:,}; "
+            "lower ratio (or raise max_bytes) or compress more tables (min_rows, include, "
+            "exclude)"
+        )
+    return budget - alone
 
 
 def _notes(freq_stats: Counts, missing: list[str], unused: list[str]) -> list[str]:
@@ -526,8 +555,18 @@ class Outcome:
         )
 
         def fit() -> FittedCodes:
-            rows = [Rows(field.reader(place), field.weights) for field in group.fields]
-            return fit_codes(rows, code_shape, self.draft.config, tell)
+            start = group.earlier_codebooks()
+            rows = [
+                Rows(
+                    field.reader(place),
+                    field.weights,
+                    None if start is None else field.earlier_codes,
+                )
+                for field in group.fields
+            ]
+            if start is not None:
+                start = start.to(place)
+            return fit_codes(rows, code_shape, self.draft.config, tell, start)
 
         fitted = self.fit(group, shape, fit)
         if not bool(fitted.codebooks.isfinite().all()):
@@ -569,9 +608,10 @@ class Outcome:
             return next(iter(told.values()), {})
         mass = {tier: self.pieces[table][tier].mass for tier in told}
         summary: dict[str, Any] = {}
-        for name in ("seconds", "dead_codes", "start_error", "learned_error", "perplexity"):
-            known = {tier: values[name] for tier, values in told.items() if name in values}
-            total = name in ("seconds", "dead_codes")
+        totals = ("seconds", "dead_codes", "changed_rows")
+        for name in (*totals, "start_error", "learned_error", "perplexity"):
+            known = {t: values[name] for t, values in told.items() if values.get(name) is not None}
+            total = name in totals
             if known:
                 share = sum(mass[tier] for tier in known)
                 weighted = sum(known[tier] * (1 if total else mass[tier] / share) for tier in known)
@@ -587,9 +627,9 @@ class Outcome:
         return CompressionReport(
             rows,
             draft.config,
-            tuple(draft.notes),
+            (*draft.notes, *_changes(rows)),
             seconds,
-            plan.error,
+            plan.error if plan.others else None,
             tuple((nbytes + rest, error) for nbytes, error in plan.others),
         )
 
@@ -602,8 +642,18 @@ def _told(fitted: FittedCodes, number: int) -> dict[str, Any]:
         "learned_error": fitted.error,
         "perplexity": sum(encoded.perplexity) / len(encoded.perplexity),
         "dead_codes": encoded.dead_codes,
+        "changed_rows": encoded.changed_rows,
         "objective": fitted.history[-1] if fitted.history else {},
     }
+
+
+def _changes(rows: Sequence[TableReport]) -> Iterator[str]:
+    """How many rows have other codes than in an earlier version."""
+    coded = [row for row in rows if row.changed_rows is not None and not row.shares_codes_with]
+    if coded:
+        changed = sum(row.changed_rows or 0 for row in coded)
+        share = changed / sum(row.rows for row in coded)
+        yield f"layouts are those of start_from; {changed:,} rows ({share:.1%}) got other codes"
 
 
 def _untouched(table: SkippedTable) -> TableReport:

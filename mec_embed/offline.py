@@ -6,14 +6,16 @@ Finished groups of tables are kept in a folder beside the output until all is do
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,13 @@ from .config import CompressionConfig
 from .counts import read_counts
 from .learning.fit import EncodedRows, FittedCodes
 from .learning.kmeans import require_faiss
+from .modules import DecodedTable
 from .report import CompressionReport
 from .skeleton import Progress, Roles, Skeleton, choose_tables, is_compressed, nothing_chosen
-from .storage import KEY, contents
+from .storage import KEY, build_tables, contents, read_manifest
 from .swap import replace_modules
 from .tables import Table, check_finite
+from .warm import Earlier
 
 #: Entry of the metadata that says how the file was made, as JSON.
 ORIGIN = "mec_embed_origin"
@@ -59,6 +63,8 @@ class Job:
         roles: what the checkpoint does not say.
         counts: a file for :func:`read_counts`, or None.
         columns: see :func:`read_counts`.
+        start_from: compressed file of an earlier version, see :func:`mec_embed.compress`; it says
+            which tables, and how they are stored.
     """
 
     checkpoint: Path
@@ -66,6 +72,13 @@ class Job:
     roles: Roles = Roles()
     counts: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    start_from: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that are read."""
+        files = (self.checkpoint, self.counts, self.start_from)
+        return [path for path in files if path is not None]
 
     def skeleton(self, progress: Progress) -> tuple[Skeleton, dict[str, str]]:
         """The tables, and why other matrices are none."""
@@ -74,19 +87,31 @@ class Job:
             raise ValueError(
                 f"{self.checkpoint} is compressed already; give the checkpoint it was made from"
             )
-        chosen, reasons = choose_tables(checkpoint, self.config)
+        chosen, reasons = choose_tables(checkpoint, self._selection())
         if not chosen:
             raise ValueError(nothing_chosen(self.checkpoint, reasons))
         self.roles.check([*chosen])
         return Skeleton(checkpoint, chosen, self.roles, progress.advance), reasons
 
+    def _selection(self) -> CompressionConfig:
+        """Which tables."""
+        if self.start_from is None:
+            return self.config
+        entries = read_manifest(self.start_from)["tables"]
+        names = tuple(glob.escape(entry["names"][0]) for entry in entries)
+        return replace(self.config, include=names, exclude=(), min_rows=1)
+
     def draft(self, skeleton: Skeleton, progress: Progress) -> Draft:
         """The plan."""
-        stats = None
+        stats, earlier = None, None
         if self.counts is not None:
             stats = read_counts(self.counts, skeleton, self.columns, progress)
         tables: list[Table] = [*skeleton.tables]
-        return draft_tables(skeleton.model, tables, [], stats, self.config)
+        if self.start_from is not None:
+            manifest = read_manifest(self.start_from)
+            earlier = Earlier(tables_of(open_checkpoint(self.start_from), manifest))
+            earlier.choose(tables, [])
+        return draft_tables(skeleton.model, tables, [], stats, self.config, None, None, earlier)
 
     def fingerprint(self, skeleton: Skeleton, device: str | None) -> str:
         """Equal for jobs whose results are equal."""
@@ -101,6 +126,7 @@ class Job:
             self.config.to_dict(),
             [self.roles.bags, self.roles.paddings],
             [digest.hexdigest(), dict(self.columns)],
+            None if self.start_from is None else open_checkpoint(self.start_from).identity,
             device,
         ]
         return json.dumps(values)
@@ -157,7 +183,7 @@ def compress_file(
     output, progress = Path(output), progress or Progress()
     require_faiss()
     skeleton, _ = job.skeleton(progress)
-    _check_output(output, [job.checkpoint, *([job.counts] if job.counts else [])])
+    _check_output(output, job.inputs)
     draft = job.draft(skeleton, progress)
     groups = draft.groups_to_learn()
     with Partial(output, job.fingerprint(skeleton, device), resume, progress) as work:
@@ -260,6 +286,35 @@ def _contents(model: nn.Module, any_table: bool) -> tuple[dict[str, Tensor], dic
             "or lower --max-bytes"
         )
     return contents(model)
+
+
+def keys_of_tables(keys: Iterable[str], manifest: Mapping[str, Any]) -> defaultdict[str, list[str]]:
+    """Keys below each name of each table."""
+    names = {name for entry in manifest["tables"] for name in entry["names"]}
+    found = defaultdict(list)
+    for key in keys:
+        parent = key.rpartition(".")[0]
+        while parent and parent not in names:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            found[parent].append(key)
+    return found
+
+
+def tables_of(small: Checkpoint, manifest: dict[str, Any]) -> dict[str, DecodedTable]:
+    """The tables of a compressed file by their first names; tensors are mapped.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    shared, tensors = manifest["shared"], {}
+    for keys in keys_of_tables([*small.tensors, *shared], manifest).values():
+        for key in keys:
+            if shared.get(key, key) not in small.tensors:
+                raise ValueError(f"{small.path}: {key!r} shares a tensor that is not there")
+            tensors[key] = small.mapped(shared.get(key, key))
+    names = [entry["names"][0] for entry in manifest["tables"]]
+    return dict(zip(names, build_tables(manifest, tensors, small.path), strict=True))
 
 
 def _as_json(manifest: dict[str, Any]) -> str:
@@ -380,7 +435,7 @@ def _write_group(path: Path, key: str, fitted: FittedCodes) -> None:
         "start_error": fitted.start_error,
         "error": fitted.error,
         "history": fitted.history,
-        "encoded": [[encoded.perplexity, encoded.dead_codes] for encoded in fitted.encoded],
+        "encoded": [[one.perplexity, one.dead_codes, one.changed_rows] for one in fitted.encoded],
     }
     write_safetensors(path, tensors, {"key": key, "about": json.dumps(about)})
 
@@ -396,8 +451,8 @@ def _read_group(path: Path, key: str) -> FittedCodes:
         raise ValueError("its contents are not what was written")
     about = json.loads(checkpoint.metadata["about"])
     encoded = [
-        EncodedRows(checkpoint.mapped(f"packed.{number}"), tuple(perplexity), dead)
-        for number, (perplexity, dead) in enumerate(about.pop("encoded"))
+        EncodedRows(checkpoint.mapped(f"packed.{number}"), tuple(perplexity), *numbers)
+        for number, (perplexity, *numbers) in enumerate(about.pop("encoded"))
     ]
     codebooks = checkpoint.mapped("codebooks").clone()
     return FittedCodes(codebooks=codebooks, encoded=tuple(encoded), **about)

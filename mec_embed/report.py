@@ -38,11 +38,12 @@ class TableReport:
         lookups: total of the counts, None without counts.
         weighted_error: weighted squared error / weighted variance of the rows.
         start_error: the same for the rows that the codebooks were learned from, after the k-means
-            start (for all tables that share the codebooks).
+            start, or with ``start_from`` in its codebooks (for all tables that share them).
         learned_error: the same at the end.
         perplexity: mean over codebooks of exp(entropy of the use of codewords).
         dead_codes: codewords that no row uses.
         codewords: all of them.
+        changed_rows: rows with other codes than in ``start_from``; None without it.
         objective: mean of each term of the MEC objective in its last epoch.
         seconds: spent learning (for all tables that share the codebooks, with the first).
     """
@@ -69,6 +70,7 @@ class TableReport:
     perplexity: float | None = None
     dead_codes: int | None = None
     codewords: int | None = None
+    changed_rows: int | None = None
     objective: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
 

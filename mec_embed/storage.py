@@ -139,6 +139,8 @@ def _values_kept(model: nn.Module, replacements: list[Replacement]) -> Iterator[
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a file; FormatError where there is none that this version can read."""
+    if not Path(path).exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         with safe_open(path, framework="pt") as file:
             return _parse(file.metadata(), path)
@@ -297,8 +299,6 @@ def _umask() -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     manifest = read_manifest(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .checkpoints import Checkpoint, StoredTensor, damaged_tensors, open_checkpoint
 from .compress import row_weights, weighted_error
@@ -19,9 +17,9 @@ from .counts import read_counts
 from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import DecodedTable
-from .offline import ORIGIN
+from .offline import ORIGIN, keys_of_tables, tables_of
 from .skeleton import FLOATS, Progress, Roles, Skeleton
-from .storage import build_tables, read_manifest
+from .storage import read_manifest
 
 #: Error relative to that of the report, and absolute, that is the same error.
 _SAME_ERROR = (1e-3, 1e-6)
@@ -59,25 +57,10 @@ def stored_tables(checkpoint: Checkpoint) -> list[StoredTable]:
     manifest = read_manifest(checkpoint.path)
     errors = origin_of(checkpoint).get("tables", {})
     try:
-        keys = _keys_of_tables(checkpoint.tensors, manifest)
+        keys = keys_of_tables(checkpoint.tensors, manifest)
         return [_stored_table(entry, keys, checkpoint, errors) for entry in manifest["tables"]]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{checkpoint.path}: the manifest is damaged ({error!r})") from error
-
-
-def _keys_of_tables(
-    keys: Iterable[str], manifest: Mapping[str, Any]
-) -> defaultdict[str, list[str]]:
-    """Keys below each name of each table."""
-    names = {name for entry in manifest["tables"] for name in entry["names"]}
-    found = defaultdict(list)
-    for key in keys:
-        parent = key.rpartition(".")[0]
-        while parent and parent not in names:
-            parent = parent.rpartition(".")[0]
-        if parent:
-            found[parent].append(key)
-    return found
 
 
 def _stored_table(
@@ -183,9 +166,8 @@ def verify_file(
         found.notes.append(f"{path} holds no checksums: mec_embed.save() writes none")
     for key in damaged or ():
         found.differences.append(f"{key}: its bytes are not those that were written")
-    modules = build_tables(manifest, _table_tensors(small, manifest), path)
-    names = [entry["names"][0] for entry in manifest["tables"]]
-    keys = {f"{name}.weight": name for name in names}
+    modules = tables_of(small, manifest)
+    keys = {f"{name}.weight": name for name in modules}
     chosen = {
         keys[key]: stored
         for key, stored in checkpoint.tensors.items()
@@ -194,25 +176,13 @@ def verify_file(
     skeleton = Skeleton(checkpoint, chosen, Roles(), progress.advance)
     stats = None if counts is None else read_counts(counts, skeleton, columns or {}, progress)
     with progress.stage("comparing tables", 2 * skeleton.nbytes):
-        _compare_tables(dict(zip(names, modules, strict=True)), skeleton, stats, small, found)
+        _compare_tables(modules, skeleton, stats, small, found)
     if not tables_only:
         with progress.stage("comparing other tensors", checkpoint.nbytes - skeleton.nbytes):
             _compare_others(small, manifest, checkpoint, {*keys}, found, progress)
     for table in found.tables:
         found.differences += table.problems(max_error)
     return found
-
-
-def _table_tensors(small: Checkpoint, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all tables of a compressed file, mapped."""
-    shared = manifest["shared"]
-    tensors = {}
-    for keys in _keys_of_tables([*small.tensors, *shared], manifest).values():
-        for key in keys:
-            if shared.get(key, key) not in small.tensors:
-                raise ValueError(f"{small.path}: {key!r} shares a tensor that is not there")
-            tensors[key] = small.mapped(shared.get(key, key))
-    return tensors
 
 
 def _compare_tables(
@@ -251,7 +221,7 @@ def _compare_others(
     progress: Progress,
 ) -> None:
     """Tensors that are no tables must be those of the checkpoint, to the bit."""
-    coded = _keys_of_tables([*small.tensors, *manifest["shared"]], manifest)
+    coded = keys_of_tables([*small.tensors, *manifest["shared"]], manifest)
     tables = {key for keys in coded.values() for key in keys}
     ours = _all_tensors(small.tensors, manifest["shared"])
     theirs = _all_tensors(checkpoint.tensors, checkpoint.shared)

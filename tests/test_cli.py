@@ -113,6 +113,62 @@ def test_the_file_is_that_of_the_library(files: Path, options: list[str]) -> Non
     assert not loaded.embedding["user"](torch.tensor([0])).any()
 
 
+def _next_night(files: Path) -> Model:
+    """The checkpoint and its compressed file become those of yesterday; the model of today."""
+    assert _compress(files, *ROLES) == 0
+    (files / "small.safetensors").rename(files / "yesterday.safetensors")
+    model = _model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    save_file(model.state_dict(), files / "model.safetensors")
+    return model
+
+
+def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> None:
+    model = _next_night(files)
+    after = [
+        "--freq",
+        str(files / "counts.npz"),
+        "--start-from",
+        str(files / "yesterday.safetensors"),
+    ]
+    after += [*ROLES, "--quiet", "--json"]
+    capsys.readouterr()
+    assert _run(files, "plan", *after) == 0
+    planned = json.loads(capsys.readouterr().out)["report"]
+    assert _run(files, "compress", *after, "-o", files / "small.safetensors") == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert planned["bytes_after"] == report["bytes_after"]
+    assert any(table["changed_rows"] for table in report["tables"])
+    counts = {name.removesuffix(".weight"): values for name, values in COUNTS.items()}
+    yesterday = load(_model(), files / "yesterday.safetensors")
+    compress(model, counts, progress=False, start_from=yesterday)
+    loaded = load(_model(1), files / "small.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_starting_from_what_does_not_fit(files: Path, capsys) -> None:
+    _next_night(files)
+    capsys.readouterr()
+    output, start = ["-o", files / "small.safetensors", "--quiet"], "--start-from"
+    assert _run(files, "compress", *output, start, files / "model.safetensors") == 2
+    assert "without a mec_embed manifest" in _said(capsys)
+    assert _run(files, "compress", *output, start, files / "none") == 2
+    assert "none: no such file" in _said(capsys)
+    tensors = load_file(files / "model.safetensors")
+    tensors["bag.weight"] = torch.randn(1300, 16)
+    save_file(tensors, files / "model.safetensors")
+    assert _run(files, "compress", *output, start, files / "yesterday.safetensors") == 2
+    assert "'bag' has the shape (1300, 16), expected (1200, 16)" in _said(capsys)
+    del tensors["bag.weight"]
+    save_file(tensors, files / "model.safetensors")
+    assert _run(files, "compress", *output, start, files / "yesterday.safetensors") == 2
+    assert "table 'bag' is compressed in start_from" in _said(capsys)
+    assert not (files / "small.safetensors").exists()
+
+
 @pytest.mark.parametrize("kind", ["torch", "sharded", "wrapped"])
 def test_other_checkpoints_give_the_same_tensors(files: Path, kind: str) -> None:
     assert _compress(files, *ROLES) == 0

@@ -29,6 +29,10 @@ LEAST_GAIN = 2e-3
 #: Partial sums kept by the beam search while learning, and for the final codes.
 LEARNING_BEAM = 8
 FINAL_BEAM = 16
+#: Rows keep the codes of an earlier version unless others lower their squared error by more than
+#: this part of the mean error: that raises the weighted error by no more than this part
+#: (docs/experiments.md).
+KEEP_MARGIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ class Rows:
     Attributes:
         read: row numbers (n,) int64 -> rows (n, D) float32 on the computing device.
         weights: popularity weight (rows,) float32, positive, of each row.
+        codes: row numbers (n,) int64 -> codes (n, M) int64 in an earlier version, if there is one.
     """
 
     read: Callable[[Tensor], Tensor]
     weights: Tensor
+    codes: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -93,11 +99,13 @@ class EncodedRows:
         packed: packed codes (bytes,) uint8.
         perplexity: for each codebook, exp of the entropy of how often its codewords are used.
         dead_codes: codewords that no row uses.
+        changed_rows: rows with other codes than in an earlier version; None without one.
     """
 
     packed: Tensor
     perplexity: tuple[float, ...]
     dead_codes: int
+    changed_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,24 +162,31 @@ def fit_codes(
     shape: CodeShape,
     config: CompressionConfig,
     progress: Progress = lambda stage, error: None,
+    start: Tensor | None = None,
 ) -> FittedCodes:
     """Learn one set of codebooks for several arrays of rows, and the codes of each.
+
+    With ``start``, codebooks follow the rows from there, and rows keep the codes that they have
+    where these are good enough, see ``KEEP_MARGIN``; without k-means or the MEC objective, which
+    would choose other codes.
 
     Args:
         arrays: the rows, all of ``sum(shape.widths)`` columns.
         shape: of the codebooks to learn.
         config: loss weights, epochs and seed.
         progress: told (stage, relative weighted error) after every stage.
+        start: codebooks (M, K, S) float32 of an earlier version, in which all arrays have codes.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    x, mass = _read_sample(arrays, shape, generator)
+    x, mass, codes = _read_sample(arrays, shape, generator)
     units = _Units.of(x, mass, shape)
     x = units.normalise(x)
-    learner = _Learner(x, mass, units, config, progress)
-    codebooks = units.stored(learner.learn())
+    learner = _Learner(x, mass, units, config, progress, codes)
+    learned = learner.learn() if start is None else learner.follow(units.learned(start))
+    codebooks, margin = units.stored(learned), KEEP_MARGIN * learner.error
     return FittedCodes(
         codebooks=codebooks,
-        encoded=tuple(_encode_all(rows, codebooks, units) for rows in arrays),
+        encoded=tuple(_encode_all(rows, codebooks, units, margin) for rows in arrays),
         start_error=learner.start_error,
         error=learner.error,
         history=learner.history,
@@ -180,18 +195,21 @@ def fit_codes(
 
 def _read_sample(
     arrays: Sequence[Rows], shape: CodeShape, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Rows (n, D) to learn from, and their weights (n,) of mean 1."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows (n, D) to learn from, their weights (n,) of mean 1, and codes that they have (n, M)."""
     size = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * sum(shape.widths)))
     weights = torch.cat([rows.weights for rows in arrays])
     chosen, mass = weighted_sample(weights, size, generator)
-    parts, first = [], 0
+    parts, codes, first = [], [], 0
     for rows in arrays:
-        inside = chosen[(chosen >= first) & (chosen < first + len(rows))]
-        parts.append(rows.read(inside - first))
+        inside = chosen[(chosen >= first) & (chosen < first + len(rows))] - first
+        parts.append(rows.read(inside))
+        if rows.codes is not None:
+            codes.append(rows.codes(inside))
         first += len(rows)
     x = torch.cat(parts)
-    return x, (mass / mass.mean()).to(x.device)
+    known = torch.cat(codes).to(x.device) if codes else None
+    return x, (mass / mass.mean()).to(x.device), known
 
 
 @dataclass(frozen=True)
@@ -259,8 +277,10 @@ class _Learner:
         units: _Units,
         config: CompressionConfig,
         progress: Progress,
+        codes: Tensor | None = None,
     ) -> None:
         self.x, self.weights, self.units, self.config = x, weights, units, config
+        self.earlier = codes
         self.progress = progress
         self.quantizer: Quantizer = quantizer_for(units.shape.kind)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
@@ -281,10 +301,22 @@ class _Learner:
             codebooks = self._train(codebooks, codes)
         return codebooks
 
+    def follow(self, codebooks: Tensor) -> Tensor:
+        """Codebooks (M, K, S) that fit better than those given, of an earlier version."""
+        codes, self.start_error = self._encode(codebooks)
+        self.error = self.start_error
+        self.progress("earlier version", self.error)
+        return self._refine(codebooks, codes)[0]
+
     def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
         """Codes for the codebooks as they will be stored, and the weighted error."""
         stored = self.units.learned(self.units.stored(codebooks))
         codes = self.quantizer.encode(self.x, stored, LEARNING_BEAM)
+        error = float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
+        if self.earlier is None:
+            return codes, error
+        margin = KEEP_MARGIN * error
+        codes = _kept(self.x, self.earlier, codes, stored, self.quantizer, margin)
         return codes, float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
 
     def _refine(self, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,20 +377,41 @@ class _Learner:
         return refined
 
 
-def _encode_all(rows: Rows, stored: Tensor, units: _Units) -> EncodedRows:
+def _kept(
+    x: Tensor,
+    earlier: Tensor,
+    fresh: Tensor,
+    codebooks: Tensor,
+    quantizer: Quantizer,
+    margin: float,
+) -> Tensor:
+    """Codes (n, M): ``earlier``, or ``fresh`` where these lower the error by over ``margin``."""
+    before, after = (
+        (x - quantizer.decode(codes, codebooks)).square().sum(1) for codes in (earlier, fresh)
+    )
+    return torch.where((before - after > margin)[:, None], fresh, earlier)
+
+
+def _encode_all(rows: Rows, stored: Tensor, units: _Units, margin: float) -> EncodedRows:
     """The codes of all rows, read in chunks, for codebooks in real units."""
     shape, codebooks = units.shape, units.learned(stored)
     quantizer = quantizer_for(shape.kind)
     count, size, _ = codebooks.shape
     packed = empty_packed(len(rows), count, shape.bits)
     used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
+    changed = None if rows.codes is None else 0
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = torch.arange(start, min(start + CHUNK_ROWS, len(rows)))
-        codes = quantizer.encode(units.normalise(rows.read(chunk)), codebooks, FINAL_BEAM)
+        x = units.normalise(rows.read(chunk))
+        codes = quantizer.encode(x, codebooks, FINAL_BEAM)
+        if rows.codes is not None and changed is not None:
+            earlier = rows.codes(chunk).to(codes.device)
+            codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
+            changed += int((codes != earlier).any(1).sum())
         pack_into(packed, start, codes, shape.bits)
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
     used = used.view(count, size)
-    return EncodedRows(packed, _perplexity(used), int((used == 0).sum()))
+    return EncodedRows(packed, _perplexity(used), int((used == 0).sum()), changed)
 
 
 def _perplexity(used: Tensor) -> tuple[float, ...]:

@@ -1,0 +1,150 @@
+"""Retrain night after night: compress anew, or from the version of the night before.
+
+``python -m benchmarks.quality.nights --data criteo_dac80k.parquet`` trains on the first part of the
+examples, and every night on one more of the parts that are left (one epoch, all other values as for
+the base model). The model of each night is compressed in both ways; lines are appended to a CSV
+file: errors, test AUC, and how many rows have other codes than the night before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mec_embed
+from benchmarks.hardware import processor
+from examples.ctr.base import build_model
+from examples.ctr.data import ClickData, load_parquet
+from examples.ctr.settings import SETTINGS, Settings
+from examples.ctr.training import evaluate, iterate_batches, train_with
+from mec_embed import CompressionConfig, CompressionReport, FrequencyStats, compress
+from mec_embed.packing import unpack
+from mec_embed.tiers import find_replacements
+
+COLUMNS = (
+    "data", "ratio", "seed", "night", "how", "weighted_error", "auc", "dense_auc",
+    "changed_rows", "rows", "share", "seconds", "mec_embed", "torch", "python", "processor",
+    "threads",
+)  # fmt: skip
+#: Part of the training split that the base model sees.
+BASE = 0.7
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    options = _parse()
+    settings = SETTINGS[options.data.stem]
+    data = load_parquet(options.data, settings.min_count)
+    for seed in range(options.seeds):
+        for line in run(data, settings, options.ratio, options.nights, seed):
+            line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
+            line |= {"python": platform.python_version(), "processor": processor()}
+            line |= {"threads": torch.get_num_threads()}
+            _append(options.out, line)
+
+
+def run(
+    data: ClickData, settings: Settings, ratio: float, nights: int, seed: int
+) -> list[dict[str, Any]]:
+    """One line for each night and way."""
+    config = CompressionConfig(ratio=ratio, codebook_dtype="int8", seed=seed)
+    first, *later = _parts(data, nights)
+    model = build_model(data.fields, data.rows, settings, seed)
+    train_with(settings, model, first, seed)
+    before, lines = {"cold": None, "warm": None}, []
+    for night, part in enumerate([first, *later]):
+        if night:
+            train_with(replace(settings, epochs=1), model, part, seed + night)
+        stats = FrequencyStats.from_batches(
+            model, iterate_batches(part, "train", settings.batch_size, shuffle=False)
+        )
+        dense_auc = evaluate(model, data, "test").auc
+        for how, old in before.items():
+            small = copy.deepcopy(model)
+            start = old if how == "warm" else None
+            started = time.perf_counter()
+            report = compress(small, stats, config, progress=False, start_from=start)
+            line = {"data": data.name, "ratio": ratio, "seed": seed, "night": night, "how": how}
+            line |= {"seconds": round(time.perf_counter() - started, 2)}
+            line |= {"weighted_error": round(_error(report), 5)}
+            line |= {"auc": round(evaluate(small, data, "test").auc, 5)}
+            line |= {"dense_auc": round(dense_auc, 5)}
+            before[how] = small
+            if old is not None:
+                lines.append(line | _changes(old, small))
+    return lines
+
+
+def _parts(data: ClickData, nights: int) -> list[ClickData]:
+    """The data up to the base model, then up to each night but for what was seen before."""
+    ids, labels = data.ids["train"], data.labels["train"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    base = int(BASE * len(labels))
+    chosen = [order[:base], *order[base:].tensor_split(nights)]
+    return [
+        replace(
+            data,
+            ids={**data.ids, "train": ids[part]},
+            labels={**data.labels, "train": labels[part]},
+        )
+        for part in chosen
+    ]
+
+
+def _error(report: CompressionReport) -> float:
+    """Mean of the weighted errors of vector tables that have one."""
+    errors = [t.weighted_error for t in report.tables if t.weighted_error is not None and t.dim > 1]
+    return sum(errors) / len(errors)
+
+
+def _changes(old: nn.Module, new: nn.Module) -> dict[str, Any]:
+    """Rows whose codes are others; all of them where a table is stored in another way."""
+    changed = rows = 0
+    seen: set[int] = set()
+    for (one, _), (other, _) in zip(find_replacements(old), find_replacements(new), strict=True):
+        for before, after in zip(one._tables(), other._tables(), strict=False):
+            if id(after.code_table) in seen or not after.layout.bits:
+                continue
+            seen.add(id(after.code_table))
+            rows += after.num_embeddings
+            changed += _other_rows(before, after)
+    return {"changed_rows": changed, "rows": rows, "share": round(changed / rows, 4)}
+
+
+def _other_rows(before: Any, after: Any) -> int:
+    if before.layout != after.layout:
+        return after.num_embeddings
+    shape = (after.layout.num_subvectors, after.layout.bits, torch.arange(after.num_embeddings))
+    return int((unpack(before.codes, *shape) != unpack(after.codes, *shape)).any(1).sum())
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    fresh = not file.exists()
+    with file.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="a Parquet click log")
+    parser.add_argument("--ratio", type=float, default=50.0)
+    parser.add_argument("--nights", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/nights.csv"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
