@@ -390,7 +390,16 @@ def _job(options: argparse.Namespace) -> Job:
 
 def _config(options: argparse.Namespace) -> CompressionConfig:
     """The configuration: of --config, other options above it."""
-    names = ("ratio", "max_bytes", "codes", "codebook_dtype", "popularity", "epochs", "seed")
+    names = (
+        "ratio",
+        "max_bytes",
+        "codes",
+        "codebook_dtype",
+        "nonfinite",
+        "popularity",
+        "epochs",
+        "seed",
+    )
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.no_tiers:
         given["tiers"] = False
@@ -539,6 +548,11 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--codebook-dtype",
         choices=("float32", "float16", "bfloat16", "int8"),
         help="default: that of the table; int8 is smallest, and frozen",
+    )
+    learning.add_argument(
+        "--nonfinite",
+        choices=("error", "zero"),
+        help="rows that hold NaN or infinity are an error, or such entries are taken as zero",
     )
     learning.add_argument(
         "--popularity", choices=("sqrt", "linear", "log", "none"), help="weight of a row's count"

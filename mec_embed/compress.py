@@ -60,7 +60,7 @@ Fit = Callable[[Group, Shape, Callable[[], FittedCodes]], FittedCodes]
 #: A row that never occurs counts as this many occurrences: little, but it gets a code.
 _UNSEEN = 0.1
 #: Which tables are compressed after an earlier version, that version decides.
-_EVERY_TABLE = CompressionConfig(min_rows=1)
+_ALL: dict[str, Any] = {"include": ("*",), "exclude": (), "min_rows": 1}
 #: Rows whose weights are worked out at once.
 _WEIGHT_ROWS = 1 << 20
 
@@ -127,7 +127,7 @@ def compress(
     started = time.perf_counter()
     draft = _draft(model, freq_stats, config, optimizer, batches, forward, start_from)
     require_faiss()
-    check_finite(draft.tables)
+    draft.notes.extend(check_finite(draft.tables))
     with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as groups:
         outcome = learn(draft, groups, partial(_teller, groups), device)
     report = outcome.report(time.perf_counter() - started)
@@ -255,7 +255,7 @@ def _draft(
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
     earlier = None if start_from is None else Earlier.of(start_from)
-    tables, skipped = find_tables(model, config if earlier is None else _EVERY_TABLE)
+    tables, skipped = find_tables(model, config if earlier is None else replace(config, **_ALL))
     if earlier is not None:
         tables, skipped = earlier.choose(tables, skipped)
     measure = None

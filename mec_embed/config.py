@@ -48,6 +48,9 @@ class CompressionConfig:
             where codes would take more or lose too much.
         include: shell-style patterns; a table is compressed if its qualified name matches one.
         exclude: shell-style patterns; a table whose name matches one stays as it is.
+        nonfinite: what is done with rows that hold NaN or infinity: ``"error"``, or ``"zero"`` to
+            take these entries as zero; the report counts the rows. Tables that stay as they are
+            keep them.
         popularity: weight of a row that occurs n times in training: ``"sqrt"``, ``"linear"``,
             ``"log"`` (floor(log2 n), at least 1, as in MEC) or ``"none"``. None is ``"linear"``
             where ``batches=`` tell what a lookup costs, and else ``"sqrt"``.
@@ -77,6 +80,7 @@ class CompressionConfig:
     min_rows: int = 8
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    nonfinite: str = "error"
     popularity: str | None = None
     tiers: bool = True
     usage_weight: float = 1e-4
@@ -89,6 +93,7 @@ class CompressionConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_target()
         _one_of("codes", self.codes, ("additive", "product"))
+        _one_of("nonfinite", self.nonfinite, ("error", "zero"))
         if self.popularity is not None:
             _one_of("popularity", self.popularity, tuple(POPULARITY))
         if self.codebook_dtype is not None:

@@ -91,7 +91,8 @@ class Job:
         if not chosen:
             raise ValueError(nothing_chosen(self.checkpoint, reasons))
         self.roles.check([*chosen])
-        return Skeleton(checkpoint, chosen, self.roles, progress.advance), reasons
+        zero = self.config.nonfinite == "zero"
+        return Skeleton(checkpoint, chosen, self.roles, progress.advance, zero), reasons
 
     def _selection(self) -> CompressionConfig:
         """Which tables."""
@@ -189,7 +190,7 @@ def compress_file(
     with Partial(output, job.fingerprint(skeleton, device), resume, progress) as work:
         _check_space(output, skeleton, draft, work.nbytes)
         with progress.stage("checking rows", skeleton.nbytes):
-            check_finite(skeleton.tables)
+            draft.notes.extend(check_finite(skeleton.tables))
         with progress.stage("compressing", 2 * skeleton.nbytes):
             outcome = learn(draft, groups, partial(_teller, progress), device, work.fit)
         report = outcome.report(time.perf_counter() - started)

@@ -136,7 +136,7 @@ def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, float]]) -
 
 def _watcher(table: Table, seen: list[tuple[Table, Tensor, float]]) -> Any:
     def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        leaf = output.detach().float().requires_grad_()
+        leaf = table.repaired(output.detach().float()).requires_grad_()
         scale = 1.0
         if isinstance(module, nn.EmbeddingBag) and module.mode == "mean":
             ids = args[0] if args else kwargs["input"]

@@ -117,13 +117,13 @@ class StreamedTable(Table):
         """See :class:`Table`."""
         return torch.device("cpu")
 
-    def piece(self, start: int, stop: int) -> Tensor:
+    def stored_piece(self, start: int, stop: int) -> Tensor:
         """See :class:`Table`."""
         rows = self.stored.rows(start, min(stop, self.rows))
         self.told(rows.nbytes)
         return rows
 
-    def read(self, ids: Tensor) -> Tensor:
+    def stored_read(self, ids: Tensor) -> Tensor:
         """See :class:`Table`."""
         wanted, back = ids.cpu().unique(return_inverse=True)
         near = max(1, _GAP_BYTES * self.rows // self.nbytes)
@@ -204,6 +204,7 @@ class Skeleton:
         chosen: the tables by name.
         roles: what the checkpoint does not say of them.
         told: told of bytes as they are read.
+        zero_nonfinite: see :class:`~mec_embed.tables.Table`.
 
     Attributes:
         model: the root of the modules.
@@ -216,6 +217,7 @@ class Skeleton:
         chosen: Mapping[str, StoredTensor],
         roles: Roles,
         told: Callable[[int], None],
+        zero_nonfinite: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = nn.Module()
@@ -223,7 +225,8 @@ class Skeleton:
         for name, stored in chosen.items():
             module = roles.module(name, stored)
             aliases = tuple(_put(self.model, one, module) for one in self._names(name))
-            self.tables.append(StreamedTable(module, aliases, stored, told))
+            table = StreamedTable(module, aliases, stored, told, zero_nonfinite=zero_nonfinite)
+            self.tables.append(table)
 
     def _names(self, name: str) -> list[str]:
         """All names of the module of a table: other keys of the same tensor are other names."""

@@ -42,10 +42,17 @@ class Alias:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """One embedding table of a model, under every name it has."""
+    """One embedding table of a model, under every name it has.
+
+    Attributes:
+        module: that holds it.
+        aliases: where the module is.
+        zero_nonfinite: whether NaN and infinite entries are read as zero.
+    """
 
     module: nn.Embedding | nn.EmbeddingBag
     aliases: tuple[Alias, ...] = field(repr=False)
+    zero_nonfinite: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -84,10 +91,22 @@ class Table:
 
     def read(self, ids: Tensor) -> Tensor:
         """Rows (n, dim) of ``ids`` (n,)."""
-        return self.weight.detach()[ids.to(self.device)]
+        return self.repaired(self.stored_read(ids))
 
     def piece(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, or to the last row."""
+        return self.repaired(self.stored_piece(start, stop))
+
+    def repaired(self, rows: Tensor) -> Tensor:
+        """Rows (..., dim), other entries for those that are NaN or infinite if asked for."""
+        return rows.nan_to_num(0, 0, 0) if self.zero_nonfinite else rows
+
+    def stored_read(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of ``ids`` (n,) as they are."""
+        return self.weight.detach()[ids.to(self.device)]
+
+    def stored_piece(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, or to the last row, as they are."""
         return self.weight.detach()[start:stop]
 
     @property
@@ -179,7 +198,8 @@ def find_tables(
             skipped.append(replace(table, nbytes=0) if shared else table)
             counted.add(_storage(weight))
         else:
-            tables.append(Table(module, aliases))
+            zero = config.nonfinite == "zero"
+            tables.append(Table(module, aliases, zero_nonfinite=zero))
     if not tables:
         raise ValueError(_nothing_matched(model, skipped))
     return tables, skipped
@@ -277,14 +297,31 @@ def _reason_to_skip(
     return None
 
 
-def check_finite(tables: Sequence[Table]) -> None:
-    """ValueError for a table with a NaN or infinite entry, naming table and row."""
+def check_finite(tables: Sequence[Table]) -> list[str]:
+    """Look for rows with NaN or infinite entries.
+
+    Returns:
+        A note for each table with such rows where they are read as zero.
+
+    Raises:
+        ValueError: a table with such rows where they are not; it and the first row are named.
+    """
+    notes = []
     for table in tables:
+        count = 0
         for start in range(0, table.rows, CHECK_ROWS):
-            finite = table.piece(start, start + CHECK_ROWS).isfinite().all(1)
-            if not bool(finite.all()):
+            finite = table.stored_piece(start, start + CHECK_ROWS).isfinite().all(1)
+            if not table.zero_nonfinite and not bool(finite.all()):
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(
                     f"table {table.name!r}: row {row} holds NaN or infinity, expected finite "
-                    "values; repair the table before compressing"
+                    "values; repair the table before compressing, or let nonfinite='zero' read "
+                    "such entries as zero"
                 )
+            count += len(finite) - int(finite.sum())
+        if count:
+            notes.append(
+                f"table {table.name!r}: {count:,} rows hold NaN or infinity; these entries were "
+                "taken as zero"
+            )
+    return notes

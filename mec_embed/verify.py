@@ -173,7 +173,8 @@ def verify_file(
         for key, stored in checkpoint.tensors.items()
         if key in keys and len(stored.shape) == 2 and stored.dtype in FLOATS
     }
-    skeleton = Skeleton(checkpoint, chosen, Roles(), progress.advance)
+    zero = origin_of(small).get("config", {}).get("nonfinite") == "zero"
+    skeleton = Skeleton(checkpoint, chosen, Roles(), progress.advance, zero)
     stats = None if counts is None else read_counts(counts, skeleton, columns or {}, progress)
     with progress.stage("comparing tables", 2 * skeleton.nbytes):
         _compare_tables(modules, skeleton, stats, small, found)

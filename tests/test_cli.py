@@ -399,6 +399,20 @@ def test_rows_that_hold_nan_are_named(files: Path, capsys) -> None:
     assert _left(files) == set()
 
 
+def test_entries_that_are_not_finite_may_be_taken_as_zero(files: Path, capsys) -> None:
+    state, written = _model().state_dict(), []
+    for value in (float("nan"), 0.0):
+        state["embedding.user.weight"][1234, 5:9] = value
+        save_file(state, files / "model.safetensors")
+        assert _compress(files, "--nonfinite", "zero") == 0
+        said = capsys.readouterr().out
+        assert ("'embedding.user': 1 rows hold NaN or infinity" in said) == (value != 0)
+        written.append(load_file(files / "small.safetensors"))
+        assert main(["verify", *_both(files), "--freq", str(files / "counts.npz"), "--quiet"]) == 0
+        capsys.readouterr()
+    assert all(torch.equal(written[0][key], value) for key, value in written[1].items())
+
+
 @pytest.mark.parametrize(
     ("counts", "parts"),
     [

@@ -1,6 +1,7 @@
 """compress() and plan(): bytes, errors that change nothing, optimizers, determinism."""
 
 import copy
+import dataclasses
 import gc
 import importlib
 import weakref
@@ -397,6 +398,37 @@ def test_rows_that_are_not_finite_are_named(name, config, value):
     with pytest.raises(ValueError, match=f"{name}.*row 77"):
         run(model, config=config)
     assert_unchanged(before, model)
+
+
+def _damaged(zero):
+    """A model with NaN and infinite entries, or with zeros in their place."""
+    model = small()
+    with torch.no_grad():
+        for name, row, column, value in (
+            ("embeddings.f1", 77, 0, float("nan")),
+            ("embeddings.f1", 77, 3, float("inf")),
+            ("embeddings.f1", 0, slice(None), -float("inf")),
+            ("first_order.f0", 299, 0, float("nan")),
+        ):
+            model.get_submodule(name).weight[row, column] = 0 if zero else value
+    return model
+
+
+@pytest.mark.parametrize("with_batches", [False, True])
+@pytest.mark.parametrize("config", [FAST, PLANNED], ids=["explicit", "ratio"])
+def test_entries_that_are_not_finite_may_be_taken_as_zero(config, with_batches):
+    model, zeros = _damaged(zero=False), _damaged(zero=True)
+    ids = torch.stack([torch.arange(200), torch.arange(200)], 1)
+    options = {"batches": list(ids.split(50))} if with_batches else {}
+    config = dataclasses.replace(config, nonfinite="zero")
+    report = run(model, None, config, **options)
+    other = run(zeros, None, config, **options)
+    torch.testing.assert_close(model.state_dict(), zeros.state_dict(), rtol=0, atol=0)
+    assert report.tables[0].weighted_error == other.tables[0].weighted_error
+    notes = [note for note in report.notes if "NaN or infinity" in note]
+    assert len(notes) == 2 and not any("NaN" in note for note in other.notes)
+    assert "'embeddings.f1': 2 rows hold" in str(report)
+    assert "'first_order.f0': 1 rows hold" in str(report)
 
 
 def test_missing_faiss_names_the_extra(monkeypatch):

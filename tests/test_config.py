@@ -23,6 +23,7 @@ from mec_embed import CompressionConfig
         ("codes", "residual"),
         ("codebook_dtype", "float8"),
         ("popularity", "square"),
+        ("nonfinite", "nan"),
         ("min_rows", 0),
         ("epochs", -1),
         ("seed", -1),

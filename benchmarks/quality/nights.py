@@ -13,6 +13,7 @@ import copy
 import csv
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ def main() -> None:
 
 def run(
     data: ClickData, settings: Settings, ratio: float, nights: int, seed: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One line for each night and way."""
     config = CompressionConfig(ratio=ratio, codebook_dtype="int8", seed=seed)
-    first, *later = _parts(data, nights)
+    first, *later = _split(data, nights)
     model = build_model(data.fields, data.rows, settings, seed)
     train_with(settings, model, first, seed)
-    before, lines = {"cold": None, "warm": None}, []
+    before: dict[str, Any] = {"cold": None, "warm": None}
     for night, part in enumerate([first, *later]):
         if night:
             train_with(replace(settings, epochs=1), model, part, seed + night)
@@ -80,11 +81,10 @@ def run(
             line |= {"dense_auc": round(dense_auc, 5)}
             before[how] = small
             if old is not None:
-                lines.append(line | _changes(old, small))
-    return lines
+                yield line | _changes(old, small)
 
 
-def _parts(data: ClickData, nights: int) -> list[ClickData]:
+def _split(data: ClickData, nights: int) -> list[ClickData]:
     """The data up to the base model, then up to each night but for what was seen before."""
     ids, labels = data.ids["train"], data.labels["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -110,18 +110,26 @@ def _changes(old: nn.Module, new: nn.Module) -> dict[str, Any]:
     """Rows whose codes are others; all of them where a table is stored in another way."""
     changed = rows = 0
     seen: set[int] = set()
-    for (one, _), (other, _) in zip(find_replacements(old), find_replacements(new), strict=True):
-        for before, after in zip(one._tables(), other._tables(), strict=False):
-            if id(after.code_table) in seen or not after.layout.bits:
-                continue
-            seen.add(id(after.code_table))
-            rows += after.num_embeddings
-            changed += _other_rows(before, after)
+    before, after = _parts(old), _parts(new)
+    for key, part in after.items():
+        if part.layout.bits and id(part.code_table) not in seen:
+            seen.add(id(part.code_table))
+            rows += part.num_embeddings
+            changed += _other_rows(before.get(key), part)
     return {"changed_rows": changed, "rows": rows, "share": round(changed / rows, 4)}
 
 
+def _parts(model: nn.Module) -> dict[tuple[str, int], Any]:
+    """Compressed tables, or tiers of them."""
+    return {
+        (aliases[0].name, number): part
+        for module, aliases in find_replacements(model)
+        for number, part in enumerate(module._tables())
+    }
+
+
 def _other_rows(before: Any, after: Any) -> int:
-    if before.layout != after.layout:
+    if before is None or before.layout != after.layout:
         return after.num_embeddings
     shape = (after.layout.num_subvectors, after.layout.bits, torch.arange(after.num_embeddings))
     return int((unpack(before.codes, *shape) != unpack(after.codes, *shape)).any(1).sum())
