@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -219,7 +219,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint; tensors are not read yet.
 
     Raises:
-        FileNotFoundError: no file.
+        OSError: no file, or one that cannot be read.
         ValueError: a file that is damaged or no checkpoint; what was found is named.
     """
     path = Path(path)
@@ -243,17 +243,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open_sharded(path: Path) -> Checkpoint:
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = {key: PurePosixPath(name) for key, name in places.items()}
+        names = {key: str(PurePosixPath(name)) for key, name in places.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no index of a sharded checkpoint ({error!r}): expected JSON with a "
             "'weight_map' from tensor to file"
         ) from error
     whole = Checkpoint(path, {}, identity=[_identity(path, path.read_bytes())])
-    shards: dict[PurePosixPath, Checkpoint] = {}
+    shards: dict[str, Checkpoint] = {}
     for key, name in names.items():
-        if name.is_absolute() or ".." in name.parts:
+        # Windows knows more ways out than "/" and "..", and all of those.
+        parts = PureWindowsPath(name)
+        if parts.anchor or ".." in parts.parts:
             raise ValueError(f"{path}: {key!r} is said to be in {name}, outside the index's folder")
+        if not name.isprintable() or name.endswith(".index.json"):
+            raise ValueError(
+                f"{path}: {key!r} is said to be in {name!r}, which is no file of tensors"
+            )
         if name not in shards:
             shards[name] = open_checkpoint(path.parent / name)
             whole.identity += shards[name].identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -45,6 +46,10 @@ class CodeLayout:
         codebook_dtype: a floating dtype (trainable) or ``torch.int8`` (frozen, a bfloat16 scale a
             codeword).
 
+    Raises:
+        ValueError: numbers that are out of range or do not go together.
+        TypeError: numbers that are no integers.
+
     Example:
         >>> CodeLayout("additive", 100_000, 40, 5, 32, torch.float32).row_bits
         25
@@ -61,8 +66,11 @@ class CodeLayout:
         if self.kind not in get_args(CodeKind):
             raise ValueError(f"kind must be one of {get_args(CodeKind)}, got {self.kind!r}")
         for name in ("num_embeddings", "embedding_dim", "num_subvectors", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            # numpy's integers would not go into the JSON of a file.
+            value = _integer(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.kind == "product" and self.embedding_dim % self.num_subvectors:
             raise ValueError(
                 f"product codes need num_subvectors to divide embedding_dim, got "
@@ -132,6 +140,15 @@ class CodeLayout:
     def from_dict(cls, values: dict[str, Any]) -> CodeLayout:
         """The layout that :meth:`to_dict` wrote."""
         return cls(**{**values, "codebook_dtype": dtype_from_name(values["codebook_dtype"])})
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 _DTYPES = {

@@ -335,7 +335,14 @@ def _parse(metadata: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
             raise FormatError(f"{path}: the mec_embed manifest has no valid {name!r}")
     if not all(isinstance(first, str) for first in manifest["shared"].values()):
         raise FormatError(f"{path}: the mec_embed manifest has no valid 'shared'")
+    if not all(_has_names(entry) for entry in manifest["tables"]):
+        raise FormatError(f"{path}: a table of the mec_embed manifest has no valid 'names'")
     return manifest
+
+
+def _has_names(entry: Any) -> bool:
+    names = entry.get("names") if isinstance(entry, dict) else None
+    return isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)
 
 
 @contextmanager
@@ -382,7 +389,6 @@ def _build_modules(
 
 
 _TABLE_TYPES: dict[str, tuple[type, ...]] = {
-    "names": (list,),
     "module": (str,),
     "padding_idx": (int, type(None)),
     "zero_padding": (bool,),
@@ -433,6 +439,9 @@ class _Builder:
     def table(self, entry: dict[str, Any]) -> DecodedTable:
         """The module of one table, its entry checked already but for its codes."""
         table = self._table(entry)
+        padding_idx = table.padding_idx
+        if padding_idx is not None and not 0 <= padding_idx < table.num_embeddings:
+            raise ValueError(f"padding_idx {padding_idx} is no row of {table.num_embeddings}")
         table.oov_row = entry.get("oov_row")
         return table
 

@@ -1,5 +1,8 @@
 """Layouts: bytes as the real tensors have them, and every error."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +111,18 @@ def test_unknown_dtype_name_is_refused():
 def test_describe():
     assert CodeLayout(**GOOD).describe() == "additive 2x4"
     assert CodeLayout("rows", 3, 2, 1, 3, torch.float16).describe() == "rows float16"
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_other_libraries_become_plain_ones(kind):
+    layout = CodeLayout("additive", *map(kind, (100, 12, 3, 17)))
+    assert layout == CodeLayout("additive", 100, 12, 3, 17)
+    assert json.loads(json.dumps(layout.to_dict())) == layout.to_dict()
+    assert CodeLayout.from_dict(layout.to_dict()) == layout
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "3", None, np.float64(3), torch.tensor([3, 3])])
+@pytest.mark.parametrize("name", ["num_embeddings", "embedding_dim", "num_subvectors"])
+def test_what_is_no_integer_is_refused(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+        CodeLayout(**{**GOOD, name: value})

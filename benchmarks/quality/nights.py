@@ -3,7 +3,8 @@
 ``python -m benchmarks.quality.nights --data criteo_dac80k.parquet`` trains on the first part of the
 examples, and every night on one more of the parts that are left (one epoch, all other values as for
 the base model). The model of each night is compressed in both ways; lines are appended to a CSV
-file: errors, test AUC, and how many rows have other codes than the night before.
+file: errors, test AUC, and how many rows have other codes than the night before. ``moved`` is how
+far rows went since then: squared, relative to their variance, weighted as the errors are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mec_embed.packing import unpack
 from mec_embed.tiers import find_replacements
 
 COLUMNS = (
-    "data", "ratio", "seed", "night", "how", "weighted_error", "auc", "dense_auc",
+    "data", "ratio", "seed", "night", "how", "moved", "weighted_error", "auc", "dense_auc",
     "changed_rows", "rows", "share", "seconds", "mec_embed", "torch", "python", "processor",
     "threads",
 )  # fmt: skip
@@ -63,6 +64,7 @@ def run(
     train_with(settings, model, first, seed)
     before: dict[str, Any] = {"cold": None, "warm": None}
     for night, part in enumerate([first, *later]):
+        earlier = copy.deepcopy(model)
         if night:
             train_with(replace(settings, epochs=1), model, part, seed + night)
         stats = FrequencyStats.from_batches(
@@ -77,6 +79,7 @@ def run(
             line = {"data": data.name, "ratio": ratio, "seed": seed, "night": night, "how": how}
             line |= {"seconds": round(time.perf_counter() - started, 2)}
             line |= {"weighted_error": round(_error(report), 5)}
+            line |= {"moved": round(_moved(earlier, model, report, stats), 5)}
             line |= {"auc": round(evaluate(small, data, "test").auc, 5)}
             line |= {"dense_auc": round(dense_auc, 5)}
             before[how] = small
@@ -103,6 +106,21 @@ def _split(data: ClickData, nights: int) -> list[ClickData]:
 def _error(report: CompressionReport) -> float:
     """Mean of the weighted errors of vector tables that have one."""
     errors = [t.weighted_error for t in report.tables if t.weighted_error is not None and t.dim > 1]
+    return sum(errors) / len(errors)
+
+
+def _moved(
+    old: nn.Module, new: nn.Module, report: CompressionReport, stats: FrequencyStats
+) -> float:
+    """How far rows of the compressed vector tables went."""
+    errors = []
+    for table in report.tables:
+        if table.weighted_error is not None and table.dim > 1:
+            before, after = (m.get_submodule(table.name).weight.detach() for m in (old, new))
+            weights = torch.from_numpy(stats[table.name]).float().clamp(min=0.1).sqrt()
+            share = (weights / weights.sum())[:, None]
+            variance = (share * (after - (share * after).sum(0)).square()).sum()
+            errors.append(float((share * (after - before).square()).sum() / variance))
     return sum(errors) / len(errors)
 
 

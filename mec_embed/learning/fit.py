@@ -181,8 +181,11 @@ def fit_codes(
     x, mass, codes = _read_sample(arrays, shape, generator)
     units = _Units.of(x, mass, shape)
     x = units.normalise(x)
-    learner = _Learner(x, mass, units, config, progress, codes)
-    learned = learner.learn() if start is None else learner.follow(units.learned(start))
+    learner = _Learner(x, mass, units, config, progress)
+    if start is None or codes is None:
+        learned = learner.learn()
+    else:
+        learned = learner.follow(units.learned(start), codes)
     codebooks, margin = units.stored(learned), KEEP_MARGIN * learner.error
     return FittedCodes(
         codebooks=codebooks,
@@ -277,15 +280,14 @@ class _Learner:
         units: _Units,
         config: CompressionConfig,
         progress: Progress,
-        codes: Tensor | None = None,
     ) -> None:
         self.x, self.weights, self.units, self.config = x, weights, units, config
-        self.earlier = codes
         self.progress = progress
         self.quantizer: Quantizer = quantizer_for(units.shape.kind)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.history: list[dict[str, float]] = []
         self.start_error = self.error = 0.0
+        self.earlier: Tensor | None = None
 
     def learn(self) -> Tensor:
         """Codebooks (M, K, S) whose error is no larger than that of the k-means start."""
@@ -301,11 +303,13 @@ class _Learner:
             codebooks = self._train(codebooks, codes)
         return codebooks
 
-    def follow(self, codebooks: Tensor) -> Tensor:
-        """Codebooks (M, K, S) that fit better than those given, of an earlier version."""
-        codes, self.start_error = self._encode(codebooks)
-        self.error = self.start_error
+    def follow(self, codebooks: Tensor, codes: Tensor) -> Tensor:
+        """Codebooks (M, K, S) that fit better than those of an earlier version with its codes."""
+        self.earlier = codes
+        error = weighted_error(self.x, self.weights, codes, codebooks, self.quantizer)
+        self.start_error = self.error = float(error)
         self.progress("earlier version", self.error)
+        # Codebooks first: codes that fit again then need not change.
         return self._refine(codebooks, codes)[0]
 
     def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
