@@ -327,26 +327,7 @@ def make_fields(
         fishers: Fisher matrix of each, or None.
         pair: whether to pair at all.
     """
-    partners: dict[int, int] = {}
-    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
-    if pair:
-        vectors = [i for i, table in enumerate(tables) if table.dim > 1]
-        for i, table in enumerate(tables):
-            if table.dim > 1:
-                continue
-            same = [
-                j
-                for j in vectors
-                if j not in partners
-                and tables[j].rows == table.rows
-                and tables[j].weight.device == table.weight.device
-                and popularity[i] in (None, popularity[j])
-            ]
-            if len(same) > 1:
-                last = table.name.rpartition(".")[2]
-                same = [j for j in same if tables[j].name.rpartition(".")[2] == last]
-            if len(same) == 1:
-                partners[same[0]] = i
+    partners = _partners(tables, counts) if pair else {}
     taken = set(partners.values())
     return [
         Field(
@@ -359,6 +340,30 @@ def make_fields(
         for i, table in enumerate(tables)
         if i not in taken
     ]
+
+
+def _partners(tables: Sequence[Table], counts: Sequence[np.ndarray | None]) -> dict[int, int]:
+    """The first-order table (its place in ``tables``) of each vector table that has one."""
+    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
+    vectors: dict[Hashable, list[int]] = defaultdict(list)
+    for i, table in enumerate(tables):
+        if table.dim > 1:
+            vectors[table.rows, table.weight.device].append(i)
+    partners: dict[int, int] = {}
+    for i, table in enumerate(tables):
+        if table.dim > 1:
+            continue
+        same = [
+            j
+            for j in vectors[table.rows, table.weight.device]
+            if j not in partners and popularity[i] in (None, popularity[j])
+        ]
+        if len(same) > 1:
+            last = table.name.rpartition(".")[2]
+            same = [j for j in same if tables[j].name.rpartition(".")[2] == last]
+        if len(same) == 1:
+            partners[same[0]] = i
+    return partners
 
 
 def joint_fisher(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:

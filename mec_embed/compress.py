@@ -437,6 +437,7 @@ class Outcome:
         #: Map of the tiers of a table, and the table that it was made for.
         self.maps: dict[Table, tuple[TierMap, Table]] = {}
         self.rows: dict[str, TableReport] = {}
+        self._lookups = dict(zip(draft.tables, draft.lookups, strict=True))
         for skipped in draft.skipped:
             self.rows[skipped.name] = _untouched(skipped)
         pairs = zip(draft.assignment.groups, draft.assignment.chosen, strict=True)
@@ -469,8 +470,7 @@ class Outcome:
                 )
 
     def _planned(self, table: Table) -> TableReport:
-        index = self.draft.tables.index(table)
-        lookups = self.draft.lookups[index]
+        lookups = self._lookups[table]
         pieces = self._by_tier(self.pieces[table])
         layouts = [piece.layout for piece in pieces]
         codes = sum(piece.layout.code_bytes for piece in pieces if not piece.codes_of)

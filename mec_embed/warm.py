@@ -73,7 +73,8 @@ class Earlier:
                     "start_from"
                 )
             self._of[table] = module
-        missing = [n for n, module in self._by_name.items() if module not in self._of.values()]
+        found = {*self._of.values()}
+        missing = [name for name, module in self._by_name.items() if module not in found]
         if missing:
             reasons = {name: one.reason for one in left for name in (one.name, *one.aliases)}
             raise ValueError(
