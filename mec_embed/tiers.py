@@ -74,8 +74,9 @@ class TierMap(nn.Module):
         starts = (popular[1:] != popular[:-1]).nonzero()[:, 0] + 1
         first = [0] if bool(popular[0]) else [0, 0]
         self.starts.copy_(torch.cat([torch.tensor(first), starts]))
-        ahead = torch.cat([torch.zeros(1, dtype=torch.int64), popular.long().cumsum(0)])
-        self.before.copy_(ahead[self.starts])
+        lengths = self.starts[1:] - self.starts[:-1]
+        lengths[1::2] = 0  # every second run is not popular
+        self.before[1:] = lengths.cumsum(0)
 
     def _set_bits(self, popular: Tensor) -> None:
         padded = torch.zeros(len(self.before) * BLOCK_ROWS, dtype=torch.bool)
@@ -84,8 +85,9 @@ class TierMap(nn.Module):
         if int(ahead[-1]) > _MOST_POPULAR:
             raise ValueError(f"a tier of {int(ahead[-1]):,} rows is more than {_MOST_POPULAR:,}")
         self.before[1:] = ahead[:-1].int()
-        powers = 1 << torch.arange(8)
-        self.bitmap.copy_((padded.view(-1, 8) * powers).sum(1))
+        # A byte a row: larger integers would take more memory than the codes.
+        powers = (1 << torch.arange(8)).to(torch.uint8)
+        self.bitmap.copy_((padded.view(-1, 8) * powers).sum(1, dtype=torch.uint8))
 
     def popular_rows(self) -> int | None:
         """Number of popular rows, or None for a map that contradicts itself, as in a bad file."""

@@ -19,6 +19,9 @@ from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
 SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
 SAMPLE_BYTES = 12 << 20
+#: Rows whose weights are worked on at once: arrays of all rows of a large table would take more
+#: memory than its codes.
+_WEIGHT_ROWS = 1 << 20
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
 MEC_ROWS = 1 << 15
@@ -147,14 +150,22 @@ def weighted_sample(
     rows = len(weights)
     if rows <= size:
         return torch.arange(rows), weights.clone()
-    level = weights.double().sum() / size
+    parts = weights.split(_WEIGHT_ROWS)
+    level = sum(float(part.double().sum()) for part in parts) / size
     for _ in range(20):
         # Rows at or above the level are certain; the others share what is left of the size.
-        light = weights < level
-        level = weights[light].double().sum() / max(1, size - int((~light).sum()))
-    chance = (weights / level).clamp(max=1)
-    chosen = (torch.rand(rows, generator=generator) < chance).nonzero()[:, 0]
-    return chosen, weights[chosen] / chance[chosen]
+        total, certain = 0.0, rows
+        for part in parts:
+            light = part[part < level]
+            total, certain = total + float(light.double().sum()), certain - len(light)
+        level = total / max(1, size - certain)
+    chosen, first = [], 0
+    for part in parts:
+        drawn = torch.rand(len(part), generator=generator) < (part / level).clamp(max=1)
+        chosen.append(drawn.nonzero()[:, 0] + first)
+        first += len(part)
+    ids = torch.cat(chosen)
+    return ids, weights[ids].clamp(min=level)
 
 
 def fit_codes(
@@ -201,7 +212,9 @@ def _read_sample(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows (n, D) to learn from, their weights (n,) of mean 1, and codes that they have (n, M)."""
     size = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * sum(shape.widths)))
-    weights = torch.cat([rows.weights for rows in arrays])
+    weights = arrays[0].weights
+    if len(arrays) > 1:  # a copy of a large table's is not needed
+        weights = torch.cat([rows.weights for rows in arrays])
     chosen, mass = weighted_sample(weights, size, generator)
     parts, codes, first = [], [], 0
     for rows in arrays:
