@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import platform
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import nn
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.scale.large import append
 from examples.ctr.base import build_model
 from examples.ctr.data import ClickData, load_parquet
 from examples.ctr.settings import SETTINGS, Settings
@@ -51,7 +51,7 @@ def main() -> None:
             line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
             line |= {"python": platform.python_version(), "processor": processor()}
             line |= {"threads": torch.get_num_threads()}
-            _append(options.out, line)
+            append(options.out, line, COLUMNS)
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
             line |= {"dense_auc": round(dense_auc, 5)}
             before[how] = small
             if old is not None:
-                yield line | _changes(old, small)
+                yield line | changes(old, small)
 
 
 def _split(data: ClickData, nights: int) -> list[ClickData]:
@@ -124,7 +124,7 @@ def _moved(
     return sum(errors) / len(errors)
 
 
-def _changes(old: nn.Module, new: nn.Module) -> dict[str, Any]:
+def changes(old: nn.Module, new: nn.Module) -> dict[str, Any]:
     """Rows whose codes are others; all of them where a table is stored in another way."""
     changed = rows = 0
     seen: set[int] = set()
@@ -151,15 +151,6 @@ def _other_rows(before: Any, after: Any) -> int:
         return after.num_embeddings
     shape = (after.layout.num_subvectors, after.layout.bits, torch.arange(after.num_embeddings))
     return int((unpack(before.codes, *shape) != unpack(after.codes, *shape)).any(1).sum())
-
-
-def _append(file: Path, line: dict[str, Any]) -> None:
-    fresh = not file.exists()
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 def _parse() -> argparse.Namespace:
