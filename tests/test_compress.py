@@ -20,8 +20,11 @@ from mec_embed import (
     CompressionConfig,
     FrequencyStats,
     compress,
+    load,
     plan,
+    save,
 )
+from mec_embed.reader import Reader
 
 #: The module; the package has a function of that name.
 COMPRESS = importlib.import_module("mec_embed.compress")
@@ -830,3 +833,43 @@ def test_codes_are_learned_from_a_view_with_strides():
         model = nn.Sequential(nn.Embedding.from_pretrained(weight))
         reports.append(run(model).tables[0].weighted_error)
     assert reports[0] == pytest.approx(reports[1])
+
+
+ROWS_OF = {
+    "random": lambda rows: torch.randn(rows, 4),
+    "equal": lambda rows: torch.full((rows, 4), 0.3),
+    "zero": lambda rows: torch.zeros(rows, 4),
+    "two of them": lambda rows: torch.randn(2, 4)[torch.arange(rows) % 2],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_OF)
+@pytest.mark.parametrize("rows", [1, 2, 9, 70])
+@pytest.mark.parametrize("codebook_size", [2, 64])
+def test_few_rows_of_any_kind_under_any_name(rows, kind, codebook_size, tmp_path):
+    """More codewords than rows, too; saved, loaded, read, and compressed once more."""
+    torch.manual_seed(0)
+    names = ["a", "用户 id", "é\n", "x" * 300, "type", "weight", "0", "b/", "😀"]
+    config = CompressionConfig(
+        num_subvectors=2, codebook_size=codebook_size, codebook_dtype="int8", min_rows=1, epochs=1
+    )
+
+    def model():
+        made = nn.ModuleDict({"large": nn.Embedding(400, 4)})
+        for name in names:  # not by add_module(), which refuses "type"
+            made._modules[name] = nn.Embedding(rows, 4, _weight=ROWS_OF[kind](rows))
+        return made
+
+    old = model()
+    report = run(old, None, config)
+    save(old, tmp_path / "model")
+    loaded, reader = load(model(), tmp_path / "model"), Reader(tmp_path / "model")
+    for table in report.tables:
+        if table.compressed:
+            expected = old._modules[table.name].dequantize()
+            assert torch.equal(loaded._modules[table.name].dequantize(), expected)
+            found = reader.rows(table.name, np.arange(table.rows))
+            np.testing.assert_array_equal(found, expected.numpy())
+            assert np.isfinite(table.weighted_error)
+    again = run(model(), None, config, start_from=old)
+    assert again.bytes_after == report.bytes_after
