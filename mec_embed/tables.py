@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
+from .ranks import ALONE, Ranks
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
@@ -39,12 +41,34 @@ class Alias:
     name: str
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a table that this rank holds, where each rank holds others.
+
+    Attributes:
+        rows: (n, dim), on the computing device.
+        bounds: first row and end of what each rank holds.
+    """
+
+    rows: Tensor
+    bounds: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """One embedding table of a model, under every name it has."""
+    """One embedding table of a model, under every name it has.
+
+    Attributes:
+        module: the dense module.
+        aliases: where the model holds it.
+        ranks: the processes that work on the table.
+        shard: what this one holds of a sharded table; None where it holds all rows.
+    """
 
     module: nn.Embedding | nn.EmbeddingBag
     aliases: tuple[Alias, ...] = field(repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False, kw_only=True)
+    shard: Shard | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -79,21 +103,60 @@ class Table:
     @property
     def device(self) -> torch.device:
         """Where rows are read to."""
-        return self.weight.device
+        return self.weight.device if self.shard is None else self.shard.rows.device
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Rows (n, dim) of ``ids`` (n,)."""
-        return self.weight.detach()[ids.to(self.device)]
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First row and end of what this rank does of work that is shared between ranks."""
+        if self.shard is None:
+            return self.ranks.part(self.rows)
+        return self.shard.bounds[self.ranks.rank]
+
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """``bounds`` in parts of at most ``size`` rows."""
+        first, end = self.bounds
+        for start in range(first, end, size):
+            yield start, min(start + size, end)
 
     def piece(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``, or to the last row."""
-        return self.weight.detach()[start:stop]
+        """Rows ``start`` to ``stop``, within ``bounds``."""
+        if self.shard is None:
+            return self.weight.detach()[start:stop]
+        first = self.bounds[0]
+        return self.shard.rows[start - first : stop - first]
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of ``ids`` (n,), within ``bounds``."""
+        if self.shard is None:
+            return self.weight.detach()[ids.to(self.device)]
+        return self.shard.rows[(ids - self.bounds[0]).to(self.device)]
+
+    def read_any(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of any ``ids`` (n,); all ranks ask for the same and get the same."""
+        if self.shard is None:
+            return self.read(ids)
+        first, end = self.bounds
+        own = (ids >= first) & (ids < end)
+        rows = torch.zeros(len(ids), self.dim, dtype=self.weight.dtype)
+        rows[own] = self.read(ids[own]).to(rows.device)
+        return self.ranks.merge(rows, f"reading rows of table {self.name!r}").to(self.device)
+
+    def whole(self) -> Tensor:
+        """All rows (rows, dim), on every rank; a view where this rank holds them."""
+        if self.shard is None:
+            return self.piece(0, self.rows)
+        rows = torch.zeros(self.rows, self.dim, dtype=self.weight.dtype)
+        first, end = self.bounds
+        rows[first:end] = self.shard.rows.to(rows.device)
+        return self.ranks.merge(rows, f"gathering table {self.name!r}").to(self.device)
 
     @property
     def zero_padding(self) -> bool:
         """Whether the padding row exists and is exactly zero."""
         padding_idx = self.module.padding_idx
-        return padding_idx is not None and not bool(self.piece(padding_idx, padding_idx + 1).any())
+        return padding_idx is not None and not bool(
+            self.read_any(torch.tensor([padding_idx])).any()
+        )
 
 
 @dataclass(frozen=True)
@@ -149,12 +212,13 @@ def check_model(model: Any) -> None:
 
 
 def find_tables(
-    model: nn.Module, config: CompressionConfig
+    model: nn.Module, config: CompressionConfig, ranks: Ranks = ALONE
 ) -> tuple[list[Table], list[SkippedTable]]:
     """The tables to compress, and those that stay as they are with the reason.
 
     Raises:
-        ValueError: a table on the meta device, or no table to compress (all seen are listed).
+        ValueError: a table on the meta device, one that is sharded in another way than over the
+            ranks, tables that differ between ranks, or no table to compress (all seen are listed).
     """
     check_model(model)
     tables, skipped = [], []
@@ -178,10 +242,18 @@ def find_tables(
             skipped.append(replace(table, nbytes=0) if shared else table)
             counted.add(_storage(weight))
         else:
-            tables.append(Table(module, aliases))
+            tables.append(Table(module, aliases, ranks=ranks))
     if not tables:
         raise ValueError(_nothing_matched(model, skipped))
-    return tables, skipped
+    facts = {f"table {t.name!r}": _described(t.weight) for t in tables}
+    facts |= {f"table {t.name!r}": f"{t.rows} x {t.dim} {t.dtype}, {t.reason}" for t in skipped}
+    ranks.agree(facts, "comparing tables")
+    return with_shards(tables, ranks), skipped
+
+
+def _described(weight: Tensor) -> str:
+    kind = ", sharded" if is_sharded(weight) else ""
+    return f"{weight.shape[0]} x {weight.shape[1]} {dtype_name(weight.dtype)}{kind}"
 
 
 def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> SkippedTable:
@@ -224,7 +296,10 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    held: Any = tensor
+    if is_sharded(tensor):
+        held = held.to_local()
+    return held.untyped_storage().data_ptr()  # type: ignore[no-any-return]
 
 
 def _reason_to_skip(
@@ -266,14 +341,79 @@ def _reason_to_skip(
     return None
 
 
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    return type(weight.data).__name__ == "DTensor"
+
+
+def with_shards(tables: Sequence[Table], ranks: Ranks) -> list[Table]:
+    """The tables with what each rank holds of those that are DTensors."""
+    sharded = {table.name: _local_shard(table) for table in tables if is_sharded(table.weight)}
+    if not sharded:
+        return [*tables]
+    bounds = ranks.tell({name: bounds for name, (_, bounds) in sharded.items()}, "comparing shards")
+    found = []
+    for table in tables:
+        if table.name in sharded:
+            of_all = tuple((first, end) for first, end in (each[table.name] for each in bounds))
+            _check_cover(table, of_all)
+            table = replace(table, shard=Shard(sharded[table.name][0], of_all))
+        found.append(table)
+    return found
+
+
+def _local_shard(table: Table) -> tuple[Tensor, tuple[int, int]]:
+    """Rows of a DTensor that this rank holds, and the first of them and their end."""
+    from torch.distributed.tensor import Shard as ByRows
+
+    weight: Any = table.weight
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if table.ranks.size == 1 and mesh.size() > 1:
+        raise ValueError(
+            f"table {table.name!r} is sharded over {mesh.size()} processes; call on all of them, "
+            "with process_group= (its device_mesh.get_group())"
+        )
+    if placements != (ByRows(0),):
+        raise ValueError(
+            f"table {table.name!r} is a DTensor placed as {placements}, expected (Shard(dim=0),) "
+            "on a mesh of one dimension; redistribute it before compressing"
+        )
+    rows = weight.to_local().detach()
+    # As torch.chunk does it: all parts but the last ones are equal.
+    first = min(mesh.get_local_rank() * -(-table.rows // mesh.size()), table.rows)
+    return rows, (first, first + len(rows))
+
+
+def _check_cover(table: Table, bounds: Sequence[tuple[int, int]]) -> None:
+    """ValueError unless each row is on one rank."""
+    held, end = sorted((first, stop) for first, stop in bounds if stop > first), 0
+    for first, stop in held:
+        if first != end:
+            break
+        end = stop
+    if end != table.rows or sum(stop - first for first, stop in held) != table.rows:
+        raise ValueError(
+            f"table {table.name!r}: the ranks hold the rows {held}, expected each of {table.rows} "
+            "rows on one rank; pass the process_group over which it is sharded"
+        )
+
+
+def check_sum(weight: Tensor) -> int:
+    """A number that is equal for equal bits, and different for most others."""
+    bits = weight.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
+    # Columns apart, so that rows that were moved around within themselves are noticed.
+    return zlib.adler32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+
+
 def check_finite(tables: Sequence[Table]) -> None:
     """ValueError for a table with a NaN or infinite entry, naming table and row."""
     for table in tables:
-        for start in range(0, table.rows, CHECK_ROWS):
-            finite = table.piece(start, start + CHECK_ROWS).isfinite().all(1)
+        for start, stop in table.parts(CHECK_ROWS):
+            finite = table.piece(start, stop).isfinite().all(1)
             if not bool(finite.all()):
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(
                     f"table {table.name!r}: row {row} holds NaN or infinity, expected finite "
                     "values; repair the table before compressing"
                 )
+        table.ranks.settle(f"checking table {table.name!r}")
