@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +49,7 @@ from .tables import (
     untouched,
 )
 from .tiers import TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
+from .unsharding import Standing, unsharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,8 +128,8 @@ def compress(
         >>> print(report)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    with Ranks(process_group).guard() as ranks:
-        draft = _draft(model, freq_stats, config, optimizer, batches, forward, ranks)
+    with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
+        draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing)
         require_faiss()
         check_finite(draft.tables)
         groups = tqdm(
@@ -140,16 +141,13 @@ def compress(
         with groups:
             outcome = learn(draft, groups, partial(_teller, groups), device)
         report = outcome.report(time.perf_counter() - started)
-        replace_modules(
-            model,
-            [
-                (t.aliases, t.module, outcome.modules[t])
-                for t in draft.tables
-                if t in outcome.modules
-            ],
-            optimizer,
-            partial(ranks.settle, "replacing tables"),
-        )
+        replacements = [
+            (t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules
+        ]
+        standing.fill([old for _, old, _ in replacements])
+        settle = partial(ranks.settle, "replacing tables")
+        replace_modules(model, replacements, optimizer, settle)
+        standing.kept = True
     return report
 
 
@@ -167,8 +165,16 @@ def plan(
 
     Args and errors as :func:`compress`. The bytes are exact; errors are not known yet.
     """
-    with Ranks(process_group).guard() as ranks:
-        return _draft(model, freq_stats, config, optimizer, batches, forward, ranks).report()
+    with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
+        return _draft(model, freq_stats, config, optimizer, batches, forward, standing).report()
+
+
+def _unsharded(
+    model: nn.Module, ranks: Ranks, optimizer: Optimizers
+) -> AbstractContextManager[Standing]:
+    if ranks.group is None or not isinstance(model, nn.Module):
+        return nullcontext(Standing(model, ranks))
+    return unsharded(model, ranks, all_optimizers(model, optimizer))
 
 
 def learn(
@@ -280,7 +286,7 @@ def _draft(
     optimizer: Optimizers,
     batches: Iterable[Any] | None,
     forward: Forward,
-    ranks: Ranks,
+    standing: Standing,
 ) -> Draft:
     check_model(model)
     groups_of = optimizer_groups(all_optimizers(model, optimizer))
@@ -288,7 +294,8 @@ def _draft(
         config = CompressionConfig()
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
-    tables, skipped = find_tables(model, config, ranks)
+    ranks = standing.ranks
+    tables, skipped = find_tables(model, config, ranks, standing.shards)
     measure = None
     if batches is not None:
         _check_unsharded(tables)
@@ -387,7 +394,8 @@ def _facts(
     """What all ranks must agree on before they work together; nothing for one alone."""
     if ranks.size == 1:
         return {}
-    facts = {"config": str(config.to_dict()), "whether batches are given": str(measured)}
+    facts = {f"config.{option}": str(value) for option, value in config.to_dict().items()}
+    facts["whether batches are given"] = str(measured)
     for table, count in zip(tables, counts, strict=True):
         name = f"table {table.name!r}"
         # Devices are numbered by rank.

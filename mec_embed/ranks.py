@@ -41,10 +41,11 @@ class Ranks:
     Attributes:
         size: number of ranks.
         rank: number of this one, from 0.
+        group: as given.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
-        self.size, self.rank = 1, 0
+        self.size, self.rank, self.group = 1, 0, group
         self._over = False
         if group is None:
             return
@@ -113,9 +114,9 @@ class Ranks:
             for name in [*own, *other]:
                 if own.get(name) != other.get(name):
                     raise ValueError(
-                        f"{name} differs between ranks: rank 0 has {own.get(name, 'none')}, rank "
-                        f"{rank} has {other.get(name, 'none')}; give every rank the same model, "
-                        "counts and configuration"
+                        f"ranks differ in {name}: rank 0 has {own.get(name, 'none')}, rank {rank} "
+                        f"has {other.get(name, 'none')}; give every rank the same model, counts "
+                        "and configuration"
                     )
 
     def settle(self, what: str) -> None:

@@ -15,6 +15,8 @@ from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
 from .ranks import ALONE, Ranks
+from .shards import Shard, is_dtensor, part_of_dtensor
+from .shards import shards as shards_of
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
@@ -39,19 +41,6 @@ class Alias:
     parent: nn.Module
     attribute: str
     name: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The rows of a table that this rank holds, where each rank holds others.
-
-    Attributes:
-        rows: (n, dim), on the computing device.
-        bounds: first row and end of what each rank holds.
-    """
-
-    rows: Tensor
-    bounds: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,15 +201,25 @@ def check_model(model: Any) -> None:
 
 
 def find_tables(
-    model: nn.Module, config: CompressionConfig, ranks: Ranks = ALONE
+    model: nn.Module,
+    config: CompressionConfig,
+    ranks: Ranks = ALONE,
+    shards: Mapping[nn.Module, Shard] | None = None,
 ) -> tuple[list[Table], list[SkippedTable]]:
     """The tables to compress, and those that stay as they are with the reason.
+
+    Args:
+        model: that holds them.
+        config: says which.
+        ranks: the processes that work on them.
+        shards: what this one holds of modules without values.
 
     Raises:
         ValueError: a table on the meta device, one that is sharded in another way than over the
             ranks, tables that differ between ranks, or no table to compress (all seen are listed).
     """
     check_model(model)
+    shards = shards or {}
     tables, skipped = [], []
     holders = _storage_holders(model)
     counted: set[int] = set()
@@ -229,7 +228,7 @@ def find_tables(
         if not isinstance(weight, Tensor):
             skipped.append(SkippedTable(aliases[0].name, 0, 0, 0, "has no weight tensor"))
             continue
-        if weight.is_meta:
+        if weight.is_meta and module not in shards:
             raise ValueError(
                 f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
                 "trained weights before compressing"
@@ -242,18 +241,21 @@ def find_tables(
             skipped.append(replace(table, nbytes=0) if shared else table)
             counted.add(_storage(weight))
         else:
-            tables.append(Table(module, aliases, ranks=ranks))
+            tables.append(Table(module, aliases, ranks=ranks, shard=shards.get(module)))
     if not tables:
         raise ValueError(_nothing_matched(model, skipped))
-    facts = {f"table {t.name!r}": _described(t.weight) for t in tables}
+    facts = {f"table {t.name!r}": _described(t) for t in tables}
     facts |= {f"table {t.name!r}": f"{t.rows} x {t.dim} {t.dtype}, {t.reason}" for t in skipped}
     ranks.agree(facts, "comparing tables")
-    return with_shards(tables, ranks), skipped
+    sharded = [table for table in tables if is_dtensor(table.weight)]
+    parts = {table.name: part_of_dtensor(table.name, table.weight, ranks) for table in sharded}
+    found = shards_of(parts, ranks)
+    return [replace(t, shard=found[t.name]) if t in sharded else t for t in tables], skipped
 
 
-def _described(weight: Tensor) -> str:
-    kind = ", sharded" if is_sharded(weight) else ""
-    return f"{weight.shape[0]} x {weight.shape[1]} {dtype_name(weight.dtype)}{kind}"
+def _described(table: Table) -> str:
+    kind = ", sharded" if table.shard or is_dtensor(table.weight) else ""
+    return f"{table.rows} x {table.dim} {dtype_name(table.weight.dtype)}{kind}"
 
 
 def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> SkippedTable:
@@ -296,8 +298,11 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
 
 
 def _storage(tensor: Tensor) -> int:
+    """Equal for tensors that are one."""
     held: Any = tensor
-    if is_sharded(tensor):
+    if tensor.is_meta:
+        return id(tensor)
+    if is_dtensor(tensor):
         held = held.to_local()
     return held.untyped_storage().data_ptr()  # type: ignore[no-any-return]
 
@@ -339,63 +344,6 @@ def _reason_to_skip(
     if weight.shape[0] < config.min_rows:
         return f"has fewer than min_rows={config.min_rows} rows"
     return None
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this rank holds a part."""
-    return type(weight.data).__name__ == "DTensor"
-
-
-def with_shards(tables: Sequence[Table], ranks: Ranks) -> list[Table]:
-    """The tables with what each rank holds of those that are DTensors."""
-    sharded = {table.name: _local_shard(table) for table in tables if is_sharded(table.weight)}
-    if not sharded:
-        return [*tables]
-    bounds = ranks.tell({name: bounds for name, (_, bounds) in sharded.items()}, "comparing shards")
-    found = []
-    for table in tables:
-        if table.name in sharded:
-            of_all = tuple((first, end) for first, end in (each[table.name] for each in bounds))
-            _check_cover(table, of_all)
-            table = replace(table, shard=Shard(sharded[table.name][0], of_all))
-        found.append(table)
-    return found
-
-
-def _local_shard(table: Table) -> tuple[Tensor, tuple[int, int]]:
-    """Rows of a DTensor that this rank holds, and the first of them and their end."""
-    from torch.distributed.tensor import Shard as ByRows
-
-    weight: Any = table.weight
-    mesh, placements = weight.device_mesh, tuple(weight.placements)
-    if table.ranks.size == 1 and mesh.size() > 1:
-        raise ValueError(
-            f"table {table.name!r} is sharded over {mesh.size()} processes; call on all of them, "
-            "with process_group= (its device_mesh.get_group())"
-        )
-    if placements != (ByRows(0),):
-        raise ValueError(
-            f"table {table.name!r} is a DTensor placed as {placements}, expected (Shard(dim=0),) "
-            "on a mesh of one dimension; redistribute it before compressing"
-        )
-    rows = weight.to_local().detach()
-    # As torch.chunk does it: all parts but the last ones are equal.
-    first = min(mesh.get_local_rank() * -(-table.rows // mesh.size()), table.rows)
-    return rows, (first, first + len(rows))
-
-
-def _check_cover(table: Table, bounds: Sequence[tuple[int, int]]) -> None:
-    """ValueError unless each row is on one rank."""
-    held, end = sorted((first, stop) for first, stop in bounds if stop > first), 0
-    for first, stop in held:
-        if first != end:
-            break
-        end = stop
-    if end != table.rows or sum(stop - first for first, stop in held) != table.rows:
-        raise ValueError(
-            f"table {table.name!r}: the ranks hold the rows {held}, expected each of {table.rows} "
-            "rows on one rank; pass the process_group over which it is sharded"
-        )
 
 
 def check_sum(weight: Tensor) -> int:

@@ -25,10 +25,10 @@ from mec_embed.ranks import ALONE, Ranks
 pytestmark = pytest.mark.slow
 
 COMPRESS = sys.modules["mec_embed.compress"]
-CONFIG = CompressionConfig(ratio=20, epochs=1)
+CONFIG = CompressionConfig(ratio=20, epochs=0)
 FAST = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
 #: Longer than a chunk of codes; in tiers and parts that begin within a byte.
-ROWS = {"users": 5003, "bags": 3001, "items": 40_000}
+ROWS = {"users": 5003, "bags": 3001, "items": 33_000}
 
 
 class Model(nn.Module):
@@ -225,18 +225,17 @@ def errors_on_ranks():
 
 
 ERRORS = {
-    "shape": "ValueError: table 'b' differs between ranks: rank 0 has 200 x 8 float32, rank 1 has "
+    "shape": "ValueError: ranks differ in table 'b': rank 0 has 200 x 8 float32, rank 1 has "
     "201 x 8 float32",
-    "config": "ValueError: config differs between ranks",
-    "counts": "ValueError: the counts of table 'b' differs between ranks: rank 0 has 200",
-    "one without counts": "ValueError: the counts of table 'b' differs between ranks: rank 0 has "
-    "none",
-    "values": "ValueError: the rows of table 'b' differs between ranks",
+    "config": "ValueError: ranks differ in config.num_subvectors: rank 0 has 2, rank 1 has 3;",
+    "counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has 200",
+    "one without counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has none",
+    "values": "ValueError: ranks differ in the rows of table 'b'",
     "batches": "ValueError: batches= needs tables that are whole on every rank, but 'b'",
     "no group": "ValueError: table 'b' is sharded over 2 processes",
     "another group": "ValueError: table 'b' is sharded over 2 processes",
     "placement": "ValueError: table 'b' is a DTensor placed as (Replicate(),), expected (Shard",
-    "adding": "ValueError: table 'a' differs between ranks: rank 0 has 3 rows, rank 1 has 4 rows",
+    "adding": "ValueError: ranks differ in table 'a': rank 0 has 3 rows, rank 1 has 4 rows",
 }
 #: What rank 1 raises, and what the other hears.
 TOLD = {
@@ -262,7 +261,7 @@ def test_an_error_of_one_rank_is_raised_by_all_and_changes_nothing(tmp_path):
 
 # --- ranks that die or stall -------------------------------------------------------------------
 
-SECONDS = 4
+SECONDS = 2
 
 
 def lost_on_ranks():
@@ -286,16 +285,14 @@ def lost_on_ranks():
             continue
         COMPRESS.fit_codes = stand_in
         model, started = small(), time.monotonic()
-        message = raised(
-            lambda m=model, g=group: mec_embed.compress(m, None, FAST, process_group=g)
-        )
+        message = raised(lambda m=model, g=group: run(m, FAST, stats={}, process_group=g))
         same = all(type(module) is nn.Embedding for module in model.values())
         found[name] = message, time.monotonic() - started, same
     return found
 
 
 def test_a_rank_that_dies_or_stalls_is_an_error_on_the_others_in_time(tmp_path):
-    found = processes.run(lost_on_ranks, 3, tmp_path, timeout=timedelta(seconds=5 * SECONDS))
+    found = processes.run(lost_on_ranks, 3, tmp_path, timeout=timedelta(seconds=10 * SECONDS))
     assert found[2] is None
     message, seconds, unchanged = found[0]["stalls"]
     assert message.startswith("RuntimeError: rank 0 lost the other ranks while "), message
@@ -303,7 +300,7 @@ def test_a_rank_that_dies_or_stalls_is_an_error_on_the_others_in_time(tmp_path):
     for rank in (0, 1):
         message, seconds, unchanged = found[rank]["dies"]
         assert message.startswith(f"RuntimeError: rank {rank} lost the other ranks"), message
-        assert seconds < 6 * SECONDS and unchanged
+        assert seconds < 11 * SECONDS and unchanged
 
 
 # --- one process -------------------------------------------------------------------------------
