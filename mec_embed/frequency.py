@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+#: Bytes of a parquet file's column that are read at once.
+_BUFFER_BYTES = 1 << 20
+
+
 class FrequencyStats:
     """Popularity: for each table, how often each of its rows occurs in the training data.
 
@@ -209,10 +213,18 @@ class FrequencyStats:
 
 def _parquet_files(path: str | Path) -> list[Path]:
     path = Path(path)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        found = sorted(path.rglob("*.parquet"))
+        files = [file for file in found if not _is_hidden(file.relative_to(path))]
     if not files:
         raise ValueError(f"{path} holds no parquet file; expected files that end in .parquet")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    """What Spark and others pass over, such as what a run that failed has left."""
+    return any(part.startswith(("_", ".")) for part in path.parts)
 
 
 def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -226,7 +238,8 @@ def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[s
     except ImportError as error:
         raise RuntimeError("reading parquet needs pyarrow: pip install pyarrow") from error
     wanted = sorted(columns)
-    with parquet.ParquetFile(path) as file:
+    # By default, all pages of the columns are read before the first batch.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         missing = sorted(set(wanted) - set(file.schema_arrow.names))
         if missing:
             raise ValueError(

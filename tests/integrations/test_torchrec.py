@@ -275,7 +275,7 @@ def compress_sharded_on_ranks():
     )
 
     world, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    rows = {"t_brand": row_wise(), "t_item": row_wise()}
+    rows = {"t_brand": row_wise(compute_kernel="fused"), "t_item": row_wise()}
     found = {}
     for name, dtensor, device in zip(
         SHARDED_MODELS, (False, True), (data_parallel(), table_wise(rank=0)), strict=True
