@@ -176,10 +176,12 @@ def weighted_sample(
     rows = len(weights)
     if rows <= size:
         return torch.arange(rows), weights.clone()
-    level = weights.double().sum() / size
+    level, before = weights.double().sum() / size, None
     for _ in range(20):
+        if level == before:
+            break
         # Rows at or above the level are certain; the others share what is left of the size.
-        light = weights < level
+        light, before = weights < level, level
         level = weights[light].double().sum() / max(1, size - int((~light).sum()))
     chance = (weights / level).clamp(max=1)
     chosen = (torch.rand(rows, generator=generator) < chance).nonzero()[:, 0]
