@@ -350,7 +350,7 @@ def check_sum(weight: Tensor) -> int:
     """A number that is equal for equal bits, and different for most others."""
     bits = weight.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
     # Columns apart, so that rows that were moved around within themselves are noticed.
-    return zlib.adler32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+    return zlib.crc32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
 
 
 def check_finite(tables: Sequence[Table]) -> None:

@@ -308,6 +308,7 @@ def compress_sharded_on_ranks():
     attempts = {
         "columns": lambda: refused(by_columns.module, process_group=world),
         "wrapper": lambda: refused(wrapped, process_group=world),
+        "itself": lambda: refused(sharded, process_group=world),
         "optimizer": lambda: refused(model, optimizer=optimizer, process_group=world),
         "NaN": lambda: refused(model, process_group=world),
     }
@@ -345,6 +346,7 @@ def test_sharded_models_are_compressed_by_all_ranks_together(tmp_path):
     for rank, other in ((found[0], "rank 1: "), (found[1], "")):
         assert "t_device' is sharded by columns" in rank["columns"]
         assert "compress the .module of its DistributedModelParallel" in rank["wrapper"]
+        assert "itself a ShardedEmbeddingBagCollection" in rank["itself"]
         assert "an optimizer trains the sharded tables of 'collection'" in rank["optimizer"]
         assert rank["NaN"].startswith(f"{other}table 'collection.embedding_bags.t_item': row 2999")
 
