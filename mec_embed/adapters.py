@@ -8,14 +8,30 @@ module, so that the generic :func:`mec_embed.compress` is right for every framew
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .shards import Part
+
 #: (old module, new module) for every table that a swap replaces.
 Swapped = Sequence[tuple[nn.Module, nn.Module]]
 Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Unsharded:
+    """A plain module that does what a sharded one does.
+
+    Attributes:
+        module: the plain module; its sharded tables hold no values.
+        parts: of these, by name: the dense module and what this rank holds of its rows.
+    """
+
+    module: nn.Module
+    parts: Mapping[str, tuple[nn.Module, Part]]
 
 
 class Adapter(ABC):
@@ -27,6 +43,10 @@ class Adapter(ABC):
 
     def check(self, module: nn.Module, name: str) -> None:  # noqa: B027
         """ValueError where a model that holds ``module`` cannot be compressed."""
+
+    def unshard(self, module: nn.Module, name: str) -> Unsharded | None:
+        """What takes the place of a sharded module; None for others; ValueError if it cannot."""
+        return None
 
     def optimizers(self, module: nn.Module) -> list[torch.optim.Optimizer]:
         """Optimizers that ``module`` holds."""

@@ -139,7 +139,10 @@ class Field:
         return sum(table.dim for table in self.tables)
 
     def reader(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Reads rows (n, dim) float32 by their numbers (n,) in the field, the partner's last."""
+        """Reads rows (n, dim) float32 by their numbers (n,) in the field, the partner's last.
+
+        Of those within ``bounds``; :meth:`read` reads any.
+        """
         own = None if self.tier is None else self.ids
 
         def read(ids: Tensor) -> Tensor:
@@ -149,8 +152,19 @@ class Field:
         return read
 
     def read(self, ids: Tensor, device: torch.device) -> Tensor:
-        """Rows (n, dim) float32 of ``ids``, the partner's column last."""
-        return self.reader(device)(ids)
+        """Rows (n, dim) float32 of any ``ids``, the partner's column last, alike on all ranks."""
+        rows = ids if self.tier is None else self.ids[ids].long()
+        return torch.cat([t.read_any(rows).to(device, torch.float32) for t in self.tables], dim=1)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First row of the field and end of what this rank works on."""
+        if self.tier is None:
+            return self.table.bounds
+        ids = self.ids
+        bounds = torch.tensor(self.table.bounds, dtype=ids.dtype)
+        first, end = torch.searchsorted(ids, bounds).tolist()
+        return first, end
 
     def earlier_codes(self, ids: Tensor) -> Tensor:
         """Codes (n, M) int64 that rows had in the earlier version, by their numbers (n,)."""
@@ -161,13 +175,14 @@ class Field:
     @property
     def mean(self) -> tuple[Tensor, ...]:
         """Weighted mean row (dim,) of the table, and of its partner."""
-        device, first = self.table.device, 0
+        device, (first, end) = self.table.device, self.bounds
         read = self.reader(device)
         total = torch.zeros(self.dim, dtype=torch.float64, device=device)
-        for part in self.weights.split(_MEAN_ROWS):
+        for part in self.weights[first:end].split(_MEAN_ROWS):
             ids = torch.arange(first, first + len(part))
             total += part.to(device).double() @ read(ids).double()
             first += len(part)
+        total = self.table.ranks.add(total, f"the mean row of table {self.table.name!r}")
         return (total / self.mass).split([table.dim for table in self.tables])
 
     @cached_property
@@ -186,6 +201,11 @@ class Field:
         mean = (share * x).sum(0)
         centred = x - mean
         return mean.numpy(), (centred.T @ (share * centred)).numpy()
+
+
+def _place(table: Table) -> Hashable:
+    """Equal for tables of as many rows that can be read together, on the rank that has them."""
+    return table.rows, table.device, table.shard and table.shard.bounds
 
 
 def total_weight(weights: Tensor) -> float:
@@ -348,14 +368,14 @@ def _partners(tables: Sequence[Table], counts: Sequence[np.ndarray | None]) -> d
     vectors: dict[Hashable, list[int]] = defaultdict(list)
     for i, table in enumerate(tables):
         if table.dim > 1:
-            vectors[table.rows, table.weight.device].append(i)
+            vectors[_place(table)].append(i)
     partners: dict[int, int] = {}
     for i, table in enumerate(tables):
         if table.dim > 1:
             continue
         same = [
             j
-            for j in vectors[table.rows, table.weight.device]
+            for j in vectors[_place(table)]
             if j not in partners and popularity[i] in (None, popularity[j])
         ]
         if len(same) > 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .config import POPULARITY, CompressionConfig
 from .forward import Forward, default_forward
 from .frequency import FrequencyStats, counts_for_tables
 from .layout import CodeLayout, dtype_name
-from .learning.fit import CodeShape, FittedCodes, Rows, fit_codes
+from .learning.fit import CodeShape, FittedCodes, Learned, Rows, fit_codes, learn_side_by_side
 from .learning.kmeans import require_faiss
 from .learning.objective import Progress
 from .modules import (
@@ -32,6 +33,7 @@ from .modules import (
     DecodedBags,
     DecodedTable,
 )
+from .ranks import ALONE, Ranks
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
 from .swap import Optimizers, all_optimizers, optimizer_groups, replace_modules
@@ -41,12 +43,17 @@ from .tables import (
     Table,
     check_finite,
     check_model,
+    check_sum,
     find_modules,
     find_tables,
     untouched,
 )
 from .tiers import TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
+from .unsharding import Standing, unsharded
 from .warm import Earlier
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("mec_embed")
 
@@ -61,6 +68,8 @@ Fit = Callable[[Group, Shape, Callable[[], FittedCodes]], FittedCodes]
 _UNSEEN = 0.1
 #: Which tables are compressed after an earlier version, that version decides.
 _ALL: dict[str, Any] = {"include": ("*",), "exclude": (), "min_rows": 1}
+#: Kinds of layouts without codes to learn.
+_WITHOUT_CODES = ("rows", "shared")
 #: Rows whose weights are worked out at once.
 _WEIGHT_ROWS = 1 << 20
 
@@ -78,6 +87,7 @@ def compress(
     forward: Forward = default_forward,
     optimizer: Optimizers = None,
     device: torch.device | str | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
     start_from: nn.Module | None = None,
 ) -> CompressionReport:
@@ -100,7 +110,12 @@ def compress(
         optimizer: of a training that shall go on (or several): the codebooks take the place of the
             old tables in their groups, and the state of the old tables is dropped.
         device: to learn on; by default where the table is.
-        progress: show a progress bar.
+        process_group: of ``torch.distributed``, whose ranks share the work: all of them call, with
+            the same arguments but ``batches``, of which each reads its own. Tables are the same on
+            every rank, or sharded over the ranks by rows as DTensors. The result is on every rank,
+            and is that of one process up to the order of sums. An error of one rank is raised by
+            all. See docs/distributed.md.
+        progress: show a progress bar (of rank 0).
         start_from: the compressed model of an earlier version, to change few of its codes. Tables,
             layouts, tiers and kinds of codes are as there, whatever ``config`` says; codebooks are
             refitted from there on, and a row gets other codes only where they lower its error
@@ -112,9 +127,11 @@ def compress(
 
     Raises:
         ValueError: no table to compress, a budget that cannot be met, counts that do not fit,
-            NaN or infinite rows, tables that are not those of ``start_from``; the table is named.
+            NaN or infinite rows, tables that are not those of ``start_from``, ranks that differ in
+            their arguments; the table is named.
         TypeError: an argument of another type.
-        RuntimeError: faiss is not installed.
+        RuntimeError: faiss is not installed, or a rank has ended or kept the others waiting for
+            longer than the time-out of ``process_group``.
 
     Example:
         >>> report = compress(model, stats, CompressionConfig(ratio=50))  # doctest: +SKIP
@@ -125,17 +142,26 @@ def compress(
         >>> report = compress(model, stats, start_from=old)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    draft = _draft(model, freq_stats, config, optimizer, batches, forward, start_from)
-    require_faiss()
-    draft.notes.extend(check_finite(draft.tables))
-    with tqdm(draft.groups_to_learn(), "compressing", unit="table", disable=not progress) as groups:
-        outcome = learn(draft, groups, partial(_teller, groups), device)
-    report = outcome.report(time.perf_counter() - started)
-    replace_modules(
-        model,
-        [(t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules],
-        optimizer,
-    )
+    with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
+        draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing, start_from)
+        require_faiss()
+        draft.notes.extend(check_finite(draft.tables))
+        groups = tqdm(
+            draft.groups_to_learn(),
+            "compressing",
+            unit="table",
+            disable=not progress or ranks.rank > 0,
+        )
+        with groups:
+            outcome = learn(draft, groups, partial(_teller, groups), device)
+        report = outcome.report(time.perf_counter() - started)
+        replacements = [
+            (t.aliases, t.module, outcome.modules[t]) for t in draft.tables if t in outcome.modules
+        ]
+        standing.fill([old for _, old, _ in replacements])
+        settle = partial(ranks.settle, "replacing tables")
+        replace_modules(model, replacements, optimizer, settle)
+        standing.kept = True
     return report
 
 
@@ -147,13 +173,23 @@ def plan(
     batches: Iterable[Any] | None = None,
     forward: Forward = default_forward,
     optimizer: Optimizers = None,
+    process_group: ProcessGroup | None = None,
 ) -> CompressionReport:
     """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
 
     Args and errors as :func:`compress`. The bytes are exact; errors are predicted
     only: ``report.predicted_error``, and ``report.plot()`` for that of other ratios.
     """
-    return _draft(model, freq_stats, config, optimizer, batches, forward).report()
+    with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
+        return _draft(model, freq_stats, config, optimizer, batches, forward, standing).report()
+
+
+def _unsharded(
+    model: nn.Module, ranks: Ranks, optimizer: Optimizers
+) -> AbstractContextManager[Standing]:
+    if ranks.group is None or not isinstance(model, nn.Module):
+        return nullcontext(Standing(model, ranks))
+    return unsharded(model, ranks, all_optimizers(model, optimizer))
 
 
 def learn(
@@ -228,6 +264,7 @@ class Draft:
     lookups: list[float | None]
     assignment: Assignment
     notes: list[str]
+    ranks: Ranks = ALONE
 
     def report(self) -> CompressionReport:
         """What would be done."""
@@ -238,6 +275,32 @@ class Draft:
         pairs = zip(self.assignment.groups, self.assignment.chosen, strict=True)
         return [(group, choice.shape) for group, choice in pairs if choice.shape]
 
+    def task(
+        self, group: Group, shape: Shape, device: torch.device
+    ) -> tuple[list[Rows], CodeShape]:
+        """Rows of a group whose codes are to be learned on a device, and the codes' shape."""
+        dtype = self.config.codebook_dtype_for(group.first.table.weight.dtype)
+        start = group.earlier_codebooks()
+        code_shape = CodeShape(
+            *shape,
+            dtype,
+            _widths(group.first),
+            _metric(group, shape),
+            None if start is None else start.to(device),
+        )
+        rows = [
+            Rows(
+                partial(field.read, device=device),
+                field.weights,
+                self.ranks,
+                field.bounds,
+                field.reader(device),
+                None if start is None else field.earlier_codes,
+            )
+            for field in group.fields
+        ]
+        return rows, code_shape
+
 
 def _draft(
     model: nn.Module,
@@ -246,6 +309,7 @@ def _draft(
     optimizer: Optimizers,
     batches: Iterable[Any] | None,
     forward: Forward,
+    standing: Standing,
     start_from: nn.Module | None = None,
 ) -> Draft:
     check_model(model)
@@ -254,14 +318,27 @@ def _draft(
         config = CompressionConfig()
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a CompressionConfig, got {type(config).__name__}")
+    ranks = standing.ranks
     earlier = None if start_from is None else Earlier.of(start_from)
-    tables, skipped = find_tables(model, config if earlier is None else replace(config, **_ALL))
+    every = config if earlier is None else replace(config, **_ALL)
+    tables, skipped = find_tables(model, every, ranks, standing.shards)
     if earlier is not None:
         tables, skipped = earlier.choose(tables, skipped)
     measure = None
     if batches is not None:
+        _check_unsharded(tables)
         measure = partial(fisher_matrices, model, tables, batches, forward)
-    return draft_tables(model, tables, skipped, freq_stats, config, groups_of, measure, earlier)
+    found = tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
+    return draft_tables(model, *found)
+
+
+def _check_unsharded(tables: Sequence[Table]) -> None:
+    for table in tables:
+        if table.shard is not None:
+            raise ValueError(
+                f"batches= needs tables that are whole on every rank, but {table.name!r} is "
+                "sharded; compress without batches="
+            )
 
 
 def draft_tables(
@@ -272,6 +349,7 @@ def draft_tables(
     config: CompressionConfig,
     groups_of: Mapping[int, Hashable] | None = None,
     measure: Callable[[], Sequence[Any]] | None = None,
+    ranks: Ranks = ALONE,
     earlier: Earlier | None = None,
 ) -> Draft:
     """Plan tables that were found already.
@@ -284,6 +362,7 @@ def draft_tables(
         config: what to aim for.
         groups_of: group of its optimizer for the ``id`` of a parameter.
         measure: finds the Fisher matrices, see :mod:`mec_embed.sensitivity`; None without batches.
+        ranks: the processes that share the work.
         earlier: whose plan is taken over, if any; it chose the tables.
     """
     counts = counts_for_tables(
@@ -295,6 +374,10 @@ def draft_tables(
     # Its rows do not weigh nothing: more likely, the model reads its weight without looking up.
     unused = [t.name for t, c in zip(tables, counts, strict=True) if c is not None and not c.any()]
     counts = [c if c is not None and c.any() else None for c in counts]
+    keys = {table: _share_key(table, groups_of or {}) for table in tables}
+    if ranks.size > 1:
+        facts = _facts(config, tables, counts, keys, measure is not None)
+        ranks.agree(facts | ({} if earlier is None else earlier.facts()), "comparing tables")
     totals = [None if c is None else float(c.sum()) for c in counts]
     popularity = config.popularity or ("sqrt" if measure is None else "linear")
     known = [max(total, 1.0) for total in totals if total is not None]
@@ -304,7 +387,6 @@ def draft_tables(
         row_weights(table.rows, c, popularity, usual)
         for table, c in zip(tables, counts, strict=True)
     ]
-    keys = {table: _share_key(table, groups_of or {}) for table in tables}
     fishers: Sequence[Any] = [None] * len(tables)
     if measure is not None:
         fishers = comparable(tables, measure())
@@ -324,6 +406,7 @@ def draft_tables(
         totals,
         assignment,
         _notes(freq_stats, missing, unused),
+        ranks,
     )
 
 
@@ -342,6 +425,28 @@ def _budget(
             "exclude)"
         )
     return budget - alone
+
+
+def _facts(
+    config: CompressionConfig,
+    tables: Sequence[Table],
+    counts: Sequence[Any],
+    keys: Mapping[Table, tuple[Hashable, ...]],
+    measured: bool,
+) -> dict[str, str]:
+    """What all ranks must agree on before they work together."""
+    facts = {f"config.{option}": str(value) for option, value in config.to_dict().items()}
+    facts["whether batches are given"] = str(measured)
+    for table, count in zip(tables, counts, strict=True):
+        name = f"table {table.name!r}"
+        # Devices are numbered by rank.
+        key = [part for part in keys[table] if not isinstance(part, torch.device)]
+        facts[f"how {name} is trained"] = str(key)
+        told = "none" if count is None else f"{count.sum():.0f} ({zlib.crc32(count):x})"
+        facts[f"the counts of {name}"] = told
+        if table.shard is None:
+            facts[f"the rows of {name}"] = f"values with check sum {check_sum(table.weight):x}"
+    return facts
 
 
 def _notes(freq_stats: Counts, missing: list[str], unused: list[str]) -> list[str]:
@@ -379,7 +484,7 @@ def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor
     return weights.mul_(max(float(counts.sum()), 1.0) / total_weight(weights))
 
 
-def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> Hashable:
+def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> tuple[Hashable, ...]:
     """Equal for tables whose codebooks may be one parameter."""
     weight = table.weight
     return (
@@ -434,6 +539,8 @@ class Outcome:
         self.pieces: dict[Table, dict[str | None, _Piece]] = {}
         self.learned: dict[Table, dict[str | None, Compressed]] = {}
         self.told: dict[Table, dict[str | None, dict[str, Any]]] = {}
+        #: Codebooks of the groups that ranks have learned at the same time.
+        self.side_by_side: dict[Group, Learned] = {}
         #: Map of the tiers of a table, and the table that it was made for.
         self.maps: dict[Table, tuple[TierMap, Table]] = {}
         self.rows: dict[str, TableReport] = {}
@@ -506,7 +613,7 @@ class Outcome:
         """Learn one group: its parts of modules, and what the report says of them."""
         started = time.perf_counter()
         layouts = group.layouts(shape, self.draft.config)
-        if shape[0] in ("rows", "shared"):
+        if shape[0] in _WITHOUT_CODES:
             self._keep_rows(group, layouts)
         else:
             self._learn_codes(group, shape, layouts, device, tell)
@@ -522,7 +629,7 @@ class Outcome:
                 mean = torch.stack([mean[place] for mean in means]).sum(0)
                 rows = mean.to(table.weight.dtype)[None]
             else:
-                rows = table.piece(0, table.rows)
+                rows = table.whole()
             books.append(CodebookSet(layout, table.weight.requires_grad))
             books[-1].store(rows[None].cpu())
         for field, field_layouts in zip(group.fields, layouts, strict=True):
@@ -550,23 +657,11 @@ class Outcome:
         tell: Progress,
     ) -> None:
         place = torch.device(device) if device is not None else group.first.table.device
-        code_shape = CodeShape(
-            *shape, layouts[0][0].codebook_dtype, _widths(group.first), _metric(group, shape)
-        )
 
         def fit() -> FittedCodes:
-            start = group.earlier_codebooks()
-            rows = [
-                Rows(
-                    field.reader(place),
-                    field.weights,
-                    None if start is None else field.earlier_codes,
-                )
-                for field in group.fields
-            ]
-            if start is not None:
-                start = start.to(place)
-            return fit_codes(rows, code_shape, self.draft.config, tell, start)
+            rows, code_shape = self.draft.task(group, shape, place)
+            known = self._learned_side_by_side(group, place, tell)
+            return fit_codes(rows, code_shape, self.draft.config, tell, known)
 
         fitted = self.fit(group, shape, fit)
         if not bool(fitted.codebooks.isfinite().all()):
@@ -588,6 +683,24 @@ class Outcome:
             for table, layout, book in zip(field.tables, layouts[number], books, strict=True):
                 self._keep(table, field.tier, layout, codes, book)
                 self.told.setdefault(table, {})[field.tier] = _told(fitted, number)
+
+    def _learned_side_by_side(
+        self, group: Group, device: torch.device, tell: Progress
+    ) -> Learned | None:
+        """Codebooks of a group, learned with those of the next while there are ranks; else None."""
+        draft = self.draft
+        if draft.ranks.size == 1:
+            return None
+        if group not in self.side_by_side:
+            waiting = [
+                (g, s) for g, s in draft.groups_to_learn() if s[0] in ("additive", "product")
+            ]
+            first = next(number for number, (one, _) in enumerate(waiting) if one is group)
+            wave = waiting[first : first + draft.ranks.size]
+            tasks = [draft.task(one, shape, device) for one, shape in wave]
+            found = learn_side_by_side(tasks, draft.config, tell, draft.ranks)
+            self.side_by_side = {one: each for (one, _), each in zip(wave, found, strict=True)}
+        return self.side_by_side[group]
 
     def assemble(self) -> None:
         """Put tiers together; measure and describe every table."""
@@ -742,17 +855,19 @@ def weighted_error(module: DecodedTable, table: Table, weights: Tensor) -> float
         table: the dense table.
         weights: (rows,) popularity weights.
     """
-    error = square = mass = 0.0
-    total = torch.zeros(table.dim, dtype=torch.float64, device=table.device)
+    # Of error, square and mass, and of each column.
+    sums = torch.zeros(3 + table.dim, dtype=torch.float64, device=table.device)
     with torch.no_grad():
-        for start in range(0, table.rows, DECODE_ROWS):
-            x = table.piece(start, start + DECODE_ROWS).double()
-            share = weights[start : start + DECODE_ROWS].to(x.device).double()
-            ids = torch.arange(start, start + len(x), device=x.device)
-            error += float(share @ (x - module.decode(ids).double()).square().sum(1))
-            square += float(share @ x.square().sum(1))
-            total += share @ x
-            mass += float(share.sum())
-    variance = square - float(total.square().sum()) / mass
+        for start, stop in table.parts(DECODE_ROWS):
+            x = table.piece(start, stop).double()
+            share = weights[start:stop].to(x.device).double()
+            ids = torch.arange(start, stop, device=x.device)
+            sums[0] += share @ (x - module.decode(ids).double()).square().sum(1)
+            sums[1] += share @ x.square().sum(1)
+            sums[2] += share.sum()
+            sums[3:] += share @ x
+    sums = table.ranks.add(sums, f"measuring the error of table {table.name!r}")
+    error, square, mass = sums[:3].tolist()
+    variance = square - float(sums[3:].square().sum()) / mass
     # Of a table whose rows are all equal, the error relative to the rows themselves.
     return error / variance if variance > 1e-12 * square else error / max(square, 1e-300)

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .forward import Forward, default_forward, eval_mode
+from .ranks import Ranks
 from .tables import EMBEDDINGS, find_modules
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+#: Bytes of a parquet file's column that are read at once.
+_BUFFER_BYTES = 1 << 20
 
 
 class FrequencyStats:
     """Popularity: for each table, how often each of its rows occurs in the training data.
 
     Make one with :meth:`from_batches`, :meth:`from_columns`, :meth:`from_parquet` or
-    :meth:`from_counts`; ``a + b`` adds partial counts.
+    :meth:`from_counts`; ``a + b`` adds partial counts, :meth:`all_reduce` those of several ranks.
 
     Example:
         >>> stats = FrequencyStats.from_counts({"user": [5, 0, 1]})
@@ -63,6 +71,31 @@ class FrequencyStats:
                 )
             total[name] = total[name] + counts if name in total else counts
         return FrequencyStats(total)
+
+    def all_reduce(self, process_group: ProcessGroup) -> FrequencyStats:
+        """The counts of all ranks of ``torch.distributed``, added; every rank gets them.
+
+        Args:
+            process_group: all of its ranks call, each with the counts of its part of the data.
+
+        Raises:
+            ValueError: ranks that differ in tables or rows. RuntimeError: a rank has ended.
+
+        Example:
+            >>> stats = FrequencyStats.from_batches(model, part_of_this_rank)  # doctest: +SKIP
+            >>> stats = stats.all_reduce(dist.group.WORLD)  # doctest: +SKIP
+        """
+        with Ranks(process_group).guard() as ranks:
+            facts = {
+                f"table {name!r}": f"{len(counts)} rows" for name, counts in self._counts.items()
+            }
+            ranks.agree(facts, "comparing counts")
+            return FrequencyStats(
+                {
+                    name: ranks.add(torch.from_numpy(self[name]), f"adding up {name!r}").numpy()
+                    for name in sorted(self)
+                }
+            )
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, Any]) -> FrequencyStats:
@@ -183,10 +216,18 @@ class FrequencyStats:
 
 def _parquet_files(path: str | Path) -> list[Path]:
     path = Path(path)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        found = sorted(path.rglob("*.parquet"))
+        files = [file for file in found if not _is_hidden(file.relative_to(path))]
     if not files:
         raise ValueError(f"{path} holds no parquet file; expected files that end in .parquet")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    """What Spark and others pass over, such as what a run that failed has left."""
+    return any(part.startswith(("_", ".")) for part in path.parts)
 
 
 def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -201,7 +242,8 @@ def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[s
     except ImportError as error:
         raise RuntimeError("reading parquet needs pyarrow: pip install pyarrow") from error
     wanted = sorted(columns)
-    with parquet.ParquetFile(path) as file:
+    # By default, all pages of the columns are read before the first batch.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         missing = sorted(set(wanted) - set(file.schema_arrow.names))
         if missing:
             raise ValueError(

@@ -112,7 +112,7 @@ class Job:
             manifest = read_manifest(self.start_from)
             earlier = Earlier(tables_of(open_checkpoint(self.start_from), manifest))
             earlier.choose(tables, [])
-        return draft_tables(skeleton.model, tables, [], stats, self.config, None, None, earlier)
+        return draft_tables(skeleton.model, tables, [], stats, self.config, earlier=earlier)
 
     def fingerprint(self, skeleton: Skeleton, device: str | None) -> str:
         """Equal for jobs whose results are equal."""

@@ -35,7 +35,7 @@ def fisher_matrices(
         model: returns logits or probabilities (batch,) or (batch, tasks); it runs in eval mode,
             its weights, gradients, modes and attributes are left as they were.
         tables: of the model.
-        batches: what ``forward`` takes; the first 64 are read.
+        batches: what ``forward`` takes; the first 64 are read. Each rank reads its own.
         forward: how to call the model on a batch.
 
     Raises:
@@ -62,7 +62,13 @@ def fisher_matrices(
                 break
     if not read:
         raise ValueError("batches is empty; pass a list or a DataLoader of training batches")
-    return [_mean(table, totals[table], lookups[table]) for table in tables]
+    found = []
+    for table in tables:
+        what = f"adding up the gradients of table {table.name!r}"
+        total = table.ranks.add(torch.from_numpy(totals[table]), what)
+        (number,) = table.ranks.add(torch.tensor([lookups[table]]), what).tolist()
+        found.append(_mean(table, total.numpy(), number))
+    return found
 
 
 def comparable(

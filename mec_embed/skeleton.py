@@ -119,7 +119,7 @@ class StreamedTable(Table):
 
     def stored_piece(self, start: int, stop: int) -> Tensor:
         """See :class:`Table`."""
-        rows = self.stored.rows(start, min(stop, self.rows))
+        rows = self.stored.rows(start, stop)
         self.told(rows.nbytes)
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,9 @@ from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
 from .modules import DecodedTable
+from .ranks import ALONE, Ranks
+from .shards import Shard, is_dtensor, part_of_dtensor
+from .shards import shards as shards_of
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
@@ -45,13 +49,17 @@ class Table:
     """One embedding table of a model, under every name it has.
 
     Attributes:
-        module: that holds it.
-        aliases: where the module is.
+        module: the dense module.
+        aliases: where the model holds it.
+        ranks: the processes that work on the table.
+        shard: what this one holds of a sharded table; None where it holds all rows.
         zero_nonfinite: whether NaN and infinite entries are read as zero.
     """
 
     module: nn.Embedding | nn.EmbeddingBag
     aliases: tuple[Alias, ...] = field(repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False, kw_only=True)
+    shard: Shard | None = field(default=None, repr=False, kw_only=True)
     zero_nonfinite: bool = field(default=False, kw_only=True)
 
     @property
@@ -87,33 +95,72 @@ class Table:
     @property
     def device(self) -> torch.device:
         """Where rows are read to."""
-        return self.weight.device
+        return self.weight.device if self.shard is None else self.shard.rows.device
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Rows (n, dim) of ``ids`` (n,)."""
-        return self.repaired(self.stored_read(ids))
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First row and end of what this rank does of work that is shared between ranks."""
+        if self.shard is None:
+            return self.ranks.part(self.rows)
+        return self.shard.bounds[self.ranks.rank]
+
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """``bounds`` in parts of at most ``size`` rows."""
+        first, end = self.bounds
+        for start in range(first, end, size):
+            yield start, min(start + size, end)
 
     def piece(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``, or to the last row."""
+        """Rows ``start`` to ``stop``, within ``bounds``."""
         return self.repaired(self.stored_piece(start, stop))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of ``ids`` (n,), within ``bounds``."""
+        return self.repaired(self.stored_read(ids))
 
     def repaired(self, rows: Tensor) -> Tensor:
         """Rows (..., dim), other entries for those that are NaN or infinite if asked for."""
         return rows.nan_to_num(0, 0, 0) if self.zero_nonfinite else rows
 
-    def stored_read(self, ids: Tensor) -> Tensor:
-        """Rows (n, dim) of ``ids`` (n,) as they are."""
-        return self.weight.detach()[ids.to(self.device)]
-
     def stored_piece(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``, or to the last row, as they are."""
-        return self.weight.detach()[start:stop]
+        """Rows ``start`` to ``stop``, within ``bounds``, as they are."""
+        if self.shard is None:
+            return self.weight.detach()[start:stop]
+        first = self.bounds[0]
+        return self.shard.rows[start - first : stop - first]
+
+    def stored_read(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of ``ids`` (n,), within ``bounds``, as they are."""
+        if self.shard is None:
+            return self.weight.detach()[ids.to(self.device)]
+        return self.shard.rows[(ids - self.bounds[0]).to(self.device)]
+
+    def read_any(self, ids: Tensor) -> Tensor:
+        """Rows (n, dim) of any ``ids`` (n,); all ranks ask for the same and get the same."""
+        if self.shard is None:
+            return self.read(ids)
+        first, end = self.bounds
+        own = (ids >= first) & (ids < end)
+        rows = torch.zeros(len(ids), self.dim, dtype=self.weight.dtype)
+        rows[own] = self.read(ids[own]).to(rows.device)
+        return self.ranks.merge(rows, f"reading rows of table {self.name!r}").to(self.device)
+
+    def whole(self) -> Tensor:
+        """All rows (rows, dim), on every rank; a view where this rank holds them."""
+        if self.shard is None:
+            return self.piece(0, self.rows)
+        rows = torch.zeros(self.rows, self.dim, dtype=self.weight.dtype)
+        first, end = self.bounds
+        rows[first:end] = self.piece(first, end).to(rows.device)
+        return self.ranks.merge(rows, f"gathering table {self.name!r}").to(self.device)
 
     @property
     def zero_padding(self) -> bool:
         """Whether the padding row exists and is exactly zero."""
         padding_idx = self.module.padding_idx
-        return padding_idx is not None and not bool(self.piece(padding_idx, padding_idx + 1).any())
+        return padding_idx is not None and not bool(
+            self.read_any(torch.tensor([padding_idx])).any()
+        )
 
 
 @dataclass(frozen=True)
@@ -169,14 +216,25 @@ def check_model(model: Any) -> None:
 
 
 def find_tables(
-    model: nn.Module, config: CompressionConfig
+    model: nn.Module,
+    config: CompressionConfig,
+    ranks: Ranks = ALONE,
+    shards: Mapping[nn.Module, Shard] | None = None,
 ) -> tuple[list[Table], list[SkippedTable]]:
     """The tables to compress, and those that stay as they are with the reason.
 
+    Args:
+        model: that holds them.
+        config: says which.
+        ranks: the processes that work on them.
+        shards: what this one holds of modules without values.
+
     Raises:
-        ValueError: a table on the meta device, or no table to compress (all seen are listed).
+        ValueError: a table on the meta device, one that is sharded in another way than over the
+            ranks, tables that differ between ranks, or no table to compress (all seen are listed).
     """
     check_model(model)
+    shards = shards or {}
     tables, skipped = [], []
     holders = _storage_holders(model)
     counted: set[int] = set()
@@ -185,7 +243,7 @@ def find_tables(
         if not isinstance(weight, Tensor):
             skipped.append(SkippedTable(aliases[0].name, 0, 0, 0, "has no weight tensor"))
             continue
-        if weight.is_meta:
+        if weight.is_meta and module not in shards:
             raise ValueError(
                 f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
                 "trained weights before compressing"
@@ -198,11 +256,23 @@ def find_tables(
             skipped.append(replace(table, nbytes=0) if shared else table)
             counted.add(_storage(weight))
         else:
-            zero = config.nonfinite == "zero"
-            tables.append(Table(module, aliases, zero_nonfinite=zero))
+            zero, shard = config.nonfinite == "zero", shards.get(module)
+            found = Table(module, aliases, ranks=ranks, shard=shard, zero_nonfinite=zero)
+            tables.append(found)
     if not tables:
         raise ValueError(_nothing_matched(model, skipped))
-    return tables, skipped
+    facts = {f"table {t.name!r}": _described(t) for t in tables}
+    facts |= {f"table {t.name!r}": f"{t.rows} x {t.dim} {t.dtype}, {t.reason}" for t in skipped}
+    ranks.agree(facts, "comparing tables")
+    sharded = [table for table in tables if is_dtensor(table.weight)]
+    parts = {table.name: part_of_dtensor(table.name, table.weight, ranks) for table in sharded}
+    held = shards_of(parts, ranks)
+    return [replace(t, shard=held[t.name]) if t in sharded else t for t in tables], skipped
+
+
+def _described(table: Table) -> str:
+    kind = ", sharded" if table.shard or is_dtensor(table.weight) else ""
+    return f"{table.rows} x {table.dim} {dtype_name(table.weight.dtype)}{kind}"
 
 
 def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> SkippedTable:
@@ -255,7 +325,13 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Equal for tensors that are one."""
+    held: Any = tensor
+    if tensor.is_meta:
+        return id(tensor)
+    if is_dtensor(tensor):
+        held = held.to_local()
+    return held.untyped_storage().data_ptr()  # type: ignore[no-any-return]
 
 
 def _reason_to_skip(
@@ -297,6 +373,13 @@ def _reason_to_skip(
     return None
 
 
+def check_sum(weight: Tensor) -> int:
+    """A number that is equal for equal bits, and different for most others."""
+    bits = weight.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
+    # Columns apart, so that rows that were moved around within themselves are noticed.
+    return zlib.crc32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+
+
 def check_finite(tables: Sequence[Table]) -> list[str]:
     """Look for rows with NaN or infinite entries.
 
@@ -309,8 +392,8 @@ def check_finite(tables: Sequence[Table]) -> list[str]:
     notes = []
     for table in tables:
         count = 0
-        for start in range(0, table.rows, CHECK_ROWS):
-            finite = table.stored_piece(start, start + CHECK_ROWS).isfinite().all(1)
+        for start, stop in table.parts(CHECK_ROWS):
+            finite = table.stored_piece(start, stop).isfinite().all(1)
             if not table.zero_nonfinite and not bool(finite.all()):
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(
@@ -319,6 +402,8 @@ def check_finite(tables: Sequence[Table]) -> list[str]:
                     "such entries as zero"
                 )
             count += len(finite) - int(finite.sum())
+        table.ranks.settle(f"checking table {table.name!r}")
+        count = int(table.ranks.add(torch.tensor([count]), "counting rows that are not finite"))
         if count:
             notes.append(
                 f"table {table.name!r}: {count:,} rows hold NaN or infinity; these entries were "

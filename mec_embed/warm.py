@@ -6,6 +6,7 @@ from.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
@@ -83,6 +84,17 @@ class Earlier:
                 "start_from"
             )
         return [*self._of], left
+
+    def facts(self) -> dict[str, str]:
+        """What several ranks must agree on: name -> check sums of codes and codebooks."""
+        return {
+            f"the earlier version of table {table.name!r}": " ".join(
+                f"{zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data):x}"
+                for part in module._tables()
+                for tensor in (part.codes, part.codebooks)
+            )
+            for table, module in self._of.items()
+        }
 
     def assignment(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mec_embed import FrequencyStats
-from mec_embed.frequency import counts_for_tables
+from mec_embed.frequency import counts_for_tables, parquet_columns
 from mec_embed.tables import EMBEDDINGS
 
 
@@ -215,6 +215,24 @@ def test_parquet_in_pieces(tmp_path):
     assert stats["shared"].tolist() == [7000.0] * 10
 
 
+@pytest.mark.parametrize("groups", [1, 20])
+def test_parquet_files_are_streamed(tmp_path, groups):
+    """What is held of a file of 16 MB, in one row group or many, is a small part of it."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path, rows = tmp_path / "x.parquet", 2_000_000
+    table = pa.table({"a": np.random.default_rng(0).integers(0, 2**62, rows)})
+    parquet.write_table(table, path, row_group_size=rows // groups, use_dictionary=False)
+    del table
+    before, held, read = pa.total_allocated_bytes(), 0, 0
+    for piece in parquet_columns(path, ["a"]):
+        held = max(held, pa.total_allocated_bytes() - before)
+        read += len(piece["a"])
+    assert read == rows and path.stat().st_size > 15e6
+    assert held < 6e6
+
+
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
@@ -335,6 +353,8 @@ def test_counts_that_a_cluster_has_made(tmp_path):
     """Parts of a folder, and lines of the same id, are added."""
     write_counts(tmp_path / "a" / "part-0.parquet", id=[1, 3, 1], n=[5, 1, 2])
     write_counts(tmp_path / "a" / "deep" / "part-1.parquet", id=[3, 0], n=[10.0, 0.5])
+    for left in ("_temporary/0/part-2.parquet", ".part-3.parquet"):
+        write_counts(tmp_path / "a" / left, id=[3], n=[100])
     one = write_counts(tmp_path / "b.parquet", id=[2], n=[7])
     stats = FrequencyStats.from_count_tables(
         Net(), {"shared": tmp_path / "a", "bag": str(one)}, count_column="n"

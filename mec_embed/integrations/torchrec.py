@@ -1,24 +1,40 @@
-"""TorchRec: unsharded embedding collections; sharded, fused and quantized ones are refused."""
+"""TorchRec: embedding collections, plain or sharded; fused and quantized ones are refused."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
+from ..adapters import (
+    ADAPTERS,
+    DELETE,
+    Adapter,
+    Swapped,
+    Undo,
+    Unsharded,
+    has_base,
+    set_attributes,
+)
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..forward import Forward, default_forward
 from ..frequency import FrequencyStats
+from ..ranks import Ranks
 from ..regularization import Compressed
 from ..report import CompressionReport
+from ..shards import Part, is_dtensor
 from ..swap import Optimizers
 from ..tables import EMBEDDINGS, check_model
+from ..unsharding import unsharded
 from .counting import count_features
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Collections that hold plain ``nn.EmbeddingBag`` or ``nn.Embedding`` modules.
 _PLAIN = ("EmbeddingBagCollection", "EmbeddingCollection")
@@ -46,54 +62,70 @@ def compress(
     forward: Forward | None = None,
     optimizer: Optimizers = None,
     device: torch.device | str | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Count the ids of ``batches``, then :func:`mec_embed.compress` the model in place.
 
-    Compress before the model is sharded or after it is gathered: in training as a plain module,
-    under DistributedDataParallel (the tables are small now), and for serving.
+    With ``process_group``, the collections may be sharded: of a ``DistributedModelParallel``, give
+    its ``.module``. Plain collections take their places on every rank, whose ids are looked up on
+    the rank itself: the tables are small now. Train on under DistributedDataParallel, or serve.
 
     Args:
         model: with ``EmbeddingBagCollection`` or ``EmbeddingCollection`` modules, trained.
-        batches: the training data, as :func:`frequencies` takes it.
+        batches: the training data (of each rank, its part), as :func:`frequencies` takes it.
         config: as in :func:`mec_embed.compress`.
         forward: how to call the model on a batch, to measure what its predictions depend on
             (``batches=`` of :func:`mec_embed.compress`); not measured without.
         optimizer: as in :func:`mec_embed.compress`.
         device: as in :func:`mec_embed.compress`.
+        process_group: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
 
     Raises:
-        ValueError: sharded, fused or quantized modules; else as :func:`mec_embed.compress`.
+        ValueError: fused or quantized modules, sharded ones without ``process_group`` or sharded
+            by columns; else as :func:`mec_embed.compress`.
 
     Example:
         >>> report = torchrec.compress(model, batches, optimizer=optimizer)  # doctest: +SKIP
     """
     return compress_model(
         model,
-        frequencies(model, batches),
+        frequencies(model, batches, process_group),
         config,
         batches=None if forward is None else batches,
         forward=forward or default_forward,
         optimizer=optimizer,
         device=device,
+        process_group=process_group,
         progress=progress,
     )
 
 
-def frequencies(model: nn.Module, batches: Iterable[Any]) -> FrequencyStats:
+def frequencies(
+    model: nn.Module, batches: Iterable[Any], process_group: ProcessGroup | None = None
+) -> FrequencyStats:
     """Count ids in ``KeyedJaggedTensor`` batches; features that share a table are summed.
 
     Args:
-        model: with unsharded collections.
+        model: with collections, sharded ones only with ``process_group``.
         batches: each a ``KeyedJaggedTensor``, an object that has one as ``sparse_features`` or
             ``idlist_features``, or a tuple, list or mapping that holds one of these.
+        process_group: all of its ranks call, each with its part of the data; the counts are added.
 
     Raises:
         ValueError: no feature of the model is in the data, or the model changes ids before it
             looks them up.
         TypeError: batches of another kind.
     """
+    if process_group is None:
+        return _frequencies(model, batches)
+    with Ranks(process_group).guard() as ranks, unsharded(model, ranks):
+        stats = _frequencies(model, batches)
+    return stats.all_reduce(process_group)
+
+
+def _frequencies(model: nn.Module, batches: Iterable[Any]) -> FrequencyStats:
     check_model(model)
     columns = ({key: kjt[key].values() for key in kjt.keys()} for kjt in map(_jagged, batches))
     return count_features(model, _lookups(model), columns)
@@ -161,14 +193,77 @@ class _Adapter(Adapter):
         if quantized or has_base(module, "torchrec", *_OTHERS):
             raise ValueError(
                 f"{where} is a {type(module).__name__} of TorchRec, which keeps its tables in "
-                "kernels of its own; compress the plain EmbeddingBagCollection or "
-                "EmbeddingCollection instead: load the gathered weights into the unsharded model, "
-                "compress, and train or serve that (DistributedDataParallel works)"
+                "kernels of its own; of a sharded model, compress the .module of its "
+                "DistributedModelParallel on all ranks with process_group=; of others, load the "
+                "weights into a plain EmbeddingBagCollection or EmbeddingCollection and compress "
+                "that"
             )
+
+    def unshard(self, module: nn.Module, name: str) -> Unsharded | None:
+        for kind, make, tables in (
+            ("ShardedEmbeddingBagCollection", _plain_bags, "embedding_bags"),
+            ("ShardedEmbeddingCollection", _plain_sequences, "embeddings"),
+        ):
+            if has_base(module, "torchrec", kind):
+                plain = make(module)
+                return Unsharded(plain, dict(_parts(module, plain, name, tables)))
+        return None
 
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
         compressed = any(isinstance(m, Compressed) for m in module.modules())
         return set_attributes(module, reset_parameters=_refuse_reset if compressed else DELETE)
+
+
+def _plain_bags(module: Any) -> Any:
+    """A plain collection like a sharded one, without values."""
+    make = import_module("torchrec").EmbeddingBagCollection
+    configs = list(module._embedding_bag_configs)
+    plain = make(configs, module._is_weighted, torch.device("meta"))
+    plain._device = module._device
+    return plain
+
+
+def _plain_sequences(module: Any) -> Any:
+    """A plain collection like a sharded one, without values."""
+    make = import_module("torchrec").EmbeddingCollection
+    configs = list(module._embedding_configs)
+    plain = make(configs, torch.device("meta"), module._need_indices)
+    plain._device = module._device
+    return plain
+
+
+def _parts(
+    module: Any, plain: Any, name: str, tables: str
+) -> Iterator[tuple[str, tuple[nn.Module, Part]]]:
+    """Name in the collection -> (plain table, what this rank holds); whole tables are filled in."""
+    state = module.state_dict()
+    for table, dense in getattr(plain, tables).items():
+        weight = state[f"{tables}.{table}.weight"]
+        held = _held(weight)
+        if held is None:
+            dense.weight = nn.Parameter(weight.detach(), dense.weight.requires_grad)
+            continue
+        rows, dim = dense.weight.shape
+        if any(shard.shape[1] != dim for _, shard in held):
+            raise ValueError(
+                f"table '{name}.{tables}.{table}' is sharded by columns, expected by rows or as a "
+                "whole; shard it row_wise or table_wise before compressing"
+            )
+        nothing = torch.empty(0, dim, dtype=dense.weight.dtype, device=module._device)
+        first, own = held[0] if held else (0, nothing)
+        yield f"{tables}.{table}", (dense, Part(own.detach(), first, rows))
+
+
+def _held(weight: Any) -> list[tuple[int, Tensor]] | None:
+    """(first row, rows) of each shard on this rank; None of a table that every rank has."""
+    if is_dtensor(weight):
+        local = weight.to_local()
+        # A rank without rows has no shard, but an offset.
+        pairs = zip(local.local_offsets(), local.local_shards(), strict=False)
+        return [(offset[0], shard) for offset, shard in pairs]
+    if hasattr(weight, "local_shards"):
+        return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in weight.local_shards()]
+    return None
 
 
 def _refuse_reset() -> None:

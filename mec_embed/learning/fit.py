@@ -12,6 +12,7 @@ from ..config import CompressionConfig
 from ..layout import CodeKind, bits_for
 from ..modules import quantize_codebooks
 from ..packing import CHUNK_ROWS, empty_packed, pack_into
+from ..ranks import ALONE, Ranks
 from .objective import Progress, Weights, train_codebooks
 from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
 
@@ -49,6 +50,7 @@ class CodeShape:
         widths: columns that are stored together; a scale of int8 codebooks covers one of them.
         metric: matrix (D, D) float32, or None; the error of a row is the squared length of its
             product with it. Product codes take none.
+        start: codebooks (M, K, S) float32 of an earlier version, in which all rows have codes.
     """
 
     kind: CodeKind
@@ -57,6 +59,7 @@ class CodeShape:
     dtype: torch.dtype
     widths: tuple[int, ...]
     metric: Tensor | None = None
+    start: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -82,11 +85,17 @@ class Rows:
     Attributes:
         read: row numbers (n,) int64 -> rows (n, D) float32 on the computing device.
         weights: popularity weight (rows,) float32, positive, of each row.
+        ranks: the processes that share the work, and may each hold other rows.
+        bounds: first row and end of what this rank does; None: all.
+        read_own: as ``read``, of rows within ``bounds``; ``read`` is called on all ranks alike.
         codes: row numbers (n,) int64 -> codes (n, M) int64 in an earlier version, if there is one.
     """
 
     read: Callable[[Tensor], Tensor]
     weights: Tensor
+    ranks: Ranks = ALONE
+    bounds: tuple[int, int] | None = None
+    read_own: Callable[[Tensor], Tensor] | None = None
     codes: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
@@ -131,6 +140,38 @@ class FittedCodes:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Codebooks without the codes of all rows; attributes as of :class:`FittedCodes`.
+
+    Attributes:
+        units: that rows are encoded in.
+    """
+
+    codebooks: Tensor
+    units: Units
+    start_error: float
+    error: float
+    history: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows to learn from.
+
+    Attributes:
+        x: (n, D) float32, in learning units.
+        weights: (n,) of mean 1.
+        units: of the rows.
+        codes: (n, M) int64 that the rows had in an earlier version, if there is one.
+    """
+
+    x: Tensor
+    weights: Tensor
+    units: Units
+    codes: Tensor | None = None
+
+
 def weighted_sample(
     weights: Tensor, size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -151,14 +192,16 @@ def weighted_sample(
     if rows <= size:
         return torch.arange(rows), weights.clone()
     parts = weights.split(_WEIGHT_ROWS)
-    level = sum(float(part.double().sum()) for part in parts) / size
+    level, before = sum(float(part.double().sum()) for part in parts) / size, None
     for _ in range(20):
+        if level == before:
+            break
         # Rows at or above the level are certain; the others share what is left of the size.
         total, certain = 0.0, rows
         for part in parts:
             light = part[part < level]
             total, certain = total + float(light.double().sum()), certain - len(light)
-        level = total / max(1, size - certain)
+        level, before = total / max(1, size - certain), level
     chosen, first = [], 0
     for part in parts:
         drawn = torch.rand(len(part), generator=generator) < (part / level).clamp(max=1)
@@ -173,7 +216,7 @@ def fit_codes(
     shape: CodeShape,
     config: CompressionConfig,
     progress: Progress = lambda stage, error: None,
-    start: Tensor | None = None,
+    learned: Learned | None = None,
 ) -> FittedCodes:
     """Learn one set of codebooks for several arrays of rows, and the codes of each.
 
@@ -186,31 +229,80 @@ def fit_codes(
         shape: of the codebooks to learn.
         config: loss weights, epochs and seed.
         progress: told (stage, relative weighted error) after every stage.
-        start: codebooks (M, K, S) float32 of an earlier version, in which all arrays have codes.
+        learned: the codebooks, where they were learned before (see :func:`learn_side_by_side`).
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    x, mass, codes = _read_sample(arrays, shape, generator)
-    units = _Units.of(x, mass, shape)
-    x = units.normalise(x)
-    learner = _Learner(x, mass, units, config, progress)
-    if start is None or codes is None:
-        learned = learner.learn()
-    else:
-        learned = learner.follow(units.learned(start), codes)
-    codebooks, margin = units.stored(learned), KEEP_MARGIN * learner.error
+    if learned is None:
+        learned = learn_codebooks(read_sample(arrays, shape, config), config, progress)
     return FittedCodes(
-        codebooks=codebooks,
-        encoded=tuple(_encode_all(rows, codebooks, units, margin) for rows in arrays),
-        start_error=learner.start_error,
-        error=learner.error,
-        history=learner.history,
+        codebooks=learned.codebooks,
+        encoded=tuple(_encode_all(rows, learned) for rows in arrays),
+        start_error=learned.start_error,
+        error=learned.error,
+        history=learned.history,
     )
 
 
-def _read_sample(
-    arrays: Sequence[Rows], shape: CodeShape, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows (n, D) to learn from, their weights (n,) of mean 1, and codes that they have (n, M)."""
+def learn_side_by_side(
+    tasks: Sequence[tuple[Sequence[Rows], CodeShape]],
+    config: CompressionConfig,
+    progress: Progress,
+    ranks: Ranks,
+) -> list[Learned]:
+    """Codebooks for several sets of arrays, each learned by one rank and told to the others.
+
+    A sample is at most 12 MiB; the normal equations of one round of least squares may be 32 MiB, so
+    that it costs less to send the sample to one rank than to work on it together.
+
+    Args:
+        tasks: arguments of :func:`fit_codes`, no more than there are ranks.
+        config: loss weights, epochs and seed.
+        progress: told of what this rank learns.
+        ranks: the processes.
+    """
+    units, own = [], None
+    for rank, (arrays, shape) in enumerate(tasks):
+        sample = read_sample(arrays, shape, config)
+        units.append(sample.units)
+        if rank == ranks.rank:
+            own = sample
+    learned = None if own is None else learn_codebooks(own, config, progress)
+    return [
+        _from_rank(learned if rank == ranks.rank else None, rank, units[rank], ranks)
+        for rank in range(len(tasks))
+    ]
+
+
+def _from_rank(learned: Learned | None, source: int, units: Units, ranks: Ranks) -> Learned:
+    """What the rank ``source`` has learned; None on all others."""
+    shape, columns = units.shape, len(units.mean)
+    width = columns // shape.num_subvectors if shape.kind == "product" else columns
+    codebooks = units.mean.new_zeros(shape.num_subvectors, shape.codebook_size, width)
+    if learned is not None:
+        codebooks = learned.codebooks
+    codebooks = ranks.merge(codebooks, "learning codebooks")
+    about = learned and [learned.start_error, learned.error, learned.history]
+    return Learned(codebooks, units, *ranks.tell(about, "learning codebooks")[source])
+
+
+def learn_codebooks(
+    sample: Sample,
+    config: CompressionConfig,
+    progress: Progress = lambda stage, error: None,
+) -> Learned:
+    """Codebooks for a sample; see :func:`fit_codes`."""
+    units, start = sample.units, sample.units.shape.start
+    learner = _Learner(sample.x, sample.weights, units, config, progress)
+    if start is None or sample.codes is None:
+        found = learner.learn()
+    else:
+        found = learner.follow(units.learned(start), sample.codes)
+    codebooks = units.stored(found)
+    return Learned(codebooks, units, learner.start_error, learner.error, learner.history)
+
+
+def read_sample(arrays: Sequence[Rows], shape: CodeShape, config: CompressionConfig) -> Sample:
+    """The rows that codebooks are learned from; on several ranks, alike on all."""
+    generator = torch.Generator().manual_seed(config.seed)
     size = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * sum(shape.widths)))
     weights = arrays[0].weights
     if len(arrays) > 1:  # a copy of a large table's is not needed
@@ -224,12 +316,14 @@ def _read_sample(
             codes.append(rows.codes(inside))
         first += len(rows)
     x = torch.cat(parts)
+    mass = (mass / mass.mean()).to(x.device)
     known = torch.cat(codes).to(x.device) if codes else None
-    return x, (mass / mass.mean()).to(x.device), known
+    units = Units.of(x, mass, shape)
+    return Sample(units.normalise(x), mass, units, known)
 
 
 @dataclass(frozen=True)
-class _Units:
+class Units:
     """Learning works on rows of weighted mean 0 and variance 1; codebooks are stored in real units.
 
     The mean is part of the first additive codebook, or of every product codebook. With a metric,
@@ -243,7 +337,7 @@ class _Units:
     inverse: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor, shape: CodeShape) -> _Units:
+    def of(cls, x: Tensor, weights: Tensor, shape: CodeShape) -> Units:
         """Units in which rows (n, D) have mean 0 and a variance, summed over columns, of 1."""
         metric = None if shape.metric is None else shape.metric.to(x.device)
         inverse = None if metric is None else torch.linalg.inv(metric.double()).float()
@@ -290,7 +384,7 @@ class _Learner:
         self,
         x: Tensor,
         weights: Tensor,
-        units: _Units,
+        units: Units,
         config: CompressionConfig,
         progress: Progress,
     ) -> None:
@@ -409,26 +503,43 @@ def _kept(
     return torch.where((before - after > margin)[:, None], fresh, earlier)
 
 
-def _encode_all(rows: Rows, stored: Tensor, units: _Units, margin: float) -> EncodedRows:
-    """The codes of all rows, read in chunks, for codebooks in real units."""
-    shape, codebooks = units.shape, units.learned(stored)
+def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
+    """The codes of all rows, read in chunks.
+
+    Each rank finds those of its rows, and gets the others'.
+    """
+    units = learned.units
+    shape, codebooks = units.shape, units.learned(learned.codebooks)
     quantizer = quantizer_for(shape.kind)
     count, size, _ = codebooks.shape
     packed = empty_packed(len(rows), count, shape.bits)
     used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
-    changed = None if rows.codes is None else 0
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = torch.arange(start, min(start + CHUNK_ROWS, len(rows)))
-        x = units.normalise(rows.read(chunk))
+    read = rows.read_own or rows.read
+    changed, margin = torch.zeros_like(used[:1]), KEEP_MARGIN * learned.error
+    start, end = rows.bounds or (0, len(rows))
+    while start < end:
+        # Chunks end where those of one process do, on whole bytes.
+        stop = min(start - start % CHUNK_ROWS + CHUNK_ROWS, end)
+        ids = torch.arange(start, stop)
+        x = units.normalise(read(ids))
         codes = quantizer.encode(x, codebooks, FINAL_BEAM)
-        if rows.codes is not None and changed is not None:
-            earlier = rows.codes(chunk).to(codes.device)
+        if rows.codes is not None:
+            earlier = rows.codes(ids).to(codes.device)
             codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
-            changed += int((codes != earlier).any(1).sum())
-        pack_into(packed, start, codes, shape.bits)
+            changed += (codes != earlier).any(1).sum()
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
-    used = used.view(count, size)
-    return EncodedRows(packed, _perplexity(used), int((used == 0).sum()), changed)
+        # The first row may start within a byte, whose other bits are the rank's before.
+        before = start % 8
+        codes = torch.nn.functional.pad(codes, (0, 0, before, 0)) if before else codes
+        pack_into(packed, start - before, codes, shape.bits)
+        start = stop
+    packed = rows.ranks.merge(packed, "gathering codes")
+    used = rows.ranks.add(used, "counting codes").view(count, size)
+    dead = int((used == 0).sum())
+    if rows.codes is None:
+        return EncodedRows(packed, _perplexity(used), dead)
+    changed = rows.ranks.add(changed, "counting changed rows")
+    return EncodedRows(packed, _perplexity(used), dead, int(changed))
 
 
 def _perplexity(used: Tensor) -> tuple[float, ...]:

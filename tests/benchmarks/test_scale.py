@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from benchmarks.scale import kill, large
+from benchmarks.scale import kill, large, ranks
 
 
 def test_a_table_is_made_in_pieces(tmp_path: Path, monkeypatch) -> None:
@@ -52,3 +53,25 @@ def test_a_line_of_kills_has_the_columns_of_the_file() -> None:
     line = kill.line_of(kill.Figures(kills=3, wrong=["one", "two"]), 7)
     assert sorted(line) == sorted(kill.COLUMNS)
     assert (line["kills"], line["seed"], line["wrong"]) == (3, 7, "one; two")
+
+
+def test_rows_do_not_depend_on_the_parts_they_are_made_in(monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "PIECE", 300)
+    whole = ranks.make_rows(0, 1000, 8)
+    parts = [ranks.make_rows(first, end, 8) for first, end in ((0, 250), (250, 701), (701, 1000))]
+    assert torch.equal(torch.cat(parts), whole) and whole.unique(dim=0).shape == (1000, 8)
+    assert np.sort(ranks.make_counts(1000)).tolist() == sorted(1000 // i for i in range(1, 1001))
+
+
+@pytest.mark.slow
+def test_what_ranks_took_is_one_line_and_one_result(tmp_path: Path) -> None:
+    lines = [ranks.measure(5000, 8, size, 20.0) for size in (1, 2)]
+    for line in lines:
+        ranks.append(tmp_path / "ranks.csv", line)
+        assert line["ratio"] >= 20 and 0 < line["error"] < 1
+        assert 0 < line["encode_cpu_seconds"] + line["learn_cpu_seconds"] < line["cpu_seconds"]
+    assert (lines[0]["exchanged_mb"] == 0) and lines[1]["exchanged_mb"] > 0
+    same = ("layout", "bytes_after", "error", "rows", "dim")
+    assert [lines[0][name] for name in same] == [lines[1][name] for name in same]
+    written = [*csv.DictReader(io.StringIO((tmp_path / "ranks.csv").read_text()))]
+    assert [line["ranks"] for line in written] == ["1", "2"]

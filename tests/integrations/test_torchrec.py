@@ -1,4 +1,4 @@
-"""TorchRec's unsharded collections work as before after compress(); sharded ones are refused."""
+"""TorchRec's collections, plain and sharded, work as before after compress()."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("torchrec")
 
 import contract
+import processes
 import torchrec_zoo as zoo
 
 import mec_embed
@@ -191,7 +192,7 @@ def test_fused_and_quantized_collections_are_refused(make):
         lambda: mec_embed.compress(model, None, contract.CONFIG, progress=False),
         lambda: torchrec.compress(model, [jagged()], contract.CONFIG, progress=False),
     ):
-        with pytest.raises(ValueError, match="'sparse' is a .* of TorchRec.*compress the plain"):
+        with pytest.raises(ValueError, match="'sparse' is a .* of TorchRec.*into a plain"):
             call()
     assert type(model["other"]) is nn.Embedding
 
@@ -206,7 +207,7 @@ def one_process():
 
 
 @pytest.mark.parametrize("ddp", [False, True])
-def test_sharded_models_are_refused(one_process, ddp):
+def test_sharded_models_are_refused_without_a_group(one_process, ddp):
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.shard import shard_modules
 
@@ -216,8 +217,138 @@ def test_sharded_models_are_refused(one_process, ddp):
         if ddp
         else shard_modules(nn.Sequential(small()[0]), device=CPU)
     )
-    with pytest.raises(ValueError, match="of TorchRec.*gathered weights"):
+    with pytest.raises(ValueError, match="of TorchRec.*on all ranks with process_group="):
         mec_embed.compress(sharded, None, contract.CONFIG, progress=False)
+
+
+def shard(model, kinds, dtensor=False):
+    """The model under DistributedModelParallel, each table sharded in its way."""
+    import torch.distributed as dist
+    from torchrec.distributed import sharding_plan
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+    size, collection = dist.get_world_size(), model.collection
+    bags = type(collection).__name__ == "EmbeddingBagCollection"
+    sharder = EmbeddingBagCollectionSharder() if bags else EmbeddingCollectionSharder()
+    plan = sharding_plan.construct_module_sharding_plan(
+        collection, kinds, sharder=sharder, world_size=size, local_size=size, device_type="cpu"
+    )
+    env = ShardingEnv(size, dist.get_rank(), dist.group.WORLD, output_dtensor=dtensor)
+    return DistributedModelParallel(
+        model,
+        env=env,
+        device=CPU,
+        plan=ShardingPlan(plan={"collection": plan}),
+        sharders=[sharder],
+    )
+
+
+def local_rows(collection):
+    """(table, first row, rows) of what this rank holds, by the kernels' own parameters."""
+    held = {name: value.detach().clone() for name, value in collection.named_parameters()}
+    found = []
+    for name, sharding in collection.module_sharding_plan.items():
+        weight = next(value for key, value in held.items() if key.split(".")[1] == name)
+        first = 0
+        for one in sharding.sharding_spec.shards if sharding.sharding_spec else ():
+            if one.placement.rank() == torch.distributed.get_rank():
+                first = one.shard_offsets[0]
+        found.append((name, first, weight.view(-1, zoo.DIM)))
+    return found
+
+
+SHARDED = CompressionConfig(ratio=10, epochs=0, min_rows=100)
+SHARDED_MODELS = ("EmbeddingBagCollection", "EmbeddingCollection")
+
+
+def compress_sharded_on_ranks():
+    """For each model, (rows held, state and report after, predictions); then what is refused."""
+    import torch.distributed as dist
+    from torchrec.distributed.sharding_plan import (
+        column_wise,
+        data_parallel,
+        row_wise,
+        table_wise,
+    )
+
+    world, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    rows = {"t_brand": row_wise(compute_kernel="fused"), "t_item": row_wise()}
+    found = {}
+    for name, dtensor, device in zip(
+        SHARDED_MODELS, (False, True), (data_parallel(), table_wise(rank=0)), strict=True
+    ):
+        kinds = {"t_device": device, "t_city": table_wise(rank=1), **rows}
+        model = shard(zoo.build(name, None), kinds, dtensor).module
+        held, sharded = local_rows(model.collection), model.collection
+        part = zoo.batches(name)[rank::size]
+        planned = mec_embed.plan(model, torchrec.frequencies(model, part, world), SHARDED,
+                                 process_group=world)  # fmt: skip
+        assert model.collection is sharded
+        report = torchrec.compress(model, part, SHARDED, process_group=world, progress=False)
+        assert type(model.collection).__name__ == name
+        layouts = [(table.name, table.layout, table.bytes_after) for table in report.tables]
+        assert report.bytes_after == planned.bytes_after
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        found[name] = held, state, layouts, zoo.predict(model, name, None)
+        model.train()
+        zoo.train(model, name, None)
+        assert not torch.equal(state["network.0.weight"], model.network[0].weight)
+
+    kinds = {f"t_{feature}": column_wise(ranks=[0, 1]) for feature in zoo.ROWS}
+    by_columns = shard(zoo.build("EmbeddingBagCollection", None), kinds)
+    kinds |= {"t_device": table_wise(rank=0), "t_city": table_wise(rank=0), **rows}
+    wrapped = shard(zoo.build("EmbeddingBagCollection", None), kinds)
+    model = wrapped.module
+    sharded = model.collection
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bad = next(p for n, p in sharded.named_parameters() if "t_item" in n)
+    attempts = {
+        "columns": lambda: refused(by_columns.module, process_group=world),
+        "wrapper": lambda: refused(wrapped, process_group=world),
+        "itself": lambda: refused(sharded, process_group=world),
+        "optimizer": lambda: refused(model, optimizer=optimizer, process_group=world),
+        "NaN": lambda: refused(model, process_group=world),
+    }
+    for name, attempt in attempts.items():
+        with torch.no_grad():
+            bad[len(bad) - 1, 0] = float("nan") if name == "NaN" and rank == 1 else 0.0
+        found[name] = attempt()
+    assert model.collection is sharded
+    return found
+
+
+def refused(model, **options):
+    with pytest.raises(ValueError) as caught:
+        mec_embed.compress(model, None, SHARDED, progress=False, **options)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_sharded_models_are_compressed_by_all_ranks_together(tmp_path):
+    found = processes.run(compress_sharded_on_ranks, 2, tmp_path)
+    for name in SHARDED_MODELS:
+        model = zoo.build(name, None)
+        tables = {n.rpartition(".")[2]: m for n, m in model.named_modules() if hasattr(m, "weight")}
+        seen = {}
+        for held, *_ in (rank[name] for rank in found):
+            for table, first, rows in held:
+                tables[table].weight.data[first : first + len(rows)] = rows
+                seen.setdefault(table, set()).update(range(first, first + len(rows)))
+        assert all(len(seen[f"t_{feature}"]) == rows for feature, rows in zoo.ROWS.items())
+        report = torchrec.compress(model, zoo.batches(name), SHARDED, progress=False)
+        for _, state, layouts, predictions in (rank[name] for rank in found):
+            assert layouts == [(t.name, t.layout, t.bytes_after) for t in report.tables]
+            torch.testing.assert_close(state, dict(model.state_dict()))
+            np.testing.assert_allclose(predictions, zoo.predict(model, name, None), rtol=1e-5)
+    for rank, other in ((found[0], "rank 1: "), (found[1], "")):
+        assert "t_device' is sharded by columns" in rank["columns"]
+        assert "compress the .module of its DistributedModelParallel" in rank["wrapper"]
+        assert "itself a ShardedEmbeddingBagCollection" in rank["itself"]
+        assert "an optimizer trains the sharded tables of 'collection'" in rank["optimizer"]
+        assert rank["NaN"].startswith(f"{other}table 'collection.embedding_bags.t_item': row 2999")
 
 
 def test_optimizers_that_wrap_others_are_refused():

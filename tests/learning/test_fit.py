@@ -251,7 +251,7 @@ def test_revived_codewords_go_to_heavy_rows() -> None:
     x = torch.cat([torch.zeros(200, 4), torch.eye(4).repeat(5, 1) * 10])
     weights = torch.ones(len(x))
     weights[200] = 1e6
-    units = fit._Units.of(x, weights, _shape("product", 1, 4, widths=(4,)))
+    units = fit.Units.of(x, weights, _shape("product", 1, 4, widths=(4,)))
     learner = fit._Learner(x, weights, units, _config(), lambda stage, error: None)
     codebooks = torch.zeros(1, 4, 4)
     revived = learner._revive(codebooks, torch.zeros(len(x), 1, dtype=torch.int64))

@@ -1,0 +1,121 @@
+"""Sharded modules of frameworks give way to plain ones while their tables are compressed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .adapters import Unsharded, adapted
+from .ranks import Ranks
+from .shards import Part, Shard, shards
+from .swap import optimizer_groups
+from .tables import EMBEDDINGS, Alias, Table, find_modules
+
+logger = logging.getLogger("mec_embed")
+
+
+class Standing:
+    """The plain modules that stand where sharded ones were.
+
+    Attributes:
+        shards: what this rank holds of each dense module without values in them.
+        kept: whether they stay.
+        ranks: the processes over which they are sharded.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.shards: dict[nn.Module, Shard] = {}
+        self.kept = False
+        self.ranks, self._model = ranks, model
+
+    def fill(self, replaced: Sequence[nn.Module]) -> None:
+        """Gather the rows of modules that stay dense: all but those to be replaced."""
+        for module, aliases in find_modules(self._model, EMBEDDINGS):
+            if module in self.shards and module not in replaced:
+                table = Table(module, aliases, ranks=self.ranks, shard=self.shards[module])
+                trainable = module.weight.requires_grad
+                module.weight = nn.Parameter(table.whole(), requires_grad=trainable)
+
+
+@contextmanager
+def unsharded(
+    model: nn.Module, ranks: Ranks, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> Iterator[Standing]:
+    """While open, plain modules stand where sharded ones were, unless they are kept for good.
+
+    Args:
+        model: that holds the sharded modules.
+        ranks: over which they are sharded.
+        optimizers: must not train sharded tables: those of several ranks cannot be followed.
+
+    Raises:
+        ValueError: a module that cannot be unsharded, or that an optimizer trains.
+    """
+    standing = Standing(model, ranks)
+    done: list[tuple[Alias, nn.Module]] = []
+    try:
+        found = list(_plain_modules(model))
+        _check_optimizers(found, optimizers)
+        places = [_places(model, old) for _, old, _ in found]
+        for (name, old, plain), aliases in zip(found, places, strict=True):
+            logger.info("%s: unsharded; the state of its own optimizer is dropped", name)
+            for alias in aliases:
+                done.append((alias, old))
+                alias.parent._modules[alias.attribute] = plain.module
+        standing.shards = _shards(found, ranks)
+        yield standing
+    finally:
+        if not standing.kept:
+            for alias, old in done:
+                alias.parent._modules[alias.attribute] = old
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Unsharded]]:
+    """(name, sharded module, what takes its place)."""
+    for adapter, module, name in adapted(model):
+        plain = adapter.unshard(module, name)
+        if plain is not None:
+            plain.module.train(module.training)
+            yield name, module, plain
+
+
+def _places(model: nn.Module, module: nn.Module) -> tuple[Alias, ...]:
+    """Where the model holds a module."""
+    for one, aliases in find_modules(model, (type(module),)):
+        if one is module:
+            return aliases
+    raise ValueError(
+        f"model is itself a {type(module).__name__} and cannot be replaced in place; pass the "
+        "module that holds it"
+    )
+
+
+def _check_optimizers(
+    found: Sequence[tuple[str, nn.Module, Unsharded]],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    trained = optimizer_groups(optimizers)
+    for name, module, _ in found:
+        if any(id(parameter) in trained for parameter in module.parameters()):
+            raise ValueError(
+                f"an optimizer trains the sharded tables of {name!r}, whose parameters are other "
+                "tensors than those of plain tables; compress without it, and make an optimizer "
+                "of the compressed model"
+            )
+
+
+def _shards(
+    found: Sequence[tuple[str, nn.Module, Unsharded]], ranks: Ranks
+) -> dict[nn.Module, Shard]:
+    parts: dict[str, Part] = {}
+    modules: dict[str, nn.Module] = {}
+    for name, _, plain in found:
+        for table, (module, part) in plain.parts.items():
+            parts[f"{name}.{table}"], modules[f"{name}.{table}"] = part, module
+    facts = {f"table {name!r}": f"{part.of} rows, sharded" for name, part in parts.items()}
+    ranks.agree(facts, "comparing sharded tables")
+    return {modules[name]: shard for name, shard in shards(parts, ranks).items()}

@@ -1,0 +1,335 @@
+"""Several processes compress as one does; what one of them raises, all raise; none waits for ever.
+
+Functions that end in ``_on_ranks`` run in each of some processes that gloo connects.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+import mec_embed
+from mec_embed import CompressionConfig, FrequencyStats
+from mec_embed.learning import fit
+from mec_embed.ranks import ALONE, Ranks
+
+pytestmark = pytest.mark.slow
+
+COMPRESS = sys.modules["mec_embed.compress"]
+CONFIG = CompressionConfig(ratio=40, epochs=0)
+FAST = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+#: In tiers and parts that begin within a byte.
+ROWS = {"users": 3003, "bags": 2001, "items": 9001}
+
+
+class Model(nn.Module):
+    """Tables with a first-order table, padding and bags, and a layer on top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
+        self.users = nn.Embedding(ROWS["users"], 16, padding_idx=0)
+        self.bags = nn.EmbeddingBag(ROWS["bags"], 16)
+        self.items = nn.Embedding(ROWS["items"], 8)
+        self.first_order = nn.Embedding(ROWS["users"], 1)
+        self.layer = nn.Linear(16, 1)
+        with torch.no_grad():
+            for table in (self.users, self.bags, self.items):
+                rows, dim = table.weight.shape
+                low_rank = torch.randn(rows, 3, generator=rng) @ torch.randn(3, dim, generator=rng)
+                table.weight.mul_(0.3).add_(low_rank)
+            self.users.weight[0] = 0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch,) of ids (batch,)."""
+        together = self.users(ids) + self.bags(ids[:, None])
+        return (self.layer(together) + self.first_order(ids)).squeeze(1)
+
+
+def counts() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    rows = ROWS | {"first_order": ROWS["users"]}
+    popular = {name: rng.zipf(1.3, rows[name]).clip(0, 5000) for name in ROWS}
+    popular["first_order"] = popular["users"]
+    return {name: np.asarray(values, np.float64) for name, values in popular.items()}
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2000, (64,), generator=generator) for _ in range(8)]
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """The model with all tables but ``bags`` and ``a`` by rows over the ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, table in model.named_children():
+        if name not in ("bags", "a", "layer"):
+            table.weight = nn.Parameter(distribute_tensor(table.weight, mesh, [Shard(0)]))
+    return model
+
+
+def run(model: nn.Module, config: CompressionConfig = CONFIG, stats=None, **options):
+    stats = counts() if stats is None else stats
+    return mec_embed.compress(model, stats, config, progress=False, **options)
+
+
+def outcome(model: nn.Module, config: CompressionConfig = CONFIG, stats=None, **options) -> tuple:
+    """Everything that must not depend on the number of ranks."""
+    report = run(model, config, stats, **options)
+    errors = {table.name: table.weighted_error for table in report.tables}
+    layouts = {table.name: (table.layout, table.bytes_after) for table in report.tables}
+    return dict(model.state_dict()), layouts, errors
+
+
+def small(rows: int = 200) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"a": nn.Embedding(300, 8), "b": nn.Embedding(rows, 8)})
+
+
+#: What their layouts show -> model, its configuration and counts.
+CASES = {
+    "| one row": (Model, CONFIG, counts),
+    "rows float16": (small, CompressionConfig(ratio=1.9, codebook_dtype="float16"), dict),
+}
+
+
+# --- the same result ---------------------------------------------------------------------------
+
+
+def compress_on_ranks():
+    world, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    fit.CHUNK_ROWS = 1 << 10  # so that a part has several
+    found = {}
+    for kind, (make, config, stats) in CASES.items():
+        found[kind] = outcome(make(), config, stats(), process_group=world)
+        found[f"{kind}, sharded"] = outcome(sharded(make()), config, stats(), process_group=world)
+    part = FrequencyStats({name: np.floor(c / size) for name, c in counts().items()})
+    planned = mec_embed.plan(sharded(Model()), counts(), CONFIG, process_group=world)
+    own = batches()[rank::size]
+    return found, {
+        "batches": outcome(Model(), process_group=world, batches=own)[1:],
+        "planned": planned.bytes_after,
+        "added": {name: part.all_reduce(world)[name] for name in part},
+    }
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    found = {
+        kind: outcome(make(), config, stats()) for kind, (make, config, stats) in CASES.items()
+    }
+    return found, outcome(Model(), batches=batches())[1:]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
+    ranks = processes.run(compress_on_ranks, size, tmp_path)
+    for kind, (state, layouts, errors) in of_one[0].items():
+        assert any(kind in layout for layout, _ in layouts.values()), layouts
+        for rank, (of_rank, _) in enumerate(ranks):
+            for name in (kind, f"{kind}, sharded"):
+                where = name, rank
+                got, got_layouts, got_errors = of_rank[name]
+                assert got_layouts == layouts, where
+                assert got_errors == pytest.approx(errors, rel=1e-6), where
+                assert got.keys() == state.keys()
+                for key, tensor in state.items():
+                    # Rows as near to two codewords may take either, but the same on all ranks.
+                    assert torch.equal(got[key], ranks[0][0][kind][0][key]), (where, key)
+                    if tensor.dtype is torch.uint8:
+                        assert (got[key] != tensor).sum() <= 1e-3 * len(tensor), (where, key)
+                    else:
+                        torch.testing.assert_close(got[key], tensor)
+    for _, told in ranks:
+        layouts, errors = told["batches"]
+        assert layouts == of_one[1][0]
+        assert errors == pytest.approx(of_one[1][1], rel=1e-3)
+        assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
+        for name, each in counts().items():
+            np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
+
+
+# --- errors of one rank ------------------------------------------------------------------------
+
+
+def raised(call) -> str:
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def fails_on_rank_1(name: str, error: BaseException):
+    """Stands in for a function of :mod:`mec_embed.compress`, and fails on rank 1."""
+    original = getattr(COMPRESS, name)
+
+    def stand_in(*args, **options):
+        if dist.get_rank() == 1:
+            raise error
+        return original(*args, **options)
+
+    return stand_in
+
+
+def errors_on_ranks():
+    world, rank = dist.group.WORLD, dist.get_rank()
+    found, models = {}, {}
+
+    def attempt(name, model, config=FAST, stats=None, **options):
+        models[name] = model
+        options = {"process_group": world, "progress": False} | options
+        found[name] = raised(lambda: mec_embed.compress(model, stats, config, **options))
+
+    attempt("shape", small(200 + rank))
+    attempt("config", small(), CompressionConfig(num_subvectors=2 + rank, codebook_size=8))
+    attempt("counts", small(), stats={"b": np.full(200, 1.0 + rank)})
+    attempt("one without counts", small(), stats={"b": np.ones(200)} if rank else None)
+    attempt("unknown counts", small(), stats={"c": np.ones(200)} if rank else None)
+    model = small()
+    model["b"].weight.data[7, 3] += rank
+    attempt("values", model)
+    model = small()
+    model["b"].weight.data[150, 3] = float("nan")  # rank 1 has the second half of the rows
+    attempt("NaN", model)
+    parted = sharded(small())
+    attempt("no group", parted, process_group=None)
+    attempt("batches", parted, batches=[torch.tensor([1])])
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    attempt("another group", parted, process_group=alone)
+    placed, mesh = small(), init_device_mesh("cpu", (2,))
+    placed["b"].weight = nn.Parameter(distribute_tensor(placed["b"].weight, mesh, [Replicate()]))
+    attempt("placement", placed)
+    for name, error in (
+        ("fit_codes", MemoryError("no room")),
+        ("fit_codes", KeyboardInterrupt()),
+        ("fit_codes", OSError("disk")),
+        ("replace_modules", ValueError("cannot replace")),
+    ):
+        original = getattr(COMPRESS, name)
+        setattr(COMPRESS, name, fails_on_rank_1(name, error))
+        attempt(f"{name} {type(error).__name__}", small())
+        setattr(COMPRESS, name, original)
+    stats = FrequencyStats.from_counts({"a": np.ones(3 + rank)})
+    found["adding"] = raised(lambda: stats.all_reduce(world))
+    found["changed"] = [
+        name
+        for name, model in models.items()
+        if any(type(m) is not nn.Embedding for m in model.values())
+    ]
+    # And the ranks can still work together.
+    attempt("in the end", small())
+    return found
+
+
+ERRORS = {
+    "shape": "ValueError: ranks differ in table 'b': rank 0 has 200 x 8 float32, rank 1 has "
+    "201 x 8 float32",
+    "config": "ValueError: ranks differ in config.num_subvectors: rank 0 has 2, rank 1 has 3;",
+    "counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has 200",
+    "one without counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has none",
+    "values": "ValueError: ranks differ in the rows of table 'b'",
+    "batches": "ValueError: batches= needs tables that are whole on every rank, but 'b'",
+    "no group": "ValueError: table 'b' is sharded over 2 processes",
+    "another group": "ValueError: table 'b' is sharded over 2 processes",
+    "placement": "ValueError: table 'b' is a DTensor placed as (Replicate(),), expected (Shard",
+    "adding": "ValueError: ranks differ in table 'a': rank 0 has 3 rows, rank 1 has 4 rows",
+}
+#: What rank 1 raises, and what the other hears.
+TOLD = {
+    "unknown counts": ("ValueError: freq_stats names 'c'", "ValueError: rank 1: freq_stats names"),
+    "NaN": ("ValueError: table 'b': row 150 holds NaN", "ValueError: rank 1: table 'b': row 150"),
+    "fit_codes MemoryError": ("MemoryError: no room", "MemoryError: rank 1: no room"),
+    "fit_codes KeyboardInterrupt": ("KeyboardInterrupt", "RuntimeError: rank 1: Keyboard"),
+    "fit_codes OSError": ("OSError: disk", "RuntimeError: rank 1: disk"),
+    "replace_modules ValueError": ("ValueError: cannot", "ValueError: rank 1: cannot replace"),
+}
+
+
+def test_an_error_of_one_rank_is_raised_by_all_and_changes_nothing(tmp_path):
+    for rank, found in enumerate(processes.run(errors_on_ranks, 2, tmp_path)):
+        assert found.pop("changed") == []
+        assert found.pop("in the end") == "nothing"
+        assert found.keys() == ERRORS.keys() | TOLD.keys()
+        for name, message in ERRORS.items():
+            assert found[name].startswith(message), (rank, name, found[name])
+        for name, (own, heard) in TOLD.items():
+            assert found[name].startswith(own if rank else heard), (rank, name, found[name])
+
+
+# --- ranks that die or stall -------------------------------------------------------------------
+
+SECONDS = 2
+
+
+def lost_on_ranks():
+    """Rank 1 of a first pair keeps the other waiting; then rank 2 dies while it learns."""
+    rank, found = dist.get_rank(), {}
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=SECONDS))
+    learn = COMPRESS.fit_codes
+
+    def stall(*args, **options):
+        if rank == 1:
+            time.sleep(2 * SECONDS)
+        return learn(*args, **options)
+
+    def die(*args, **options):
+        if rank == 2:
+            os._exit(0)
+        return learn(*args, **options)
+
+    for name, stand_in, group in (("stalls", stall, pair), ("dies", die, dist.group.WORLD)):
+        if rank == 2 and group is pair:
+            continue
+        COMPRESS.fit_codes = stand_in
+        model, started = small(), time.monotonic()
+        message = raised(lambda m=model, g=group: run(m, FAST, stats={}, process_group=g))
+        same = all(type(module) is nn.Embedding for module in model.values())
+        found[name] = message, time.monotonic() - started, same
+    return found
+
+
+def test_a_rank_that_dies_or_stalls_is_an_error_on_the_others_in_time(tmp_path):
+    found = processes.run(lost_on_ranks, 3, tmp_path, timeout=timedelta(seconds=10 * SECONDS))
+    assert found[2] is None
+    message, seconds, unchanged = found[0]["stalls"]
+    assert message.startswith("RuntimeError: rank 0 lost the other ranks while "), message
+    assert SECONDS - 1 < seconds < 2 * SECONDS and unchanged
+    for rank in (0, 1):
+        message, seconds, unchanged = found[rank]["dies"]
+        assert message.startswith(f"RuntimeError: rank {rank} lost the other ranks"), message
+        assert seconds < 11 * SECONDS and unchanged
+
+
+# --- one process -------------------------------------------------------------------------------
+
+
+def test_a_group_needs_torch_distributed():
+    with pytest.raises(ValueError, match="init_process_group first"):
+        run(small(), FAST, stats={}, process_group=object())
+
+
+def test_one_rank_needs_nobody(tmp_path):
+    values = torch.arange(3)
+    assert ALONE.add(values, "x") is values and ALONE.merge(values, "x") is values
+    assert ALONE.tell({"a": 1}, "x") == [{"a": 1}] and ALONE.part(7) == (0, 7)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'r'}", rank=0, world_size=1)
+    try:
+        model = small()
+        run(model, FAST, stats={}, process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="must be a group that this process is in"):
+            Ranks(dist.GroupMember.NON_GROUP_MEMBER)
+    finally:
+        dist.destroy_process_group()
+    assert type(model["a"]) is mec_embed.CompressedEmbedding
