@@ -97,6 +97,18 @@ def small(rows: int = 200) -> nn.ModuleDict:
     return nn.ModuleDict({"a": nn.Embedding(300, 8), "b": nn.Embedding(rows, 8)})
 
 
+def second_night(**options) -> tuple:
+    """The rows moved a little, and compressed from where the first night's codes are."""
+    first, second = Model(), Model()
+    run(first)
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for table in (second.users, second.bags, second.items):
+            table.weight.add_(torch.randn(table.weight.shape, generator=rng), alpha=0.05)
+    report = run(second, start_from=first, **options)
+    return [(t.layout, t.weighted_error) for t in report.tables], report.tables[2].changed_rows
+
+
 #: What their layouts show -> model, its configuration and counts.
 CASES = {
     "| one row": (Model, CONFIG, counts),
@@ -120,6 +132,7 @@ def compress_on_ranks():
     return found, {
         "batches": outcome(Model(), process_group=world, batches=own)[1:],
         "planned": planned.bytes_after,
+        "second night": second_night(process_group=world),
         "added": {name: part.all_reduce(world)[name] for name in part},
     }
 
@@ -129,7 +142,7 @@ def of_one():
     found = {
         kind: outcome(make(), config, stats()) for kind, (make, config, stats) in CASES.items()
     }
-    return found, outcome(Model(), batches=batches())[1:]
+    return found, outcome(Model(), batches=batches())[1:], second_night()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -156,6 +169,10 @@ def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
         assert layouts == of_one[1][0]
         assert errors == pytest.approx(of_one[1][1], rel=1e-3)
         assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
+        (tables, changed), (wanted, wanted_changed) = told["second night"], of_one[2]
+        assert [layout for layout, _ in tables] == [layout for layout, _ in wanted]
+        assert [e for _, e in tables] == pytest.approx([e for _, e in wanted], rel=1e-3)
+        assert changed == pytest.approx(wanted_changed, rel=0.02) and 0 < changed < ROWS["items"]
         for name, each in counts().items():
             np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
 
@@ -270,18 +287,16 @@ def test_an_error_of_one_rank_is_raised_by_all_and_changes_nothing(tmp_path):
 
 # --- ranks that die or stall -------------------------------------------------------------------
 
-SECONDS = 2
 
-
-def lost_on_ranks():
+def lost_on_ranks(told):
     """Rank 1 of a first pair keeps the other waiting; then rank 2 dies while it learns."""
     rank, found = dist.get_rank(), {}
-    pair = dist.new_group([0, 1], timeout=timedelta(seconds=SECONDS))
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     learn = COMPRESS.fit_codes
 
     def stall(*args, **options):
-        if rank == 1:
-            time.sleep(2 * SECONDS)
+        while rank == 1 and not told.exists():
+            time.sleep(0.1)
         return learn(*args, **options)
 
     def die(*args, **options):
@@ -293,23 +308,25 @@ def lost_on_ranks():
         if rank == 2 and group is pair:
             continue
         COMPRESS.fit_codes = stand_in
-        model, started = small(), time.monotonic()
+        model = small()
         message = raised(lambda m=model, g=group: run(m, FAST, stats={}, process_group=g))
-        same = all(type(module) is nn.Embedding for module in model.values())
-        found[name] = message, time.monotonic() - started, same
+        found[name] = message, all(type(module) is nn.Embedding for module in model.values())
+        if rank == 0:
+            told.touch()
     return found
 
 
-def test_a_rank_that_dies_or_stalls_is_an_error_on_the_others_in_time(tmp_path):
-    found = processes.run(lost_on_ranks, 3, tmp_path, timeout=timedelta(seconds=10 * SECONDS))
+def test_a_rank_that_dies_or_stalls_is_an_error_on_the_others(tmp_path):
+    """Rank 1 goes on only when rank 0 has given up, so that no clock is needed."""
+    timeout = timedelta(seconds=30)
+    found = processes.run(lost_on_ranks, 3, tmp_path, tmp_path / "told", timeout=timeout)
     assert found[2] is None
-    message, seconds, unchanged = found[0]["stalls"]
-    assert message.startswith("RuntimeError: rank 0 lost the other ranks while "), message
-    assert SECONDS - 1 < seconds < 2 * SECONDS and unchanged
+    message, unchanged = found[0]["stalls"]
+    assert message.startswith("RuntimeError: rank 0 lost the other ranks while ") and unchanged
     for rank in (0, 1):
-        message, seconds, unchanged = found[rank]["dies"]
+        message, unchanged = found[rank]["dies"]
         assert message.startswith(f"RuntimeError: rank {rank} lost the other ranks"), message
-        assert seconds < 11 * SECONDS and unchanged
+        assert unchanged
 
 
 # --- one process -------------------------------------------------------------------------------
