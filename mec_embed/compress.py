@@ -442,7 +442,11 @@ def _facts(
         # Devices are numbered by rank.
         key = [part for part in keys[table] if not isinstance(part, torch.device)]
         facts[f"how {name} is trained"] = str(key)
-        told = "none" if count is None else f"{count.sum():.0f} ({zlib.crc32(count):x})"
+        told = (
+            "none"
+            if count is None
+            else f"{count.sum():.0f} ({zlib.crc32(np.ascontiguousarray(count)):x})"
+        )
         facts[f"the counts of {name}"] = told
         if table.shard is None:
             facts[f"the rows of {name}"] = f"values with check sum {check_sum(table.weight):x}"
