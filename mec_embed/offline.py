@@ -99,7 +99,7 @@ class Job:
         if self.start_from is None:
             return self.config
         entries = read_manifest(self.start_from)["tables"]
-        names = tuple(glob.escape(entry["names"][0]) for entry in entries)
+        names = tuple(glob.escape(name) for entry in entries for name in entry["names"])
         return replace(self.config, include=names, exclude=(), min_rows=1)
 
     def draft(self, skeleton: Skeleton, progress: Progress) -> Draft:
@@ -110,7 +110,9 @@ class Job:
         tables: list[Table] = [*skeleton.tables]
         if self.start_from is not None:
             manifest = read_manifest(self.start_from)
-            earlier = Earlier(tables_of(open_checkpoint(self.start_from), manifest))
+            by_first = tables_of(open_checkpoint(self.start_from), manifest)
+            names = (entry["names"] for entry in manifest["tables"])
+            earlier = Earlier({name: by_first[all_[0]] for all_ in names for name in all_})
             earlier.choose(tables, [])
         return draft_tables(skeleton.model, tables, [], stats, self.config, earlier=earlier)
 
