@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,17 @@ from .skeleton import Progress, Skeleton, alike
 
 #: Counts looked at at once.
 _PART = 1 << 20
+#: What numpy and zipfile raise for a file that is damaged, encrypted or not theirs.
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_counts(
@@ -46,17 +56,14 @@ def read_counts(
             f"{path} is no file of counts; expected one made by numpy.savez(path, "
             "**{'table': counts}), or a parquet file"
         )
-    with np.load(path, allow_pickle=False) as arrays:
-        return _named_counts(path, arrays, skeleton, progress)
+    return _named_counts(_Archive(path), skeleton, progress)
 
 
-def _named_counts(
-    path: Path, arrays: Any, skeleton: Skeleton, progress: Progress
-) -> FrequencyStats:
-    counts: dict[str, np.ndarray] = {}
+def _named_counts(archive: _Archive, skeleton: Skeleton, progress: Progress) -> FrequencyStats:
+    path, counts = archive.path, dict[str, np.ndarray]()
     owners = {name: table for table in skeleton.tables for name in table.names}
     others = [key.removesuffix(".weight") for key in skeleton.checkpoint.tensors]
-    for member in arrays.files:
+    for member in archive.names:
         name = member.removesuffix(".weight")
         tables = {owners[one].name: owners[one].rows for one in _fitting(name, [*owners])}
         if not tables and _fitting(name, others):
@@ -67,12 +74,13 @@ def _named_counts(
                 f"{path} holds counts of {member!r}, which is no table of the checkpoint"
                 f"{alike(name, [*owners])}; rename the array to the table's name"
             )
-        values = _member(path, arrays, member)
         for table, rows in tables.items():
             if table in counts:
                 raise ValueError(f"{path} holds counts of table {table!r} twice: once {member!r}")
-            _check_counts(path, member, table, values, rows)
-            counts[table] = values
+            where = f"{path}: counts of table {table!r}"
+            where += f" ({member!r})" if member != table else ""
+            counts[table] = archive.read(member, rows, where)
+            _check_counts(counts[table], where)
     return FrequencyStats(counts)
 
 
@@ -85,52 +93,70 @@ def _fitting(name: str, names: Sequence[str]) -> list[str]:
     return found or (last if len(last) == 1 else [])
 
 
-def _member(path: Path, arrays: Any, name: str) -> np.ndarray:
-    """One array of an .npz file; mapped where it can be."""
-    try:
-        place = _place(path, arrays.zip, name)
-        if place is not None:
-            return np.asarray(np.memmap(path, place[0], "r", *place[1:]))
-        values: np.ndarray = arrays[name]
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{path}: {name!r} is no array of numbers or damaged ({error}); save the counts again"
-        ) from error
-    return values
+class _Archive:
+    """An .npz file. What an array says of its shape is compared before that is allocated.
 
+    Args:
+        path: of the file.
+    """
 
-def _place(
-    path: Path, archive: zipfile.ZipFile, name: str
-) -> tuple[np.dtype[Any], int, tuple[int, ...]] | None:
-    """Dtype, place in the file and shape of an array; None where it cannot be mapped."""
-    member = f"{name}.npy"
-    info = archive.getinfo(member if member in archive.namelist() else name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        return None
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        local = file.read(30)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open(path.name) as archive:
+            self.names = [name.removesuffix(".npy") for name in archive.namelist()]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[zipfile.ZipFile]:
+        """The archive, for reading one array; ValueError where that fails."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{self.path}: {name!r} is no array of numbers or damaged ({error}); save the "
+                "counts again"
+            ) from error
+
+    def read(self, name: str, rows: int, where: str) -> np.ndarray:
+        """An array of numbers (rows,), mapped where it can be; ``where`` begins other messages."""
+        with self._open(name) as archive:
+            member = f"{name}.npy" if f"{name}.npy" in archive.namelist() else name
+            info = archive.getinfo(member)
+            if info.header_offset < 0:
+                raise ValueError("it begins before the file does")
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                if version != (1, 0):
+                    raise ValueError(f"version {version} of the format of arrays")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                header = file.tell()
+        if dtype.kind not in "iuf":
+            raise ValueError(f"{where}: found {dtype}, expected numbers; save them as int64")
+        if shape != (rows,):
+            raise ValueError(
+                f"{where}: found shape {shape}, expected ({rows},), one count a row; count the "
+                "ids as the model sees them, padding and unknown ids included"
+            )
+        with self._open(name) as archive:
+            if info.compress_type == zipfile.ZIP_STORED:
+                start = self._start(info) + header
+                return np.asarray(np.memmap(self.path, dtype, "r", start, (rows,)))
+            with archive.open(info) as file:
+                values: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+                return values
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where the contents of a member begin in the file."""
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset)
+            local = file.read(30)
         lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
-        file.seek(sum(lengths), os.SEEK_CUR)
-        if np.lib.format.read_magic(file) != (1, 0):
-            return None
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.hasobject or 0 in (len(shape), *shape):
-            return None
-        return dtype, file.tell(), shape
+        return info.header_offset + 30 + sum(lengths)
 
 
-def _check_counts(path: Path, member: str, table: str, values: np.ndarray, rows: int) -> None:
-    """ValueError unless these are counts of a table of ``rows`` rows."""
-    where = f"{path}: counts of table {table!r}" + (f" ({member!r})" if member != table else "")
-    if values.dtype.kind not in "iuf":
-        raise ValueError(f"{where}: found {values.dtype}, expected numbers; save them as int64")
-    if values.shape != (rows,):
-        raise ValueError(
-            f"{where}: found shape {values.shape}, expected ({rows},), one count a row; count the "
-            "ids as the model sees them, padding and unknown ids included"
-        )
-    for start in range(0, rows, _PART):
+def _check_counts(values: np.ndarray, where: str) -> None:
+    """ValueError unless all are finite and at least 0."""
+    for start in range(0, len(values), _PART):
         part = values[start : start + _PART]
         wrong = ~(part >= 0) | (part == np.inf)
         if wrong.any():

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from vectors import make
 
-from mec_embed import load
+from mec_embed import CompressionConfig, load
 from mec_embed.checkpoints import damaged_tensors, open_checkpoint
 from mec_embed.cli import main
+from mec_embed.counts import read_counts
 from mec_embed.offline import tables_of
 from mec_embed.reader import Reader
+from mec_embed.skeleton import Progress, Roles, Skeleton, choose_tables
 from mec_embed.storage import read_manifest
 from mec_embed.verify import stored_tables
 
@@ -302,3 +305,59 @@ def test_any_index_is_refused_or_read(
         return
     for tensor in checkpoint.tensors.values():
         assert tensor.rows(0, 4).eq(1).all(), "a tensor from outside the folder"
+
+
+# --- counts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
+    """A table of 50 rows."""
+    path = tmp_path_factory.mktemp("counts") / "model.safetensors"
+    save_file({"a.weight": torch.zeros(50, 4)}, path)
+    checkpoint = open_checkpoint(path)
+    chosen, _ = choose_tables(checkpoint, CompressionConfig(min_rows=8))
+    return Skeleton(checkpoint, chosen, Roles(), lambda nbytes: None)
+
+
+def _counts(path: Path, skeleton: Skeleton) -> None:
+    """The counts are read, or refused by an error that names the file."""
+    try:
+        stats = read_counts(path, skeleton, {}, Progress())
+        assert "a" not in stats or (stats["a"].shape == (50,) and (stats["a"] >= 0).all())
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@FUZZ
+@given(data=st.data(), compressed=st.booleans())
+def test_damaged_counts_are_refused_or_read(
+    data: st.DataObject, compressed: bool, skeleton: Skeleton, tmp_path: Path
+) -> None:
+    path = tmp_path / "counts.npz"
+    (np.savez_compressed if compressed else np.savez)(path, a=np.arange(50))
+    raw = path.read_bytes()
+    path.write_bytes(data.draw(st.composite(lambda draw: _damaged_bytes(draw, raw))()))
+    _counts(path, skeleton)
+
+
+SHAPES = [(2**40,), (2**62,), (2**70,), (-1,), (-50,), (50, 1), (), (0,), (50.0,), ("x",), (True,)]
+
+
+@pytest.mark.parametrize("kind", ["<i8", "|O", "|S5", "<M8[s]", "V1000000000", "x", [("a", "<i8")]])
+@pytest.mark.parametrize("shape", [(50,), *SHAPES], ids=str)
+def test_arrays_that_lie_cost_nothing(
+    shape: tuple[Any, ...], kind: Any, skeleton: Skeleton, tmp_path: Path
+) -> None:
+    header = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode()
+    header += b" " * (-(11 + len(header)) % 64) + b"\n"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(400)
+    path = tmp_path / "counts.npz"
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("a.npy", array)
+        if (shape, kind) == ((50,), "<i8"):
+            _counts(path, skeleton)
+        else:
+            with pytest.raises(ValueError, match="counts.npz: "):
+                read_counts(path, skeleton, {}, Progress())
