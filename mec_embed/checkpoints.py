@@ -207,6 +207,16 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def noted(self, key: str) -> dict[str, Any]:
+        """The JSON object that the metadata hold under a key; ValueError where it is none."""
+        try:
+            values = json.loads(self.metadata[key])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: its metadata {key!r} are damaged ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.path}: its metadata {key!r} are damaged: no JSON object")
+        return values
+
     def mapped(self, key: str) -> Tensor:
         """A tensor of a safetensors file, whole but not in memory; TypeError in other files."""
         stored = self.tensors[key]
@@ -392,7 +402,7 @@ def damaged_tensors(checkpoint: Checkpoint, told: Callable[[int], None]) -> list
     """
     if CHECKSUMS not in checkpoint.metadata:
         return None
-    expected = json.loads(checkpoint.metadata[CHECKSUMS])
+    expected = checkpoint.noted(CHECKSUMS)
     wrong = []
     for key, tensor in checkpoint.tensors.items():
         digest = hashlib.sha256()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from .checkpoints import Checkpoint, StoredTensor, damaged_tensors, open_checkpoint
 from .compress import row_weights, weighted_error
+from .config import POPULARITY
 from .counts import read_counts
 from .frequency import FrequencyStats
 from .layout import CodeLayout
@@ -27,8 +27,22 @@ _SAME_ERROR = (1e-3, 1e-6)
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a compressed file was made; empty where it was not :func:`compress_file` that made it."""
-    values: dict[str, Any] = json.loads(checkpoint.metadata.get(ORIGIN, "{}"))
-    return values
+    if ORIGIN not in checkpoint.metadata:
+        return {}
+    origin = checkpoint.noted(ORIGIN)
+    tables, config = origin.get("tables", {}), origin.get("config", {})
+    valid = isinstance(tables, dict) and isinstance(config, dict)
+    if not valid or not all(_is_about_a_table(about) for about in tables.values()):
+        raise ValueError(f"{checkpoint.path}: its metadata {ORIGIN!r} are damaged")
+    return origin
+
+
+def _is_about_a_table(about: Any) -> bool:
+    return (
+        isinstance(about, dict)
+        and isinstance(about.get("error"), (int, float, type(None)))
+        and about.get("popularity") in (*POPULARITY, "uniform")
+    )
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,28 @@ def test_verify_finds_the_errors_of_the_report(files: Path, capsys) -> None:
         assert table["unweighted"] == pytest.approx(float(error / variance), rel=1e-6)
 
 
+@pytest.mark.parametrize("key", ["mec_embed_origin", "mec_embed_sha256"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "{", "3", "[]", "null", "[" * 100_000, '{"tables": []}', '{"tables": {"first": 3}}']
+    + ['{"config": null}', '{"tables": {"first": {"error": "x", "popularity": "sqrt"}}}']
+    + ['{"tables": {"first": {"error": 0.1, "popularity": []}}}'],
+)
+def test_metadata_that_lie_are_refused(key: str, value: str, files: Path, capsys) -> None:
+    assert _compress(files, *ROLES) == 0
+    tensors = load_file(files / "small.safetensors")
+    with safe_open(files / "small.safetensors", framework="pt") as file:
+        metadata = file.metadata() | {key: value}
+    save_file(tensors, files / "small.safetensors", metadata)
+    capsys.readouterr()
+    code = main(["verify", *_both(files), "--freq", str(files / "counts.npz"), "--quiet"])
+    captured = capsys.readouterr()
+    if key == "mec_embed_sha256" and value.startswith('{"'):  # an object, of other checksums
+        assert code == 1 and "not those that were written" in captured.out
+    else:
+        assert code == 2 and f"small.safetensors: its metadata '{key}' are damaged" in captured.err
+
+
 def test_verify_exits_1_for_what_differs(files: Path, capsys) -> None:
     assert _compress(files) == 0
     both, counts = _both(files), ["--freq", str(files / "counts.npz"), "--quiet"]
