@@ -174,6 +174,7 @@ def plan(
     forward: Forward = default_forward,
     optimizer: Optimizers = None,
     process_group: ProcessGroup | None = None,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """What :func:`compress` would do: layouts, bytes, and what is skipped; learns nothing.
 
@@ -181,7 +182,8 @@ def plan(
     only: ``report.predicted_error``, and ``report.plot()`` for that of other ratios.
     """
     with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
-        return _draft(model, freq_stats, config, optimizer, batches, forward, standing).report()
+        draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing, start_from)
+    return draft.report()
 
 
 def _unsharded(
@@ -310,7 +312,7 @@ def _draft(
     batches: Iterable[Any] | None,
     forward: Forward,
     standing: Standing,
-    start_from: nn.Module | None = None,
+    start_from: nn.Module | None,
 ) -> Draft:
     check_model(model)
     groups_of = optimizer_groups(all_optimizers(model, optimizer))
@@ -442,11 +444,9 @@ def _facts(
         # Devices are numbered by rank.
         key = [part for part in keys[table] if not isinstance(part, torch.device)]
         facts[f"how {name} is trained"] = str(key)
-        told = (
-            "none"
-            if count is None
-            else f"{count.sum():.0f} ({zlib.crc32(np.ascontiguousarray(count)):x})"
-        )
+        told = "none"
+        if count is not None:
+            told = f"{count.sum():.0f} ({zlib.crc32(np.ascontiguousarray(count).data):x})"
         facts[f"the counts of {name}"] = told
         if table.shard is None:
             facts[f"the rows of {name}"] = f"values with check sum {check_sum(table.weight):x}"

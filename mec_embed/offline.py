@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from ._version import __version__
 from .budget import Group, Shape
 from .checkpoints import (
@@ -104,17 +102,22 @@ class Job:
 
     def draft(self, skeleton: Skeleton, progress: Progress) -> Draft:
         """The plan."""
-        stats, earlier = None, None
+        stats, earlier = None, self._earlier()
         if self.counts is not None:
             stats = read_counts(self.counts, skeleton, self.columns, progress)
         tables: list[Table] = [*skeleton.tables]
-        if self.start_from is not None:
-            manifest = read_manifest(self.start_from)
-            by_first = tables_of(open_checkpoint(self.start_from), manifest)
-            names = (entry["names"] for entry in manifest["tables"])
-            earlier = Earlier({name: by_first[all_[0]] for all_ in names for name in all_})
+        if earlier is not None:
             earlier.choose(tables, [])
         return draft_tables(skeleton.model, tables, [], stats, self.config, earlier=earlier)
+
+    def _earlier(self) -> Earlier | None:
+        """The tables of ``start_from``."""
+        if self.start_from is None:
+            return None
+        manifest = read_manifest(self.start_from)
+        modules = tables_of(open_checkpoint(self.start_from), manifest).values()
+        pairs = zip(manifest["tables"], modules, strict=True)
+        return Earlier({name: module for entry, module in pairs for name in entry["names"]})
 
     def fingerprint(self, skeleton: Skeleton, device: str | None) -> str:
         """Equal for jobs whose results are equal."""
@@ -261,7 +264,12 @@ def _file_contents(
                 del alias.parent._modules[alias.attribute]
     modules = {name for name, _ in skeleton.model.named_modules(remove_duplicate=False)}
     replaced = {f"{table.name}.weight" for table in skeleton.tables if table.name in modules}
-    coded, manifest = _contents(skeleton.model, bool(replaced))
+    if not replaced:
+        raise ValueError(
+            "all tables fit the budget as they are, so there is nothing to compress; raise --ratio "
+            "or lower --max-bytes"
+        )
+    coded, manifest = contents(skeleton.model)
     tensors: dict[str, StoredTensor] = {
         key: stored for key, stored in checkpoint.tensors.items() if key not in replaced
     }
@@ -280,15 +288,6 @@ def _file_contents(
     }
     metadata = {**checkpoint.metadata, "format": "pt"}
     return tensors, metadata | {KEY: _as_json(manifest), ORIGIN: json.dumps(origin)}
-
-
-def _contents(model: nn.Module, any_table: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not any_table:
-        raise ValueError(
-            "all tables fit the budget as they are, so there is nothing to compress; raise --ratio "
-            "or lower --max-bytes"
-        )
-    return contents(model)
 
 
 def keys_of_tables(keys: Iterable[str], manifest: Mapping[str, Any]) -> defaultdict[str, list[str]]:

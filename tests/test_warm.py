@@ -13,7 +13,7 @@ import torch
 from tier_model import Shop, counts, shop
 from torch import Tensor, nn
 
-from mec_embed import CompressionConfig, compress, extend, load, save
+from mec_embed import CompressionConfig, compress, extend, load, plan, save
 from mec_embed.learning import fit
 from mec_embed.packing import unpack
 from mec_embed.tiers import find_replacements
@@ -62,6 +62,8 @@ def _warm(model: nn.Module, frequency: Any, old: nn.Module, **options: Any) -> A
 def test_the_plan_is_that_of_the_earlier_version(dtype: str | None, ratio: float) -> None:
     dense, old, before = shop(dtype, ratio)
     model, kept = _drifted(dense, 0.1, counts()), copy.deepcopy(old)
+    planned = plan(model, counts(), start_from=old)
+    assert planned.bytes_after == before.bytes_after and planned.seconds is None
     report = _warm(model, counts(), old)
     for one, other in zip(report.tables, before.tables, strict=True):
         assert (one.name, one.layout, one.bytes_after) == (
