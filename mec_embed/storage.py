@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -282,7 +283,9 @@ def _replacing(path: Path) -> Iterator[str]:
         try:
             yield temporary
         except SafetensorError as error:
-            raise OSError(errno.EIO, f"writing failed: {error}", str(path)) from error
+            found = re.search(r"os error (\d+)", str(error))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, f"writing failed: {error}", str(path)) from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -442,6 +442,32 @@ def test_an_error_while_writing_leaves_the_old_file(
     assert old is None or path.read_bytes() == old
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of the system")
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model, _ = _made("float32")
+    save(model, path)
+    old = path.read_bytes()
+    script = f"""
+import errno, resource
+from mec_embed import load, save
+from test_storage import Rich
+model = load(Rich(), {str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(old) // 2}, resource.RLIM_INFINITY))
+try:
+    save(model, {str(path)!r})
+except OSError as error:
+    assert error.errno == errno.EFBIG and error.filename == {str(path)!r}, error
+else:
+    raise SystemExit("was written")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=_environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == old
+
+
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     model, _ = _made("float32")
