@@ -171,6 +171,38 @@ def test_rows_that_came_since_are_appended_first() -> None:
     assert longer["item"].num_embeddings == 1010 and report.tables[0].changed_rows < 20
 
 
+def test_tiers_that_have_grown_and_were_cast() -> None:
+    dense, old, _ = shop(None, 20)
+    new = torch.randn(40, 16)
+    extend(old.sorted, new[:20], popular=True)
+    extend(old.sorted, new[20:])
+    model = copy.deepcopy(dense)
+    rows = torch.cat([dense.sorted.weight.detach(), new])
+    model.sorted = nn.Embedding(1540, 16, _weight=rows)
+    later = counts() | {"sorted": np.append(counts()["sorted"], np.ones(40, np.int64))}
+    _warm(model, later, old.half())
+    assert [part.num_embeddings for part in model.sorted.tiers] == [
+        part.num_embeddings for part in old.sorted.tiers
+    ]
+    assert model.sorted.head.codebooks.dtype is torch.float16
+    assert model.sorted(torch.tensor([1539])).dtype is torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "ratio"), [("int8", 3), ("float16", 1.9)])
+def test_rows_kept_as_they_are_are_those_of_today(dtype: str, ratio: float) -> None:
+    torch.manual_seed(0)
+    dense = nn.ModuleDict({"a": nn.Embedding(500, 8), "b": nn.Embedding(300, 8)})
+    old, model, cold = (copy.deepcopy(dense) for _ in range(3))
+    config = CompressionConfig(ratio=ratio, codebook_dtype=dtype, epochs=0)
+    assert compress(old, None, config, progress=False).tables[0].layout == f"rows {dtype}"
+    for one in (model, cold):
+        one["a"].weight.data[7] += 1
+    report = _warm(model, None, old)
+    assert report.tables[0].changed_rows is None
+    compress(cold, None, config, progress=False)
+    torch.testing.assert_close(model.state_dict(), cold.state_dict(), rtol=0, atol=0)
+
+
 def test_tables_left_alone_stay_so_and_targets_have_no_use() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(500, 8), "b": nn.Embedding(500, 8)})
     first = copy.deepcopy(model)
