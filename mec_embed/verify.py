@@ -18,7 +18,7 @@ from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import DecodedTable
 from .offline import ORIGIN, keys_of_tables, tables_of
-from .skeleton import FLOATS, Progress, Roles, Skeleton
+from .skeleton import FLOATS, Progress, Roles, Skeleton, StreamedTable
 from .storage import read_manifest
 
 #: Error relative to that of the report, and absolute, that is the same error.
@@ -171,51 +171,68 @@ def verify_file(
         tables_only: leave out tensors that are no tables, for a model that was trained since.
         progress: told what goes on.
     """
-    progress, found = progress or Progress(), Verified()
     small, checkpoint = open_checkpoint(path), open_checkpoint(checkpoint_path)
-    manifest = read_manifest(path)
-    with progress.stage("checking the file", small.nbytes):
-        damaged = damaged_tensors(small, progress.advance)
-    if damaged is None:
-        found.notes.append(f"{path} holds no checksums: mec_embed.save() writes none")
-    for key in damaged or ():
-        found.differences.append(f"{key}: its bytes are not those that were written")
-    modules = tables_of(small, manifest)
-    keys = {f"{name}.weight": name for name in modules}
-    chosen = {
-        keys[key]: stored
-        for key, stored in checkpoint.tensors.items()
-        if key in keys and len(stored.shape) == 2 and stored.dtype in FLOATS
-    }
-    zero = origin_of(small).get("config", {}).get("nonfinite") == "zero"
-    skeleton = Skeleton(checkpoint, chosen, Roles(), progress.advance, zero)
-    stats = None if counts is None else read_counts(counts, skeleton, columns or {}, progress)
-    with progress.stage("comparing tables", 2 * skeleton.nbytes):
-        _compare_tables(modules, skeleton, stats, small, found)
+    comparison = _Comparison(small, checkpoint, progress or Progress())
+    comparison.checksums()
+    comparison.tables(counts, columns or {})
     if not tables_only:
-        with progress.stage("comparing other tensors", checkpoint.nbytes - skeleton.nbytes):
-            _compare_others(small, manifest, checkpoint, {*keys}, found, progress)
-    for table in found.tables:
-        found.differences += table.problems(max_error)
+        comparison.other_tensors()
+    found = comparison.found
+    found.differences += [text for table in found.tables for text in table.problems(max_error)]
     return found
 
 
-def _compare_tables(
-    modules: Mapping[str, DecodedTable],
-    skeleton: Skeleton,
-    stats: FrequencyStats | None,
-    small: Checkpoint,
-    found: Verified,
-) -> None:
-    tables = {table.name: table for table in skeleton.tables}
-    origin = origin_of(small).get("tables", {})
-    for name, module in modules.items():
-        table, about = tables.get(name), origin.get(name, {})
+class _Comparison:
+    """Fills what was found, step by step."""
+
+    def __init__(self, small: Checkpoint, checkpoint: Checkpoint, progress: Progress) -> None:
+        self.small, self.checkpoint, self.progress = small, checkpoint, progress
+        self.manifest = read_manifest(small.path)
+        self.found = Verified()
+        #: Key of each table in the checkpoint, and its name.
+        names = [entry["names"][0] for entry in self.manifest["tables"]]
+        self.dense_keys = {f"{name}.weight": name for name in names}
+
+    def checksums(self) -> None:
+        """Bytes must be those that were written."""
+        with self.progress.stage("checking the file", self.small.nbytes):
+            damaged = damaged_tensors(self.small, self.progress.advance)
+        if damaged is None:
+            text = f"{self.small.path} holds no checksums: mec_embed.save() writes none"
+            self.found.notes.append(text)
+        for key in damaged or ():
+            self.found.differences.append(f"{key}: its bytes are not those that were written")
+
+    def tables(self, counts: Path | None, columns: Mapping[str, str]) -> None:
+        """Tables must have the errors that were reported."""
+        modules, origin = tables_of(self.small, self.manifest), origin_of(self.small)
+        chosen = {
+            self.dense_keys[key]: stored
+            for key, stored in self.checkpoint.tensors.items()
+            if key in self.dense_keys and len(stored.shape) == 2 and stored.dtype in FLOATS
+        }
+        zero = origin.get("config", {}).get("nonfinite") == "zero"
+        skeleton = Skeleton(self.checkpoint, chosen, Roles(), self.progress.advance, zero)
+        stats = None if counts is None else read_counts(counts, skeleton, columns, self.progress)
+        tables = {table.name: table for table in skeleton.tables}
+        with self.progress.stage("comparing tables", 2 * skeleton.nbytes):
+            for name, module in modules.items():
+                about = origin.get("tables", {}).get(name, {})
+                self._table(name, module, tables.get(name), about, stats)
+
+    def _table(
+        self,
+        name: str,
+        module: DecodedTable,
+        table: StreamedTable | None,
+        about: Mapping[str, Any],
+        stats: FrequencyStats | None,
+    ) -> None:
         expected = (module.num_embeddings, module.embedding_dim)
         if table is None or table.stored.shape != expected:
             shape = "no such table" if table is None else table.stored.shape
-            found.differences.append(f"table {name!r}: found {shape}, expected {expected}")
-            continue
+            self.found.differences.append(f"table {name!r}: found {shape}, expected {expected}")
+            return
         unweighted = weighted_error(module, table, torch.ones(table.rows))
         weighted = unweighted if about.get("popularity") == "uniform" else None
         if weighted is None and stats is not None and name in stats:
@@ -223,30 +240,26 @@ def _compare_tables(
             weights = row_weights(table.rows, stats[name], kind, 1.0)
             weighted = weighted_error(module, table, weights)
         if weighted is None:
-            found.notes.append(f"table {name!r}: no counts, so no weighted error")
-        found.tables.append(TableErrors(name, weighted, unweighted, about.get("error")))
+            self.found.notes.append(f"table {name!r}: no counts, so no weighted error")
+        self.found.tables.append(TableErrors(name, weighted, unweighted, about.get("error")))
 
-
-def _compare_others(
-    small: Checkpoint,
-    manifest: dict[str, Any],
-    checkpoint: Checkpoint,
-    weights: set[str],
-    found: Verified,
-    progress: Progress,
-) -> None:
-    """Tensors that are no tables must be those of the checkpoint, to the bit."""
-    coded = keys_of_tables([*small.tensors, *manifest["shared"]], manifest)
-    tables = {key for keys in coded.values() for key in keys}
-    ours = _all_tensors(small.tensors, manifest["shared"])
-    theirs = _all_tensors(checkpoint.tensors, checkpoint.shared)
-    weights |= {key for key, first in checkpoint.shared.items() if first in weights}
-    for key in sorted((ours.keys() - tables) | (theirs.keys() - weights)):
-        if key not in ours or key not in theirs:
-            where = small.path if key not in ours else checkpoint.path
-            found.differences.append(f"{key}: {where} does not hold it")
-        elif not _same(ours[key], theirs[key], progress):
-            found.differences.append(f"{key}: differs from that of the checkpoint")
+    def other_tensors(self) -> None:
+        """Tensors that are no tables must be those of the checkpoint, to the bit."""
+        small, checkpoint, shared = self.small, self.checkpoint, self.manifest["shared"]
+        coded = keys_of_tables([*small.tensors, *shared], self.manifest)
+        ours = _all_tensors(small.tensors, shared)
+        theirs = _all_tensors(checkpoint.tensors, checkpoint.shared)
+        tables = {key for keys in coded.values() for key in keys}
+        others = (key for key, first in checkpoint.shared.items() if first in self.dense_keys)
+        left_out = self.dense_keys.keys() | others
+        in_tables = sum(theirs[key].nbytes for key in self.dense_keys if key in theirs)
+        with self.progress.stage("comparing other tensors", checkpoint.nbytes - in_tables):
+            for key in sorted((ours.keys() - tables) | (theirs.keys() - left_out)):
+                if key not in ours or key not in theirs:
+                    where = small.path if key not in ours else checkpoint.path
+                    self.found.differences.append(f"{key}: {where} does not hold it")
+                elif not _same(ours[key], theirs[key], self.progress):
+                    self.found.differences.append(f"{key}: differs from that of the checkpoint")
 
 
 def _all_tensors(
