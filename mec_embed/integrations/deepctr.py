@@ -32,6 +32,7 @@ def compress(
     *,
     device: torch.device | str | None = None,
     progress: bool = True,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """Count the ids of ``x``, then :func:`mec_embed.compress` the model in place.
 
@@ -45,6 +46,7 @@ def compress(
         config: as in :func:`mec_embed.compress`.
         device: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
+        start_from: as in :func:`mec_embed.compress`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`mec_embed.compress`.
@@ -61,6 +63,7 @@ def compress(
         batches=_batches(model, _columns(model, x)),
         device=device,
         progress=progress,
+        start_from=start_from,
     )
 
 

@@ -29,6 +29,7 @@ def compress(
     *,
     device: torch.device | str | None = None,
     progress: bool = True,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """Count the ids of ``data``, then :func:`mec_embed.compress` the model in place.
 
@@ -44,6 +45,7 @@ def compress(
         config: as in :func:`mec_embed.compress`.
         device: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
+        start_from: as in :func:`mec_embed.compress`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`mec_embed.compress`.
@@ -61,6 +63,7 @@ def compress(
         forward=_predictions,
         device=device,
         progress=progress,
+        start_from=start_from,
     )
 
 

@@ -29,6 +29,7 @@ def compress(
     trainer: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """Count the ids of ``data``, then :func:`mec_embed.compress` the model in place.
 
@@ -41,6 +42,7 @@ def compress(
         config: as in :func:`mec_embed.compress`.
         device: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
+        start_from: as in :func:`mec_embed.compress`.
         trainer: of a training that shall go on. Its optimizer goes on with the codebooks, its
             penalty on embeddings keeps its meaning, and its early stopping forgets the weights
             from before, which no longer fit.
@@ -62,6 +64,7 @@ def compress(
         optimizer=optimizer,
         device=device,
         progress=progress,
+        start_from=start_from,
     )
     if trainer is not None:
         follow(trainer, model)

@@ -64,6 +64,7 @@ def compress(
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
     progress: bool = True,
+    start_from: nn.Module | None = None,
 ) -> CompressionReport:
     """Count the ids of ``batches``, then :func:`mec_embed.compress` the model in place.
 
@@ -81,6 +82,7 @@ def compress(
         device: as in :func:`mec_embed.compress`.
         process_group: as in :func:`mec_embed.compress`.
         progress: as in :func:`mec_embed.compress`.
+        start_from: as in :func:`mec_embed.compress`.
 
     Raises:
         ValueError: fused or quantized modules, sharded ones without ``process_group`` or sharded
@@ -99,6 +101,7 @@ def compress(
         device=device,
         process_group=process_group,
         progress=progress,
+        start_from=start_from,
     )
 
 

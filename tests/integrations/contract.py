@@ -156,6 +156,25 @@ def check_error_changes_nothing(zoo: ModuleType, name: str, folder: Path, monkey
     zoo.train(model, name, folder)
 
 
+def check_next_version(zoo: ModuleType, name: str, folder: Path, compress) -> None:
+    """A retrained model takes layouts and most codes from the one before.
+
+    Args:
+        compress: (model, **options) -> report, the framework's own call.
+    """
+    models = [zoo.build(name, folder) for _ in range(2)]
+    for model in models:
+        zoo.train(model, name, folder)
+    models[1].load_state_dict(models[0].state_dict())
+    zoo.train(models[1], name, folder)
+    first = compress(models[0])
+    second = compress(models[1], start_from=models[0])
+    assert [t.layout for t in second.tables] == [t.layout for t in first.tables]
+    coded = [t for t in second.tables if t.changed_rows is not None]
+    assert coded and all(0 <= t.changed_rows <= t.rows for t in coded)
+    assert np.isfinite(zoo.predict(models[1], name, folder)).all()
+
+
 def check_tiers(zoo: ModuleType, name: str, folder: Path, penalty, weight: float) -> None:
     """Tables in tiers predict as their dense rows, train on, and are penalised for each row.
 

@@ -39,6 +39,14 @@ def test_life_of_a_compressed_model(name, folder, predictions):
     predictions[name] = contract.check_life(zoo, name, folder, compress)
 
 
+def test_next_version(folder):
+    def compress(model, **options):
+        inputs = zoo.inputs("DeepFM")[0]
+        return deepctr.compress(model, inputs, contract.CONFIG, progress=False, **options)
+
+    contract.check_next_version(zoo, "DeepFM", folder, compress)
+
+
 def test_reload_in_a_fresh_process(predictions, reload):
     assert predictions, "test_life_of_a_compressed_model has to run first"
     for name, (ours, theirs) in reload("deepctr_zoo", sorted(predictions)).items():

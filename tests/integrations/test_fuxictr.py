@@ -43,6 +43,14 @@ def test_life_of_a_compressed_model(name, folder, predictions):
     predictions[name] = contract.check_life(zoo, name, folder, compress)
 
 
+def test_next_version(folder):
+    def compress(model, **options):
+        loader = zoo.loader("DeepFM", folder)
+        return fuxictr.compress(model, loader, contract.CONFIG, progress=False, **options)
+
+    contract.check_next_version(zoo, "DeepFM", folder, compress)
+
+
 def test_reload_in_a_fresh_process(predictions, reload):
     """By mec_embed.load, and strictly by FuxiCTR's own checkpoint after it."""
     assert predictions, "test_life_of_a_compressed_model has to run first"

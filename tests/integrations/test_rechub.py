@@ -58,6 +58,14 @@ def test_life_of_a_compressed_model(name, folder, predictions):
     predictions[name] = contract.check_life(with_trainer, name, folder, compress)
 
 
+def test_next_version(folder):
+    def compress(model, **options):
+        loader = zoo.loader("DeepFM")
+        return rechub.compress(model, loader, contract.CONFIG, progress=False, **options)
+
+    contract.check_next_version(zoo, "DeepFM", folder, compress)
+
+
 def test_reload_in_a_fresh_process(predictions, reload):
     assert predictions, "test_life_of_a_compressed_model has to run first"
     for name, (ours, theirs) in reload("rechub_zoo", sorted(predictions)).items():

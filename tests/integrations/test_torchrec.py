@@ -56,6 +56,14 @@ def test_life_of_a_compressed_model(name, folder, predictions):
     predictions[name] = contract.check_life(held, name, folder, compress)
 
 
+def test_next_version(folder):
+    def compress(model, **options):
+        batches = zoo.batches("DLRM")
+        return torchrec.compress(model, batches, contract.CONFIG, progress=False, **options)
+
+    contract.check_next_version(zoo, "DLRM", folder, compress)
+
+
 def test_reload_in_a_fresh_process(predictions, reload):
     assert predictions, "test_life_of_a_compressed_model has to run first"
     for name, (ours, theirs) in reload("torchrec_zoo", sorted(predictions)).items():
