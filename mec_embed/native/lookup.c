@@ -14,13 +14,11 @@
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
-#define AHEAD 24       /* ids between the one whose codes are asked for and the one decoded */
 #define FAR_BYTES (1 << 20) /* codes that take more are not in the cache */
 #define MOST_WIDENED (1 << 18) /* entries of codebooks that are worth widening for a call */
-#define LINE 64        /* bytes of a cache line */
 
-/* Kinds of codewords; PADDED are float32 at addresses and strides of whole cache lines. */
-enum { FLOAT32, INT8, FLOAT16, BFLOAT16, PADDED };
+/* Kinds of codewords. */
+enum { FLOAT32, INT8, FLOAT16, BFLOAT16 };
 
 /* Where a row is. */
 typedef struct {
@@ -57,7 +55,7 @@ INLINE float as_float(uint32_t bits) {
 INLINE int in_runs(const Plan *plan, int64_t id, int64_t *place) {
     const int64_t *starts = ADDRESS(plan->starts), *before = ADDRESS(plan->before);
     int64_t run = 0;
-    while (run + 1 < plan->runs && starts[run + 1] <= id) run++;
+    for (int64_t k = 1; k < plan->runs; k++) run += starts[k] <= id; /* no branch to guess */
     const int popular = !(run & 1);
     *place = id - (popular ? starts[run] - before[run] : before[run]);
     return popular;
@@ -69,7 +67,7 @@ INLINE int in_bitmap(const Plan *plan, int64_t id, int64_t *place) {
     memcpy(half, (const uint8_t *)ADDRESS(plan->bitmap) + block * (BLOCK_ROWS / 8), sizeof half);
     const uint64_t own = half[within >> 6];
     int64_t rank = ((const int32_t *)ADDRESS(plan->before))[block];
-    if (within >> 6) rank += __builtin_popcountll(half[0]);
+    rank += __builtin_popcountll(half[0]) & -(within >> 6); /* no branch to guess */
     rank += __builtin_popcountll(own & (((uint64_t)1 << (within & 63)) - 1));
     const int popular = own >> (within & 63) & 1;
     *place = popular ? rank : id - rank;
@@ -130,7 +128,6 @@ INLINE int64_t stride_of(const Table *table) {
     switch (table->kind) {
         case INT8: return table->width;
         case FLOAT32: return table->width * 4;
-        case PADDED: return (table->width * 4 + LINE - 1) / LINE * LINE;
         default: return table->width * 2;
     }
 }
@@ -180,9 +177,7 @@ INLINE int find_words(const Table *table, int64_t row, const char **word, float 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Integers __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
-typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(8)));
 #define LANES 8
 
 /* Half precision, exactly: the exponent is moved by a product, which also serves subnormals. */
@@ -207,11 +202,10 @@ INLINE float entry(const char *word, int64_t at, int kind, float scale) {
 INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
     Floats values;
     if (kind == INT8) {
-        Bytes small;
-        memcpy(&small, word + at, sizeof small);
-        /* In steps that are one instruction each; GCC takes a wider one apart. */
-        const Shorts medium = __builtin_convertvector(small, Shorts);
-        return __builtin_convertvector(__builtin_convertvector(medium, Integers), Floats) * scale;
+        /* One by one: GCC makes one instruction of these, and many of a conversion of vectors. */
+        const int8_t *b = (const int8_t *)word + at;
+        const Integers whole = {b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
+        return __builtin_convertvector(whole, Floats) * scale;
     }
     if (kind == FLOAT32) {
         memcpy(&values, word + at * 4, sizeof values);
@@ -298,73 +292,8 @@ INLINE void put_words(const Table *table, const char **word, const float *scale,
         sum_words(table->books, word, scale, table->width, kind, 0, out);
 }
 
-typedef float Line __attribute__((vector_size(LINE)));
-#define LINE_LANES 16
-
-INLINE Line line_at(const char *word, int64_t at) {
-    Line values;
-    memcpy(&values, __builtin_assume_aligned(word + at * 4, LINE), sizeof values);
-    return values;
-}
-
-INLINE Floats half_line_at(const char *word, int64_t at) {
-    Floats values;
-    memcpy(&values, __builtin_assume_aligned(word + at * 4, LINE / 2), sizeof values);
-    return values;
-}
-
-/* As sum_block, of padded codewords: `lines` times 16 columns, and 8 more where `half`. `pairs`:
- * two codewords are summed before they are added, which waits half as long. */
-INLINE void sum_lines(int64_t count, const char **word, int64_t column, int lines, int half,
-                      int pairs, int more, float *out) {
-    Line total[4];
-    Floats rest;
-    const int64_t last = column + lines * LINE_LANES;
-    for (int v = 0; v < lines; v++) {
-        if (more)
-            memcpy(&total[v], out + column + v * LINE_LANES, sizeof *total);
-        else
-            total[v] = line_at(word[0], column + v * LINE_LANES);
-    }
-    if (half && more) memcpy(&rest, out + last, sizeof rest);
-    if (half && !more) rest = half_line_at(word[0], last);
-    int64_t m = more ? 0 : 1;
-    for (; pairs && m + 1 < count; m += 2) {
-        for (int v = 0; v < lines; v++)
-            total[v] += line_at(word[m], column + v * LINE_LANES) +
-                        line_at(word[m + 1], column + v * LINE_LANES);
-        if (half) rest += half_line_at(word[m], last) + half_line_at(word[m + 1], last);
-    }
-    for (; m < count; m++) {
-        for (int v = 0; v < lines; v++) total[v] += line_at(word[m], column + v * LINE_LANES);
-        if (half) rest += half_line_at(word[m], last);
-    }
-    for (int v = 0; v < lines; v++) memcpy(out + column + v * LINE_LANES, &total[v], sizeof *total);
-    if (half) memcpy(out + last, &rest, sizeof rest);
-}
-
-/* The sum of `count` padded codewords; writes up to whole half lines. */
-INLINE void sum_padded(int64_t count, const char **word, int64_t width, int pairs, int more,
-                       float *out) {
-    int64_t column = 0, halves = (width + 7) / 8;
-    for (; halves >= 8; halves -= 8, column += 4 * LINE_LANES)
-        sum_lines(count, word, column, 4, 0, pairs, more, out);
-    switch (halves) {
-        case 1: sum_lines(count, word, column, 0, 1, pairs, more, out); break;
-        case 2: sum_lines(count, word, column, 1, 0, pairs, more, out); break;
-        case 3: sum_lines(count, word, column, 1, 1, pairs, more, out); break;
-        case 4: sum_lines(count, word, column, 2, 0, pairs, more, out); break;
-        case 5: sum_lines(count, word, column, 2, 1, pairs, more, out); break;
-        case 6: sum_lines(count, word, column, 3, 0, pairs, more, out); break;
-        case 7: sum_lines(count, word, column, 3, 1, pairs, more, out); break;
-    }
-}
-
-#define PADDING 8 /* floats that a padded sum may write after a row */
-
-/* One row; 0 where its codes are damaged. `spare` takes a row and its padding where the padding
- * must not be written after `out`; else NULL. */
-INLINE int decode(const Place *place, int64_t dim, float *out, float *spare) {
+/* One row; 0 where its codes are damaged. */
+INLINE int decode(const Place *place, int64_t dim, float *out) {
     const char *word[MOST_CODEBOOKS];
     float scale[MOST_CODEBOOKS];
     const Table *table = place->table;
@@ -374,10 +303,6 @@ INLINE int decode(const Place *place, int64_t dim, float *out, float *spare) {
     }
     if (!find_words(table, place->row, word, scale)) return 0;
     switch (table->kind) {
-        case PADDED:
-            sum_padded(table->books, word, dim, 0, 0, spare ? spare : out);
-            if (spare) memcpy(out, spare, dim * sizeof(float));
-            break;
         case FLOAT32: put_words(table, word, scale, FLOAT32, out); break;
         case INT8: put_words(table, word, scale, INT8, out); break;
         case FLOAT16: put_words(table, word, scale, FLOAT16, out); break;
@@ -391,8 +316,8 @@ INLINE int decode(const Place *place, int64_t dim, float *out, float *spare) {
 typedef struct {
     const Plan *plan;
     Ids ids, offsets; /* offsets from NULL: bags of `length` ids each */
-    int padded;       /* some codebooks are */
     int64_t count, bags, length;
+    int64_t lines; /* of a block of columns, where codebooks are widened; else 0 */
     int64_t zero_id; /* id that reads as zeros, or that bags leave out; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
     int mode;
@@ -404,42 +329,25 @@ typedef struct {
     int64_t *places;
 } Job;
 
-INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_t end,
-                           float *spare) {
+INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_t end) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
     expect_ids(job->plan, ids, begin, begin + BLOCK < end ? begin + BLOCK : end);
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
         if (!find_places(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
-        for (int64_t j = 0; j < count; j++) {
-            /* What follows the last row is another thread's, or nobody's. */
-            const int near_end = (end - (i + j + 1)) * dim < PADDING;
-            if (!decode(place + j, dim, job->out + (i + j) * dim, near_end ? spare : NULL))
-                return 1;
-        }
+        for (int64_t j = 0; j < count; j++)
+            if (!decode(place + j, dim, job->out + (i + j) * dim)) return 1;
     }
     return 0;
 }
 
-/* Floats that hold a row and what a padded sum writes after it. */
-static float *make_row(const Plan *plan) {
-    return malloc((plan->dim + PADDING) * sizeof(float));
-}
-
 DISPATCHED static int64_t rows_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
-    float *spare = job->padded ? make_row(job->plan) : NULL;
-    if (job->padded && !spare) return 1;
     const Ids ids = job->ids, wide = {ids.from, 1, 1}, narrow = {ids.from, 0, 1};
-    int64_t failed;
-    if (ids.stride != 1)
-        failed = decode_rows(job, &ids, begin, end, spare);
-    else /* constants, for the compiler */
-        failed = ids.wide ? decode_rows(job, &wide, begin, end, spare)
-                          : decode_rows(job, &narrow, begin, end, spare);
-    free(spare);
-    return failed;
+    if (ids.stride != 1) return decode_rows(job, &ids, begin, end);
+    /* Constants, for the compiler. */
+    return ids.wide ? decode_rows(job, &wide, begin, end) : decode_rows(job, &narrow, begin, end);
 }
 
 /* ---- Bags ---- */
@@ -452,18 +360,11 @@ typedef struct {
     float scale[MOST_CODEBOOKS];
     int64_t count;
     int started; /* the output holds a sum already */
-    int pairs;   /* rows are sums themselves, so that the order does not matter */
 } Heap;
 
 INLINE void empty_heap(Heap *heap, int64_t width, int kind, float *out) {
     if (!heap->count) return;
-    if (kind == PADDED && heap->started && heap->pairs)
-        sum_padded(heap->count, heap->word, width, 1, 1, out);
-    else if (kind == PADDED && heap->pairs)
-        sum_padded(heap->count, heap->word, width, 1, 0, out);
-    else if (kind == PADDED)
-        sum_padded(heap->count, heap->word, width, 0, heap->started, out);
-    else if (heap->started)
+    if (heap->started)
         sum_words(heap->count, heap->word, heap->scale, width, kind, 1, out);
     else
         sum_words(heap->count, heap->word, heap->scale, width, kind, 0, out);
@@ -484,8 +385,6 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
     Place place[BLOCK];
     Heap heap;
     heap.count = heap.started = 0;
-    /* Rows of one codeword are added in their order, as torch adds those of a dense table. */
-    heap.pairs = job->plan->table->books > 1;
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
         if (!find_places(job->plan, &job->ids, i, count, job->count, job->zero_id, place)) return 0;
@@ -513,7 +412,7 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
     for (int64_t i = begin; i < end; i++) {
         if (!find_places(job->plan, &job->ids, i, 1, job->count, job->zero_id, &place)) return 0;
         if (!place.table) continue;
-        if (!decode(&place, dim, row, NULL)) return 0;
+        if (!decode(&place, dim, row)) return 0;
         const float weight = job->weights ? job->weights[i] : 1.0f;
         if (job->mode == MAX)
             for (int64_t j = 0; j < dim; j++)
@@ -560,82 +459,52 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
 DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const int plain = !job->weights && job->mode != MAX && all_alike(job->plan);
-    float *row = make_row(job->plan);
+    float *row = malloc(job->plan->dim * sizeof(float));
     int fine = row != NULL;
     if (fine) switch (plain ? job->plan->table->kind : -1) {
             case FLOAT32: fine = reduce_bags(job, begin, end, FLOAT32, row); break;
             case INT8: fine = reduce_bags(job, begin, end, INT8, row); break;
             case FLOAT16: fine = reduce_bags(job, begin, end, FLOAT16, row); break;
             case BFLOAT16: fine = reduce_bags(job, begin, end, BFLOAT16, row); break;
-            case PADDED: fine = reduce_bags(job, begin, end, PADDED, row); break;
             default: fine = reduce_bags(job, begin, end, -1, row);
         }
     free(row);
     return !fine;
 }
 
-/* ---- One table of padded codewords: rows and bags in one loop, sums in registers ---- */
+/* ---- Many ids: codewords widened to float32, in blocks of columns ---- */
+
+/* A call of many ids copies the codebooks first. Columns go into blocks, each with all codewords at
+ * whole cache lines and zeros after the last, as small as the nearest cache where that can be. Ids
+ * are taken in rounds: codes are read once, then the sums of each block of columns are made in
+ * registers. */
+#define LINE 64 /* bytes of a cache line */
+#define LINE_LANES 16
+#define MOST_LINES 4
+#define NEAR_BYTES 40960 /* that stay in the nearest cache */
+#define ROUND 128
+#define ROUND_WORDS 2048
+
+typedef float Line __attribute__((vector_size(LINE)));
 
 typedef struct {
-    Ids ids;
-    const uint8_t *codes;
-    const char *words;
-    int64_t rows, bits, books, size, stride, row_bits, zero_id;
-    uint64_t mask;
-    int checked; /* a code may name a codeword that does not exist */
-    int far;     /* codes are not in the cache: ask for them in advance */
-} Flat;
+    Line sums[ROUND * MOST_LINES];  /* of a block of columns, where they do not go to the output */
+    int64_t row[2][ROUND + 1];      /* by tier; -1: zeros */
+    int32_t at[2][ROUND + 1];       /* their numbers within the round */
+    int64_t count[2];               /* how many */
+    uint32_t word[ROUND_WORDS + LANES]; /* where their codewords are in a block of columns */
+} Round;
 
-static Flat flatten(const Job *job) {
-    const Table *table = job->plan->table;
-    Flat flat = {.ids = job->ids, .codes = ADDRESS(table->codes), .words = ADDRESS(table->words)};
-    flat.rows = table->rows;
-    flat.bits = table->bits;
-    flat.books = table->books;
-    flat.size = table->size;
-    flat.stride = stride_of(table);
-    flat.row_bits = table->bits * table->books;
-    flat.zero_id = job->zero_id;
-    flat.mask = ((uint64_t)1 << table->bits) - 1;
-    flat.checked = table->size != (int64_t)1 << table->bits;
-    flat.far = table->rows * flat.row_bits > 8 * FAR_BYTES;
-    return flat;
+INLINE Line line_at(const char *word, int64_t at) {
+    Line values;
+    memcpy(&values, __builtin_assume_aligned(word + at * LINE, LINE), sizeof values);
+    return values;
 }
 
-/* Whether all rows are sums of padded codewords of one table. */
-static int is_flat(const Plan *plan) {
-    return plan->tiers == 1 && plan->table->kind == PADDED && plan->table->bits &&
-           !plan->table->one_row;
-}
-
-INLINE void expect_later(const Flat *flat, int64_t i, int64_t end) {
-    if (flat->far && i + AHEAD < end) {
-        const int64_t later = id_at(&flat->ids, i + AHEAD) * flat->row_bits;
-        PREFETCH((uintptr_t)flat->codes + (uintptr_t)(later >> 3));
-    }
-}
-
-INLINE int64_t code_at(const Flat *flat, int64_t bit) {
-    return (int64_t)(load64(flat->codes + (bit >> 3)) >> (bit & 7) & flat->mask);
-}
-
-/* Adds columns of one row: `lines` times 16, and 8 more where `half`; 0 where codes are damaged. */
-INLINE int add_row(const Flat *flat, int64_t id, int64_t column, int lines, int half, Line *total,
-                   Floats *rest) {
-    const int64_t first = id * flat->row_bits, next = flat->size * flat->stride;
-    const char *book = flat->words;
-    uint64_t stream = load64(flat->codes + (first >> 3)) >> (first & 7);
-    const int whole = flat->row_bits <= 57; /* all codes of the row are in the stream */
-    for (int64_t m = 0; m < flat->books; m++, book += next) {
-        int64_t code = (int64_t)(stream & flat->mask);
-        stream >>= flat->bits;
-        if (!whole) code = code_at(flat, first + m * flat->bits);
-        if (flat->checked && code >= flat->size) return 0;
-        const char *word = book + code * flat->stride;
-        for (int v = 0; v < lines; v++) total[v] += line_at(word, column + v * LINE_LANES);
-        if (half) *rest += half_line_at(word, column + lines * LINE_LANES);
-    }
-    return 1;
+INLINE Floats half_line_at(const char *word, int64_t at) {
+    Floats values;
+    memcpy(&values, __builtin_assume_aligned(word + at * LINE, LINE / 2), sizeof values);
+    return values;
 }
 
 INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half, float *out) {
@@ -643,46 +512,194 @@ INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half
     if (half) memcpy(out + lines * LINE_LANES, rest, sizeof *rest);
 }
 
-/* Some columns of the rows begin..end, which are `dim` apart in `out`; up to whole half lines are
- * written, as what follows is written later. */
-INLINE int64_t flat_rows(const Flat *flat, int64_t begin, int64_t end, int64_t column, int lines,
-                         int half, int64_t dim, float *out) {
-    for (int64_t i = begin; i < end; i++) {
-        Line total[4] = {{0}};
-        Floats rest = {0};
-        const int64_t id = id_at(&flat->ids, i);
-        expect_later(flat, i, end);
-        if (id < 0 || id >= flat->rows) return 1;
-        if (id != flat->zero_id && !add_row(flat, id, column, lines, half, total, &rest)) return 1;
-        put_lines(total, &rest, lines, half, out + i * dim + column);
-    }
-    return 0;
+static int64_t ids_of_round(const Plan *plan) {
+    int64_t books = plan->table[0].books;
+    if (plan->tiers == 2 && plan->table[1].books > books) books = plan->table[1].books;
+    return books * ROUND > ROUND_WORDS ? ROUND_WORDS / books : ROUND;
 }
 
-/* Some columns of the sum of the rows begin..end; `total` ids follow, some of later bags. */
-INLINE int64_t flat_bag(const Flat *flat, int64_t begin, int64_t end, int64_t total, int64_t column,
-                        int lines, int half, float *out, int64_t *members) {
-    Line sum[4] = {{0}};
-    Floats sum_rest = {0};
-    *members = 0;
-    for (int64_t i = begin; i < end; i++) {
-        /* A sum of its own, so that one row need not wait for the one before. */
-        Line row[4] = {{0}};
-        Floats rest = {0};
-        const int64_t id = id_at(&flat->ids, i);
-        expect_later(flat, i, total);
-        if (id < 0 || id >= flat->rows) return 1;
-        if (id == flat->zero_id) continue;
-        if (!add_row(flat, id, column, lines, half, row, &rest)) return 1;
-        for (int v = 0; v < lines; v++) sum[v] += row[v];
-        if (half) sum_rest += rest;
-        ++*members;
+/* The rows of `count` ids from number `first` on; 0 where an id is none. */
+INLINE int list_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
+    const int64_t rows = job->plan->rows, zero_id = job->zero_id;
+    int fits = 1;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t id = id_at(ids, first + i);
+        fits &= id >= 0 && id < rows;
+        round->row[0][i] = id == zero_id ? -1 : id;
+        round->at[0][i] = (int32_t)i;
     }
-    put_lines(sum, &sum_rest, lines, half, out + column);
-    return 0;
+    round->count[0] = count;
+    return fits;
 }
 
-#define BLOCK_COLUMNS (4 * LINE_LANES)
+/* As list_ids, in a list for each tier. */
+INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
+    const Plan *plan = job->plan;
+    int64_t popular = 0;
+    int fits = 1;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t id = id_at(ids, first + i);
+        if (id < 0 || id >= plan->rows) return 0;
+        int64_t row;
+        const int one = is_popular(plan, id, &row);
+        const Table *table = plan->table + !one;
+        expect_row(table, row);
+        row = table->one_row ? 0 : row;
+        fits &= row < table->rows; /* else the map contradicts the tables */
+        row = id == job->zero_id ? -1 : row;
+        /* Into both lists, of which one goes on: which one cannot be foreseen. */
+        const int64_t other = i - popular;
+        round->row[0][popular] = round->row[1][other] = row;
+        round->at[0][popular] = round->at[1][other] = (int32_t)i;
+        popular += one;
+    }
+    round->count[0] = popular;
+    round->count[1] = count - popular;
+    return fits;
+}
+
+INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round) {
+    const Ids *ids = &job->ids, wide = {ids->from, 1, 1};
+    if (job->plan->tiers == 2) return sort_ids(job, ids, first, count, round);
+    if (ids->wide && ids->stride == 1) ids = &wide; /* constants, for the compiler */
+    return list_ids(job, ids, first, count, round);
+}
+
+typedef uint64_t Streams __attribute__((vector_size(64)));
+typedef uint32_t Codes __attribute__((vector_size(32)));
+
+/* Codes that name no codeword; added to a code, they show by the bits that it must not have. */
+INLINE uint32_t spare_codes(const Table *table) {
+    return (uint32_t)(((int64_t)1 << table->bits) - table->size);
+}
+
+/* Where the codewords of rows are in a block of columns whose codewords take `stride` bytes; 0
+ * where there is no such codeword. Up to 8 codes are read at once. `whole`: those are all. */
+INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                      int whole, uint32_t *word) {
+    const int64_t bits = table->bits, books = table->books, size = table->size;
+    const uint8_t *codes = ADDRESS(table->codes);
+    const int64_t most = 57 / bits < LANES ? 57 / bits : LANES, once = whole ? books : most;
+    const int64_t rest = books - (books - 1) / once * once; /* codes of the last load */
+    const uint32_t spare = spare_codes(table);
+    Streams shift;
+    Codes some, last, book, over = {0};
+    for (int64_t k = 0; k < LANES; k++) {
+        shift[k] = (uint64_t)(k < once ? k * bits : 0);
+        some[k] = k < once ? ((uint32_t)1 << bits) - 1 : 0;
+        last[k] = k < rest ? some[k] : 0;
+        book[k] = (uint32_t)(k * size * stride);
+    }
+    for (int64_t i = 0; i < count; i++, word += books) {
+        int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
+        Codes base = book;
+        for (int64_t m = 0; m < books; m += once, bit += once * bits) {
+            const Streams stream = load64(codes + (bit >> 3)) >> (bit & 7) >> shift;
+            const Codes code = __builtin_convertvector(stream, Codes) &
+                               (whole || m + once >= books ? last : some);
+            const Codes found = base + code * (uint32_t)stride;
+            over |= code + spare;
+            memcpy(word + m, &found, sizeof found); /* what is too much is written again */
+            base += (uint32_t)(once * size * stride);
+        }
+        if (row[i] < 0)
+            for (int64_t m = 0; m < books; m++) word[m] = (uint32_t)(books * size * stride);
+    }
+    uint32_t wrong = 0;
+    for (int64_t k = 0; k < LANES; k++) wrong |= over[k];
+    return !(wrong >> bits);
+}
+
+/* As find_codes, of few codebooks; their number is a constant. */
+INLINE int find_few(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                    int books, uint32_t *word) {
+    const int64_t bits = table->bits, size = table->size;
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    const uint8_t *codes = ADDRESS(table->codes);
+    uint64_t over = 0;
+    for (int64_t i = 0; i < count; i++, word += books) {
+        const int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
+        uint64_t stream = load64(codes + (bit >> 3)) >> (bit & 7);
+        for (int m = 0; m < books; m++, stream >>= bits) {
+            const int64_t code = (int64_t)(stream & mask);
+            over |= (uint64_t)code + spare_codes(table);
+            word[m] = (uint32_t)((row[i] < 0 ? books * size : m * size + code) * stride);
+        }
+    }
+    return !(over >> bits);
+}
+
+/* As find_codes, of a table whose rows are its codewords. */
+INLINE int find_only(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                     uint32_t *word) {
+    for (int64_t i = 0; i < count; i++) {
+        if (row[i] >= table->size) return 0;
+        word[i] = (uint32_t)((row[i] < 0 ? table->size : row[i]) * stride);
+    }
+    return 1;
+}
+
+/* The codewords of `count` ids from number `first` on; 0 where there are none. */
+INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round) {
+    const int64_t stride = job->lines * LINE;
+    uint32_t *word = round->word;
+    int fits = list_round(job, first, count, round);
+    for (int64_t t = 0; t < job->plan->tiers && fits; t++) {
+        const Table *table = job->plan->table + t;
+        const int64_t found = round->count[t], *row = round->row[t];
+        if (!table->bits)
+            fits = find_only(table, row, found, stride, word);
+        else if (table->books == 1)
+            fits = find_few(table, row, found, stride, 1, word);
+        else if (table->books == 2)
+            fits = find_few(table, row, found, stride, 2, word);
+        else if (table->bits * table->books <= 57 && table->books <= LANES)
+            fits = find_codes(table, row, found, stride, 1, word);
+        else
+            fits = find_codes(table, row, found, stride, 0, word);
+        word += found * table->books;
+    }
+    return fits;
+}
+
+/* Sums of codewords, `lines` times 16 columns, and 8 more where `half`. */
+INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, int64_t books,
+                      const char *words, int lines, int half, float *out, int64_t stride) {
+    for (int64_t i = 0; i < count; i++, word += books) {
+        Line total[MOST_LINES];
+        Floats rest;
+        for (int v = 0; v < lines; v++) total[v] = line_at(words + word[0], v);
+        if (half) rest = half_line_at(words + word[0], lines);
+        int64_t m = 1;
+        if (books % 2 == 0) {
+            for (int v = 0; v < lines; v++) total[v] += line_at(words + word[1], v);
+            if (half) rest += half_line_at(words + word[1], lines);
+            m = 2;
+        }
+        for (; m < books; m += 2) {
+            for (int v = 0; v < lines; v++) total[v] += line_at(words + word[m], v);
+            if (half) rest += half_line_at(words + word[m], lines);
+            for (int v = 0; v < lines; v++) total[v] += line_at(words + word[m + 1], v);
+            if (half) rest += half_line_at(words + word[m + 1], lines);
+        }
+        put_lines(total, &rest, lines, half, out + at[i] * stride);
+    }
+}
+
+/* Sums of a block of columns for all ids of a round. */
+INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int lines, int half,
+                        float *out, int64_t stride) {
+    const uint32_t *word = round->word;
+    for (int64_t t = 0; t < job->plan->tiers; t++) {
+        const Table *table = job->plan->table + t;
+        const int64_t block = (table->books * table->size + 1) * job->lines * LINE;
+        const char *words = (const char *)ADDRESS(table->words) +
+                            column / (job->lines * LINE_LANES) * block;
+        sum_round(word, round->at[t], round->count[t], table->books, words, lines, half, out,
+                  stride);
+        word += round->count[t] * table->books;
+    }
+}
 
 /* `call` with the numbers of lines and half lines of a block of columns as constants. */
 #define BY_LINES(halves, call)          \
@@ -697,51 +714,145 @@ INLINE int64_t flat_bag(const Flat *flat, int64_t begin, int64_t end, int64_t to
         default: call(4, 0);            \
     }
 
-DISPATCHED static int64_t flat_rows_part(const void *what, int64_t begin, int64_t end) {
-    const Job *job = what;
-    const Flat flat = flatten(job);
-    const int64_t dim = job->plan->dim;
-    /* Rows that something else follows closely are written to a row of their own first. */
-    const int64_t near = PADDING / dim + 1, safe = end - near > begin ? end - near : begin;
-    float *row = make_row(job->plan);
-    int64_t failed = !row;
-    for (int64_t i = begin; i < end && !failed; i = i < safe ? safe : i + 1) {
-        const int64_t stop = i < safe ? safe : i + 1;
-        float *out = i < safe ? job->out : row - i * dim;
-        /* The last columns first: what they write after a row belongs to the first of the next. */
-        for (int64_t column = (dim - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS; column >= 0 && !failed;
-             column -= BLOCK_COLUMNS) {
-#define ROWS(lines, half) \
-    failed = flat_rows(&flat, i, stop, column, lines, half, dim, out)
-            BY_LINES((dim - column + 7) / 8, ROWS)
-        }
-        if (i >= safe && !failed) memcpy(job->out + i * dim, row, dim * sizeof(float));
-    }
-    free(row);
-    return failed;
+INLINE int64_t halves_of(const Job *job, int64_t column) {
+    const int64_t left = (job->plan->dim - column + LANES - 1) / LANES;
+    return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-DISPATCHED static int64_t flat_bags_part(const void *what, int64_t begin, int64_t end) {
-    const Job *job = what;
-    const Flat flat = flatten(job);
-    const int64_t dim = job->plan->dim;
-    float *row = make_row(job->plan);
-    int64_t failed = !row;
-    for (int64_t bag = begin; bag < end && !failed; bag++) {
-        const int64_t first = offset_at(job, bag), last = offset_at(job, bag + 1);
-        float *out = job->out + bag * dim;
-        int64_t members = 0;
-        failed = first < 0 || last < first || last > job->count || (!bag && first);
-        for (int64_t column = 0; column < dim && !failed; column += BLOCK_COLUMNS) {
-#define BAG(lines, half) \
-    failed = flat_bag(&flat, first, last, job->count, column, lines, half, row, &members)
-            BY_LINES((dim - column + 7) / 8, BAG)
-        }
-        const float share = job->mode == MEAN && members > 1 ? (float)members : 1.0f;
-        for (int64_t j = 0; j < dim && !failed; j++) out[j] = share == 1.0f ? row[j] : row[j] / share;
+/* Ask for what a later round reads first. */
+INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
+    const Plan *plan = job->plan;
+    const Table *table = plan->table;
+    if (plan->tiers == 2 || table->rows * table->bits * table->books > 8 * FAR_BYTES)
+        expect_ids(plan, &job->ids, from, from + count < end ? from + count : end);
+}
+
+/* Rows of a round: to the output, where half lines may be written after a row; else row by row. */
+INLINE void put_round(const Job *job, Round *round, int64_t first, int64_t count, int direct) {
+    const int64_t dim = job->plan->dim, columns = job->lines * LINE_LANES;
+    /* The last columns first: what they write after a row belongs to the first of the next. */
+    for (int64_t column = (dim - 1) / columns * columns; column >= 0; column -= columns) {
+        const int64_t width = dim - column < columns ? dim - column : columns;
+        float *const out = job->out + first * dim + column, *const sums = (float *)round->sums;
+        float *const to = direct ? out : sums;
+        const int64_t stride = direct ? dim : columns;
+#define ROWS(lines, half) sum_columns(job, round, column, lines, half, to, stride)
+        BY_LINES(halves_of(job, column), ROWS)
+        for (int64_t i = 0; i < count && !direct; i++)
+            memcpy(out + i * dim, sums + i * columns, width * sizeof(float));
     }
-    free(row);
-    return failed;
+}
+
+DISPATCHED static int64_t wide_rows_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const Plan *plan = job->plan;
+    const int64_t dim = plan->dim, step = ids_of_round(plan);
+    Round round;
+    expect_round(job, begin, step, end);
+    for (int64_t i = begin; i < end; i += step) {
+        const int64_t count = end - i < step ? end - i : step, next = i + count;
+        expect_round(job, next, step, end);
+        if (!find_round(job, i, count, &round)) return 1;
+        /* What follows the last row is another thread's, or nobody's. */
+        const int direct = dim % LANES == 0 || (plan->tiers == 1 && (end - next) * dim >= LANES);
+        put_round(job, &round, i, count, direct);
+    }
+    return 0;
+}
+
+/* Add the rows of ids first..last of one bag, which begin at `sums`, to some columns of it. */
+INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *sums,
+                       int64_t width, int lines, int half, float *out) {
+    Line total[MOST_LINES];
+    Floats rest;
+    float all[MOST_LINES * LINE_LANES];
+    memcpy(all, out, width * sizeof(float));
+    for (int v = 0; v < lines; v++) memcpy(&total[v], all + v * LINE_LANES, sizeof *total);
+    if (half) memcpy(&rest, all + lines * LINE_LANES, sizeof rest);
+    for (int64_t i = first; i < last; i++, sums += job->lines) {
+        for (int v = 0; v < lines; v++) total[v] += sums[v];
+        if (half) rest += half_line_at((const char *)sums, lines);
+    }
+    put_lines(total, &rest, lines, half, all);
+    memcpy(out, all, width * sizeof(float));
+}
+
+/* As add_to_bag, with weights. */
+INLINE void weigh_bag(const Job *job, int64_t first, int64_t last, const Line *sums, int64_t width,
+                      float *out) {
+    for (int64_t i = first; i < last; i++, sums += job->lines) {
+        if (id_at(&job->ids, i) == job->zero_id) continue;
+        /* Fused, as torch's own bags are. */
+        for (int64_t j = 0; j < width; j++)
+            out[j] = __builtin_fmaf(((const float *)sums)[j], job->weights[i], out[j]);
+    }
+}
+
+/* Add a block of columns of the ids of a round to their bags, of which `bag` is the first or
+ * before it; the last of them. */
+INLINE int64_t add_round(const Job *job, const Round *round, int64_t first, int64_t last,
+                         int64_t bag, int64_t column, int lines, int half) {
+    const int64_t dim = job->plan->dim, most = lines * LINE_LANES + half * LANES;
+    const int64_t width = dim - column < most ? dim - column : most;
+    for (int64_t i = first, stop; i < last; i = stop) {
+        while (offset_at(job, bag + 1) <= i) bag++;
+        stop = offset_at(job, bag + 1) < last ? offset_at(job, bag + 1) : last;
+        const Line *sums = round->sums + (i - first) * job->lines;
+        float *out = job->out + bag * dim + column;
+        if (job->weights)
+            weigh_bag(job, i, stop, sums, width, out);
+        else if (width == most)
+            add_to_bag(job, i, stop, sums, most, lines, half, out);
+        else
+            add_to_bag(job, i, stop, sums, width, lines, half, out);
+    }
+    return bag;
+}
+
+/* Divide sums by the numbers of their ids. */
+INLINE void share_bags(const Job *job, int64_t begin, int64_t end) {
+    const int64_t dim = job->plan->dim;
+    for (int64_t bag = begin; bag < end; bag++) {
+        int64_t members = 0;
+        for (int64_t i = offset_at(job, bag); i < offset_at(job, bag + 1); i++)
+            members += id_at(&job->ids, i) != job->zero_id;
+        for (int64_t j = 0; j < dim && members > 1; j++)
+            job->out[bag * dim + j] /= (float)members;
+    }
+}
+
+INLINE int offsets_fit(const Job *job, int64_t begin, int64_t end) {
+    if (!begin && offset_at(job, 0)) return 0;
+    for (int64_t bag = begin; bag < end; bag++)
+        if (offset_at(job, bag) < 0 || offset_at(job, bag + 1) < offset_at(job, bag)) return 0;
+    return offset_at(job, end) <= job->count;
+}
+
+DISPATCHED static int64_t wide_bags_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const Plan *plan = job->plan;
+    const int64_t dim = plan->dim, step = ids_of_round(plan), columns = job->lines * LINE_LANES;
+    if (!offsets_fit(job, begin, end)) return 1;
+    const int64_t first = offset_at(job, begin), last = offset_at(job, end);
+    int64_t bag = begin;
+    Round round;
+    memset(job->out + begin * dim, 0, (end - begin) * dim * sizeof(float));
+    expect_round(job, first, step, last);
+    for (int64_t i = first; i < last; i += step) {
+        const int64_t count = last - i < step ? last - i : step, next = i + count;
+        expect_round(job, next, step, job->count);
+        if (!find_round(job, i, count, &round)) return 1;
+        int64_t latest = bag;
+        for (int64_t column = 0; column < dim; column += columns) {
+#define BAGS(lines, half)                                                                   \
+    sum_columns(job, &round, column, lines, half, (float *)round.sums, columns);            \
+    latest = add_round(job, &round, i, next, bag, column, lines, half)
+            BY_LINES(halves_of(job, column), BAGS)
+        }
+        bag = latest;
+    }
+    if (job->mode == MEAN) share_bags(job, begin, end);
+    return 0;
 }
 
 /* ---- Gradients ---- */
@@ -804,45 +915,113 @@ int read_plan(PyObject *packed, Plan *plan) {
     return 0;
 }
 
-/* A copy of the codebooks in padded float32, for a call of many ids: what is returned is to be
- * freed. */
-DISPATCHED static void *pad_codebooks(Table *table) {
+/* A codeword in float32, in blocks of `lines` that are `block` bytes apart. */
+INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_t lines,
+                  int64_t block, char *to) {
+    for (int64_t column = 0; column < width; to += block)
+        for (int64_t half = 0; half < 2 * lines && column < width; half++, column += LANES) {
+            Floats values = {0};
+            if (column + LANES <= width)
+                values = entries(word, column, kind, scale);
+            else
+                for (int64_t j = column; j < width; j++)
+                    values[j - column] = entry(word, j, kind, scale);
+            memcpy(to + half * sizeof values, &values, sizeof values);
+        }
+}
+
+/* All codewords of a table in blocks of columns at `to`, with zeros after the last of each. */
+DISPATCHED static void widen_codebooks(const Table *table, int64_t lines, char *to) {
     const int64_t words = table->books * table->size, stride = stride_of(table);
-    Table padded = *table;
-    padded.kind = PADDED;
-    const int64_t padded_stride = stride_of(&padded);
-    char *memory = malloc(words * padded_stride + LINE);
-    if (!memory) return NULL;
-    char *to = memory + LINE - (uintptr_t)memory % LINE;
-    const char *from = ADDRESS(table->words);
-    padded.words = (int64_t)(uintptr_t)to;
-    for (int64_t w = 0; w < words; w++, from += stride, to += padded_stride) {
+    const int64_t width = table->width, line = lines * LINE, block = (words + 1) * line;
+    const char *word = ADDRESS(table->words);
+    for (int64_t w = 0; w < words; w++, word += stride) {
         float scale = 1.0f;
         put_scale(table, w, &scale);
-        for (int64_t j = 0; j < padded_stride / 4; j++)
-            ((float *)to)[j] = j < table->width ? entry(from, j, (int)table->kind, scale) : 0.0f;
+        char *const at = to + w * line;
+        switch (table->kind) {
+            case FLOAT32: widen(word, width, FLOAT32, scale, lines, block, at); break;
+            case INT8: widen(word, width, INT8, scale, lines, block, at); break;
+            case FLOAT16: widen(word, width, FLOAT16, scale, lines, block, at); break;
+            default: widen(word, width, BFLOAT16, scale, lines, block, at);
+        }
     }
-    *table = padded;
+    for (int64_t column = 0; column < width; column += lines * LINE_LANES, to += block)
+        memset(to + words * line, 0, line);
+}
+
+/* The memory of the last call that widened codebooks: fresh pages cost more than what is put on
+ * them. */
+typedef struct {
+    int64_t bytes;
+} Memory;
+
+static Memory *kept;
+
+static Memory *take_memory(int64_t bytes) {
+    Memory *memory = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQ_REL);
+    if (memory && memory->bytes >= bytes) return memory;
+    free(memory);
+    memory = malloc(sizeof *memory + bytes);
+    if (memory) memory->bytes = bytes;
     return memory;
 }
 
-/* Run a job, its codebooks padded where that pays. */
-static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
-    void *memory[2] = {NULL, NULL};
+static void give_memory(Memory *memory) {
+    if (memory) free(__atomic_exchange_n(&kept, memory, __ATOMIC_ACQ_REL));
+}
+
+/* Whether widened codebooks pay for a job: rows are sums, and ids are many. */
+static int should_widen(const Job *job) {
+    int worth = job->mode != MAX;
+    for (int64_t t = 0; t < job->plan->tiers; t++) {
+        const Table *table = job->plan->table + t;
+        worth &= !table->product || table->books == 1;
+        worth &= table->books * table->size * table->width <= MOST_WIDENED;
+        /* Reading float32 as it is costs half of what the others do; as measured. */
+        const int64_t ease = table->kind == FLOAT32 ? 2 : 1;
+        worth &= 32 * job->count >= ease * table->size * (table->width + 16);
+    }
+    return worth;
+}
+
+/* Lines of a block of columns, so that its codewords stay in the nearest cache. */
+static int64_t choose_lines(const Plan *plan) {
+    int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
+    for (int64_t t = 0; t < plan->tiers; t++)
+        bytes += plan->table[t].books * plan->table[t].size * LINE;
+    if (lines > MOST_LINES) lines = MOST_LINES;
+    while (bytes <= NEAR_BYTES && lines > 1 && lines * bytes > NEAR_BYTES) lines--;
+    return lines;
+}
+
+/* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
+static Memory *widen_plan(Job *job, Plan *plan) {
+    const int64_t lines = choose_lines(plan), columns = lines * LINE_LANES;
+    const int64_t blocks = (plan->dim + columns - 1) / columns;
+    int64_t words = 0;
+    for (int64_t t = 0; t < plan->tiers; t++)
+        words += plan->table[t].books * plan->table[t].size + 1;
+    Memory *memory = take_memory((words * blocks * lines + 1) * LINE);
+    if (!memory) return NULL;
+    char *to = (char *)(memory + 1);
+    to += LINE - (uintptr_t)to % LINE;
     for (int64_t t = 0; t < plan->tiers; t++) {
         Table *table = plan->table + t;
-        const int64_t words = table->books * table->size;
-        const int sums = !table->product || table->books == 1;
-        if (sums && words * table->width <= MOST_WIDENED && job->count * table->books >= 4 * words)
-            memory[t] = pad_codebooks(table);
-        job->padded |= memory[t] != NULL;
+        widen_codebooks(table, lines, to);
+        table->words = (int64_t)(uintptr_t)to;
+        to += (table->books * table->size + 1) * blocks * lines * LINE;
     }
-    if (is_flat(plan) && part == rows_part) part = flat_rows_part;
-    if (is_flat(plan) && part == bags_part && !job->weights && job->mode != MAX)
-        part = flat_bags_part;
+    job->lines = lines;
+    return memory;
+}
+
+/* Run a job on rows or bags, its codebooks widened where that pays. */
+static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
+    Memory *memory = should_widen(job) ? widen_plan(job, plan) : NULL;
+    if (memory) part = part == rows_part ? wide_rows_part : wide_bags_part;
     const int64_t failed = run_parts(part, job, total, step, threads);
-    free(memory[0]);
-    free(memory[1]);
+    give_memory(memory);
     return failed;
 }
 
