@@ -14,7 +14,6 @@
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
-#define FAR_BYTES (1 << 20) /* codes that take more are not in the cache */
 #define MOST_WIDENED (1 << 18) /* entries of codebooks that are worth widening for a call */
 
 /* Kinds of codewords. */
@@ -70,7 +69,7 @@ INLINE int in_bitmap(const Plan *plan, int64_t id, int64_t *place) {
     rank += __builtin_popcountll(half[0]) & -(within >> 6); /* no branch to guess */
     rank += __builtin_popcountll(own & (((uint64_t)1 << (within & 63)) - 1));
     const int popular = own >> (within & 63) & 1;
-    *place = popular ? rank : id - rank;
+    *place = rank + ((id - 2 * rank) & (popular - 1)); /* or id - rank, and no branch to guess */
     return popular;
 }
 
@@ -535,19 +534,23 @@ INLINE int list_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
 /* As list_ids, in a list for each tier. */
 INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
     const Plan *plan = job->plan;
-    int64_t popular = 0;
+    int64_t rows[2], only[2], popular = 0;
     int fits = 1;
+    for (int t = 0; t < 2; t++) {
+        const Table *table = plan->table + t;
+        rows[t] = table->rows;
+        only[t] = table->one_row ? 0 : -1;
+    }
+    /* Which tier an id is of cannot be foreseen: no branches. */
     for (int64_t i = 0; i < count; i++) {
         const int64_t id = id_at(ids, first + i);
         if (id < 0 || id >= plan->rows) return 0;
         int64_t row;
-        const int one = is_popular(plan, id, &row);
-        const Table *table = plan->table + !one;
-        expect_row(table, row);
-        row = table->one_row ? 0 : row;
-        fits &= row < table->rows; /* else the map contradicts the tables */
-        row = id == job->zero_id ? -1 : row;
-        /* Into both lists, of which one goes on: which one cannot be foreseen. */
+        const int one = is_popular(plan, id, &row), tier = !one;
+        row &= only[tier];
+        fits &= row < rows[tier]; /* else the map contradicts the tables */
+        row |= -(int64_t)(id == job->zero_id);
+        /* Into both lists, of which one goes on. */
         const int64_t other = i - popular;
         round->row[0][popular] = round->row[1][other] = row;
         round->at[0][popular] = round->at[1][other] = (int32_t)i;
@@ -719,12 +722,10 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
     return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-/* Ask for what a later round reads first. */
+/* Ask for the map of a later round. Codes of one round are read side by side, without that. */
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
-    const Plan *plan = job->plan;
-    const Table *table = plan->table;
-    if (plan->tiers == 2 || table->rows * table->bits * table->books > 8 * FAR_BYTES)
-        expect_ids(plan, &job->ids, from, from + count < end ? from + count : end);
+    if (job->plan->tiers == 2)
+        expect_ids(job->plan, &job->ids, from, from + count < end ? from + count : end);
 }
 
 /* Rows of a round: to the output, where half lines may be written after a row; else row by row. */
@@ -973,16 +974,18 @@ static void give_memory(Memory *memory) {
 
 /* Whether widened codebooks pay for a job: rows are sums, and ids are many. */
 static int should_widen(const Job *job) {
-    int worth = job->mode != MAX;
-    for (int64_t t = 0; t < job->plan->tiers; t++) {
-        const Table *table = job->plan->table + t;
-        worth &= !table->product || table->books == 1;
-        worth &= table->books * table->size * table->width <= MOST_WIDENED;
-        /* Reading float32 as it is costs half of what the others do; as measured. */
-        const int64_t ease = table->kind == FLOAT32 ? 2 : 1;
-        worth &= 32 * job->count >= ease * table->size * (table->width + 16);
+    const Plan *plan = job->plan;
+    int64_t cost = 0, books = 0;
+    if (job->mode == MAX) return 0;
+    for (int64_t t = 0; t < plan->tiers; t++) {
+        const Table *table = plan->table + t;
+        const int64_t words = table->books * table->size;
+        if ((table->product && table->books > 1) || words * table->width > MOST_WIDENED) return 0;
+        /* Reading float32 as it is costs half of what the others do; all as measured. */
+        cost += words * (table->width + 16) * (table->kind == FLOAT32 ? 2 : 1);
+        books += table->books;
     }
-    return worth;
+    return 32 * job->count * books >= cost * plan->tiers;
 }
 
 /* Lines of a block of columns, so that its codewords stay in the nearest cache. */
