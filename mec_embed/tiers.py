@@ -176,9 +176,9 @@ class _Tiered(DecodedTable):
     def _places(self) -> ops.fast.Places:
         modules = self._modules
         return (
-            *(modules, "tier_map", self.tier_map, None),
-            *(modules, "head", self.head, None),
-            *(modules, "tail", self.tail, None),
+            *(modules, "tier_map", self.tier_map, None, 0),
+            *(modules, "head", self.head, None, 0),
+            *(modules, "tail", self.tail, None, 0),
             *ops.fast.places_in(self.tier_map._buffers, "starts", "before", "bitmap"),
             *ops.fast.places_of(self.head),
             *ops.fast.places_of(self.tail),

@@ -63,18 +63,19 @@ static int64_t address(PyObject *tensor) {
 enum { STALE, READY, GRADIENT };
 
 /* Whether the tensors that a plan was packed for are where they were, see
- * mec_embed.ops.fast.Places: (dict, key, value, address or None) again and again in one tuple. -1 with
- * an exception set. */
+ * mec_embed.ops.fast.Places: (dict, key, value, its data_ptr or None, address) again and again in one
+ * tuple. -1 with an exception set. */
 static int check_places(PyObject *places) {
     const Py_ssize_t length = PyTuple_Size(places);
     if (length < 0) return -1;
-    for (Py_ssize_t i = 0; i + 3 < length; i += 4) {
+    for (Py_ssize_t i = 0; i + 4 < length; i += 5) {
         PyObject *value = PyTuple_GetItem(places, i + 2);
-        PyObject *planned = PyTuple_GetItem(places, i + 3);
+        PyObject *where = PyTuple_GetItem(places, i + 3);
         if (PyDict_GetItemWithError(PyTuple_GetItem(places, i), PyTuple_GetItem(places, i + 1)) !=
             value)
             return PyErr_Occurred() ? -1 : STALE;
-        if (planned != Py_None && address(value) != PyLong_AsLongLong(planned))
+        if (where != Py_None && integer(PyObject_CallNoArgs(where)) !=
+                                    PyLong_AsLongLong(PyTuple_GetItem(places, i + 4)))
             return PyErr_Occurred() ? -1 : STALE;
     }
     return READY;
@@ -86,7 +87,7 @@ static int has_gradient(PyObject *codebooks) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(codebooks); i++) {
         const int trained = attribute(PyTuple_GetItem(codebooks, i), names.requires_grad);
         if (trained < 0) return -1;
-        if (trained && enabled == -2) enabled = is_set(PyObject_CallObject(torch.grad_enabled, NULL));
+        if (trained && enabled == -2) enabled = is_set(PyObject_CallNoArgs(torch.grad_enabled));
         if (trained && enabled) return enabled;
     }
     return 0;
@@ -96,7 +97,7 @@ static int has_gradient(PyObject *codebooks) {
 static int is_plain(PyObject *ids) {
     if ((PyObject *)Py_TYPE(ids) != torch.tensor) return 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(torch.guards); i++) {
-        const int watched = is_set(PyObject_CallObject(PyTuple_GetItem(torch.guards, i), NULL));
+        const int watched = is_set(PyObject_CallNoArgs(PyTuple_GetItem(torch.guards, i)));
         if (watched) return watched < 0 ? -1 : 0;
     }
     return attribute(ids, names.is_cpu);
@@ -195,7 +196,7 @@ PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     const int64_t from = address(ids), to = address(out);
     const int64_t threads = count * plan.dim < THREAD_ENTRIES
                                 ? 1
-                                : integer(PyObject_CallObject(torch.threads, NULL));
+                                : integer(PyObject_CallNoArgs(torch.threads));
     const int broken = PyErr_Occurred() != NULL;
     if (!broken &&
         !decode_ids(&plan, from, bytes, stride, count, zero_id, to, (int)threads))

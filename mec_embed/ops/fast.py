@@ -54,9 +54,9 @@ def fields_of(table: Any) -> tuple[int, ...] | None:
     )
 
 
-#: Where tensors are that a plan was packed for: (dict, key, value, address of a tensor or None)
+#: Where tensors are that a plan was packed for: (dict, key, value, its ``data_ptr`` or None, address)
 #: again and again. The dicts are those of modules: ``nn.Module.__getattr__`` takes longer than a
-#: lookup.
+#: lookup, as does finding a method by its name.
 Places = tuple[Any, ...]
 
 
@@ -65,8 +65,8 @@ def places_of(table: Any) -> Places:
     modules, code_table, books = table._modules, table.code_table, table.codebook_set
     holder = books._parameters if "codebooks" in books._parameters else books._buffers
     return (
-        *(modules, "code_table", code_table, None),
-        *(modules, "codebook_set", books, None),
+        *(modules, "code_table", code_table, None, 0),
+        *(modules, "codebook_set", books, None, 0),
         *places_in(code_table._buffers, "codes"),
         *places_in(holder, "codebooks"),
         *places_in(books._buffers, "scales"),
@@ -78,7 +78,8 @@ def places_in(tensors: dict[str, Any], *names: str) -> Places:
     places: list[Any] = []
     for name in names:
         tensor = tensors[name]
-        places += [tensors, name, tensor, None if tensor is None else tensor.data_ptr()]
+        where = None if tensor is None else tensor.data_ptr
+        places += [tensors, name, tensor, where, where() if where else 0]
     return tuple(places)
 
 
