@@ -123,6 +123,55 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    dim=st.sampled_from([1, 7, 8, 10, 16, 33, 40, 64, 72, 128, 200]),
+    count=st.sampled_from([1, 2, 3, 8, 9, 20, 40]),
+    size=st.sampled_from([2, 5, 32]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
+    ids=st.sampled_from([0, 1, 127, 128, 129, 3001]),
+    padding=st.booleans(),
+    wide=st.booleans(),
+)
+def test_calls_of_many_ids_work_in_rounds(
+    dim: int, count: int, size: int, dtype: torch.dtype, ids: int, padding: bool, wide: bool
+) -> None:
+    rows = 50
+    table = _table(
+        CodeLayout("additive", rows, dim, count, size, dtype),
+        padding_idx=3 if padding else None,
+        requires_grad=False,
+    )
+    table.codebook_set.store(torch.randn(count, size, dim))
+    columns = torch.randint(rows, (ids, 2), dtype=torch.int64 if wide else torch.int32)
+    for view in (columns.reshape(-1), columns[:, 1]):
+        expected = reference.lookup(*_arguments(table, view))
+        assert torch.equal(cpu.lookup(*_arguments(table, view)), expected)
+        assert torch.equal(table._fast.rows(table, view), expected)
+
+
+@pytest.mark.parametrize("dim", [1, 10, 40, 128])
+@pytest.mark.parametrize("work", ["rows", "bags", "tiers"])
+def test_nothing_is_written_behind_the_output(dim: int, work: str, threads: Any) -> None:
+    threads(2)
+    table = _table(CodeLayout("additive", 300, dim, 3, 16, torch.int8), requires_grad=False)
+    plan = table._pack_plan()
+    if work == "tiers":
+        tier_map, popular = _popular(300)
+        head = _table(CodeLayout("additive", popular, dim, 4, 16), requires_grad=False)
+        tail = _table(CodeLayout("additive", 300 - popular, dim, 1, 16), requires_grad=False)
+        plan = TieredEmbedding(tier_map, head, tail)._pack_plan()
+    ids = torch.randint(300, (1500,))
+    out = torch.full((1600, dim), 7.0)
+    if work == "bags":
+        arguments = (0, 0, 300, 5, 0, 0, out.data_ptr(), 2)
+        assert not cpu.kernel.bags(plan, ids.data_ptr(), 8, 1500, -1, *arguments)
+    else:
+        assert not cpu.kernel.rows(plan, ids.data_ptr(), 8, 1500, -1, out.data_ptr(), 2)
+    written = 300 if work == "bags" else 1500
+    assert (out[written:] == 7).all() and (out[:written] != 7).all()
+
+
 def test_threads_share_the_work_and_change_nothing(threads: Any) -> None:
     table = _table(CodeLayout("additive", 5000, 40, 5, 32, torch.int8))
     ids = torch.randint(5000, (20_000,))
@@ -171,9 +220,19 @@ def test_ids_out_of_range_are_named(bad: int, count: int, threads: Any) -> None:
         cpu.lookup(*_arguments(table, ids))
 
 
-def test_damaged_codes_are_refused_not_followed() -> None:
-    table = _table(CodeLayout("additive", 300, 40, 5, 20))
+@pytest.mark.parametrize("count", [1, 2, 5, 13])
+@pytest.mark.parametrize("ids", [3, 300])
+def test_damaged_codes_are_refused_not_followed(count: int, ids: int) -> None:
+    table = _table(CodeLayout("additive", 300, 40, count, 20), requires_grad=False)
     table.codes[:-8] = 255  # code 31 of 20
+    with pytest.raises(IndexError, match="table 't': its codes name codewords"):
+        cpu.lookup(*_arguments(table, torch.arange(ids)))
+    assert table._fast.rows(table, torch.arange(ids)) is None
+
+
+def test_damaged_codes_are_named_by_the_reference() -> None:
+    table = _table(CodeLayout("additive", 300, 40, 5, 20))
+    table.codes[:-8] = 255
     ids = torch.arange(300)
     with pytest.raises(IndexError, match="table 't': its codes name codewords"):
         cpu.lookup(*_arguments(table, ids))
@@ -316,6 +375,33 @@ def test_opcheck_bag(case: str) -> None:
     torch.library.opcheck(torch.ops.mec_embed.bag.default, arguments)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("dim", [1, 10, 40, 128])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bags_of_all_lengths_cross_rounds(
+    mode: str, dim: int, weighted: bool, threads: Any
+) -> None:
+    bag = _bag(CodeLayout("additive", 300, dim, 9, 16, torch.int8), mode=mode, padding_idx=5)
+    lengths = torch.tensor([0, 0, 1, 700, 0, 2, 127, 128, 129, 0, *[20] * 40, 0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
+    ids = torch.randint(300, (int(lengths.sum()),))
+    ids[::7] = 5
+    weights = torch.randn(len(ids)) if weighted and mode == "sum" else None
+    expected = DecodedBags._reduce(bag, ids, offsets, weights)
+    for number in (1, 2):
+        threads(number)
+        with torch.no_grad():
+            found = bag._fast.bags(bag, ids, offsets, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("offsets", [[1, 5], [0, 9, 4], [0, 5000], [0, -1]])
+def test_offsets_that_do_not_fit_are_left_to_torch(offsets: list[int]) -> None:
+    bag = _bag(CodeLayout("additive", 300, 16, 2, 16), mode="sum")
+    with torch.no_grad():
+        assert bag._fast.bags(bag, torch.randint(300, (900,)), torch.tensor(offsets), None) is None
+
+
 def _popular(rows: int) -> tuple[TierMap, int]:
     popular = torch.rand(rows, generator=torch.Generator().manual_seed(1)) < 0.2
     return TierMap.of(popular), int(popular.sum())
@@ -324,13 +410,16 @@ def _popular(rows: int) -> tuple[TierMap, int]:
 @pytest.mark.parametrize("dtypes", ["int8", "float32", "mixed"])
 @pytest.mark.parametrize("tail", ["additive", "product", "shared"])
 @pytest.mark.parametrize("count", [5, 3000])
-def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int) -> None:
+@pytest.mark.parametrize("dim", [1, 12, 40])
+def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int, dim: int) -> None:
+    if dim % 2 and tail == "product":
+        return
     tier_map, popular = _popular(1000)
     head_dtype = torch.float32 if dtypes == "float32" else torch.int8
     tail_dtype = torch.int8 if dtypes == "int8" else torch.float32
     shape = (1, 1) if tail == "shared" else (2, 8)
-    head = _table(CodeLayout("additive", popular, 12, 4, 16, head_dtype), requires_grad=False)
-    rest = CodeLayout(tail, 1000 - popular, 12, *shape, tail_dtype)  # type: ignore[arg-type]
+    head = _table(CodeLayout("additive", popular, dim, 4, 16, head_dtype), requires_grad=False)
+    rest = CodeLayout(tail, 1000 - popular, dim, *shape, tail_dtype)  # type: ignore[arg-type]
     others = _table(rest, requires_grad=False)
     ids = torch.randint(1000, (count,))
     table = TieredEmbedding(tier_map, head, others, padding_idx=3)

@@ -14,7 +14,7 @@
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
-#define MOST_WIDENED (1 << 18) /* entries of codebooks that are worth widening for a call */
+#define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
 
 /* Kinds of codewords. */
 enum { FLOAT32, INT8, FLOAT16, BFLOAT16 };
@@ -121,7 +121,7 @@ INLINE int find_places(const Plan *plan, const Ids *ids, int64_t first, int64_t 
     return 1;
 }
 
-/* ---- Codes ---- */
+/* ---- Words ---- */
 
 INLINE int64_t stride_of(const Table *table) {
     switch (table->kind) {
@@ -569,9 +569,8 @@ INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round
 }
 
 typedef uint64_t Streams __attribute__((vector_size(64)));
-typedef uint32_t Codes __attribute__((vector_size(32)));
 
-/* Codes that name no codeword; added to a code, they show by the bits that it must not have. */
+/* Words that name no codeword; added to a code, they show by the bits that it must not have. */
 INLINE uint32_t spare_codes(const Table *table) {
     return (uint32_t)(((int64_t)1 << table->bits) - table->size);
 }
@@ -585,8 +584,9 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
     const int64_t most = 57 / bits < LANES ? 57 / bits : LANES, once = whole ? books : most;
     const int64_t rest = books - (books - 1) / once * once; /* codes of the last load */
     const uint32_t spare = spare_codes(table);
+    const Streams none = {0};
     Streams shift;
-    Codes some, last, book, over = {0};
+    Words some, last, book, over = {0};
     for (int64_t k = 0; k < LANES; k++) {
         shift[k] = (uint64_t)(k < once ? k * bits : 0);
         some[k] = k < once ? ((uint32_t)1 << bits) - 1 : 0;
@@ -595,12 +595,12 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
     }
     for (int64_t i = 0; i < count; i++, word += books) {
         int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
-        Codes base = book;
+        Words base = book;
         for (int64_t m = 0; m < books; m += once, bit += once * bits) {
-            const Streams stream = load64(codes + (bit >> 3)) >> (bit & 7) >> shift;
-            const Codes code = __builtin_convertvector(stream, Codes) &
+            const Streams stream = (none + (load64(codes + (bit >> 3)) >> (bit & 7))) >> shift;
+            const Words code = __builtin_convertvector(stream, Words) &
                                (whole || m + once >= books ? last : some);
-            const Codes found = base + code * (uint32_t)stride;
+            const Words found = base + code * (uint32_t)stride;
             over |= code + spare;
             memcpy(word + m, &found, sizeof found); /* what is too much is written again */
             base += (uint32_t)(once * size * stride);
@@ -722,7 +722,7 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
     return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-/* Ask for the map of a later round. Codes of one round are read side by side, without that. */
+/* Ask for the map of a later round. Words of one round are read side by side, without that. */
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
     if (job->plan->tiers == 2)
         expect_ids(job->plan, &job->ids, from, from + count < end ? from + count : end);
@@ -980,7 +980,8 @@ static int should_widen(const Job *job) {
     for (int64_t t = 0; t < plan->tiers; t++) {
         const Table *table = plan->table + t;
         const int64_t words = table->books * table->size;
-        if ((table->product && table->books > 1) || words * table->width > MOST_WIDENED) return 0;
+        const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
+        if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
         /* Reading float32 as it is costs half of what the others do; all as measured. */
         cost += words * (table->width + 16) * (table->kind == FLOAT32 ? 2 : 1);
         books += table->books;

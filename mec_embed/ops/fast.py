@@ -54,9 +54,9 @@ def fields_of(table: Any) -> tuple[int, ...] | None:
     )
 
 
-#: Where tensors are that a plan was packed for: (dict, key, value, its ``data_ptr`` or None, address)
-#: again and again. The dicts are those of modules: ``nn.Module.__getattr__`` takes longer than a
-#: lookup, as does finding a method by its name.
+#: Where tensors are that a plan was packed for: (dict, key, value, its ``data_ptr`` or None, its
+#: address) again and again. The dicts are those of modules: ``nn.Module.__getattr__`` takes longer
+#: than a lookup; bound methods need not be found by their names.
 Places = tuple[Any, ...]
 
 
@@ -113,9 +113,7 @@ class FastPath:
         zero_id = -1 if padding_idx is None or not module.zero_padding else padding_idx
         out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
         if out is False:
-            if not self._renew(module):
-                return None
-            out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
+            return self.rows(module, ids) if self._renew(module) else None
         return out if out is None or self._dtype is None else out.to(self._dtype)
 
     def bags(
@@ -130,9 +128,9 @@ class FastPath:
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return None
         ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
-        if ready is False and self._renew(module):
-            ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
-        if ready is not True or self._plan is None:
+        if ready is False:
+            return self.bags(module, input, offsets, weights) if self._renew(module) else None
+        if ready is None or self._plan is None:
             return None
         out = cpu.reduce_bags(
             self._plan,
