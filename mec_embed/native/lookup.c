@@ -474,13 +474,13 @@ DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end
 /* ---- Many ids: codewords widened to float32, in blocks of columns ---- */
 
 /* A call of many ids copies the codebooks first. Columns go into blocks, each with all codewords at
- * whole cache lines and zeros after the last, as small as the nearest cache where that can be. Ids
+ * whole cache lines and zeros after the last, about as small as the nearest cache. Ids
  * are taken in rounds: codes are read once, then the sums of each block of columns are made in
  * registers. */
 #define LINE 64 /* bytes of a cache line */
 #define LINE_LANES 16
 #define MOST_LINES 4
-#define NEAR_BYTES 40960 /* that stay in the nearest cache */
+#define NEAR_BYTES (72 << 10) /* of a block: some more than the nearest cache, for fewer passes */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
@@ -989,7 +989,7 @@ static int should_widen(const Job *job) {
     return 32 * job->count * books >= cost * plan->tiers;
 }
 
-/* Lines of a block of columns, so that its codewords stay in the nearest cache. */
+/* Lines of a block of columns, so that most of its codewords stay in the nearest cache. */
 static int64_t choose_lines(const Plan *plan) {
     int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
     for (int64_t t = 0; t < plan->tiers; t++)
