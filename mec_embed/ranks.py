@@ -3,12 +3,15 @@
 Every exchange starts with a round in which each rank says whether it is fine and where it is. So
 an error of one rank is raised by all of them, at the next exchange, and no rank waits for another
 that has given up. A rank that died is noticed by the group itself, at the latest after its
-time-out.
+time-out. Ctrl-C waits for the end of an exchange: a rank that left in the middle of one would be a
+step ahead of the others.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +28,23 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 64 << 20
 #: Errors that keep their type on the ranks that hear of them; others become a RuntimeError.
 _TOLD_AS = {kind.__name__: kind for kind in (ValueError, TypeError, IndexError, MemoryError)}
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """While open, Ctrl-C waits."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield  # a handler that Python cannot put back, or a thread that hears of no signal
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Ranks:
@@ -81,8 +101,9 @@ class Ranks:
         if self.size == 1:
             return values
         total = values.detach().cpu().clone()
-        self._round(f"{what}, {tuple(total.shape)}")
-        self._all_reduce(total.view(-1), what)
+        with _uninterrupted():
+            self._round(f"{what}, {tuple(total.shape)}")
+            self._all_reduce(total.view(-1), what)
         return total.to(values.device)
 
     def merge(self, values: Tensor, what: str) -> Tensor:
@@ -95,17 +116,19 @@ class Ranks:
         if self.size == 1:
             return values
         merged = values.detach().cpu().contiguous()
-        self._round(f"{what}, {tuple(merged.shape)}")
-        # No bit is set by two ranks, so that sums of bytes neither carry nor round.
-        self._all_reduce(merged.view(-1).view(torch.uint8), what)
+        with _uninterrupted():
+            self._round(f"{what}, {tuple(merged.shape)}")
+            # No bit is set by two ranks, so that sums of bytes neither carry nor round.
+            self._all_reduce(merged.view(-1).view(torch.uint8), what)
         return merged.to(values.device)
 
     def tell(self, value: Any, what: str) -> list[Any]:
         """The values of all ranks, by rank: anything that JSON can hold."""
         if self.size == 1:
             return [value]
-        self._round(what)
-        return [json.loads(text) for text in self._texts(json.dumps(value), what)]
+        with _uninterrupted():
+            self._round(what)
+            return [json.loads(text) for text in self._texts(json.dumps(value), what)]
 
     def agree(self, facts: Mapping[str, str], what: str) -> None:
         """ValueError, on every rank, where ranks differ in a fact: name -> value."""
@@ -122,7 +145,8 @@ class Ranks:
     def settle(self, what: str) -> None:
         """Raise here what another rank has raised."""
         if self.size > 1:
-            self._round(what)
+            with _uninterrupted():
+                self._round(what)
 
     @contextmanager
     def guard(self) -> Iterator[Ranks]:
@@ -139,7 +163,7 @@ class Ranks:
         """Tell the others, who are at the next exchange or will be."""
         self._over = True
         # The error itself says more than that the others are gone as well.
-        with suppress(RuntimeError):
+        with _uninterrupted(), suppress(RuntimeError):
             self._numbers(1, 0, "telling an error")
             self._texts(json.dumps([type(error).__name__, str(error)]), "telling an error")
 

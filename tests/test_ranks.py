@@ -6,7 +6,9 @@ Functions that end in ``_on_ranks`` run in each of some processes that gloo conn
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -287,6 +289,33 @@ def test_an_error_of_one_rank_is_raised_by_all_and_changes_nothing(tmp_path):
             assert found[name].startswith(message), (rank, name, found[name])
         for name, (own, heard) in TOLD.items():
             assert found[name].startswith(own if rank else heard), (rank, name, found[name])
+
+
+def interrupted_on_ranks(both):
+    """Ctrl-C while rank 1 waits for rank 0, in each kind of exchange; or on both, as in a shell."""
+    found = []
+    for exchange, values in (("add", [torch.ones(2)]), ("tell", [1]), ("settle", [])):
+        dist.barrier()
+        if dist.get_rank() or both:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        found.append(raised(lambda name=exchange, given=values: meet_late(name, given)))
+    return found
+
+
+def meet_late(exchange, values):
+    with Ranks(dist.group.WORLD).guard() as ranks:
+        if not ranks.rank:
+            time.sleep(1)
+        getattr(ranks, exchange)(*values, "meeting")
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_ctrl_c_in_an_exchange_leaves_no_rank_in_it(both, tmp_path):
+    first, second = processes.run(
+        interrupted_on_ranks, 2, tmp_path, both, timeout=timedelta(seconds=15)
+    )
+    assert second == ["KeyboardInterrupt: "] * 3
+    assert first == (second if both else ["RuntimeError: rank 1: KeyboardInterrupt"] * 3)
 
 
 # --- ranks that die or stall -------------------------------------------------------------------
