@@ -243,9 +243,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
     with open(path, "rb") as file:
-        start = file.read(4)
-    # A zip archive, or a pickle of torch before 1.6.
-    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+        start = file.read(9)
+    # A zip archive, or a pickle of torch before 1.6; the length of a header may begin as that does.
+    pickled = start[:2] in (b"\x80\x02", b"\x80\x04") and start[8:] != b"{"
+    if start[:4] == b"PK\x03\x04" or pickled:
         return _open_torch(path)
     return _open_safetensors(path)
 

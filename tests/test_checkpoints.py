@@ -145,6 +145,16 @@ def test_old_and_other_torch_files_are_refused(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480])
+def test_the_length_of_a_header_may_look_like_a_pickle(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"t": torch.eye(2)}, path)
+    old = path.read_bytes()
+    end = 8 + int.from_bytes(old[:8], "little")
+    path.write_bytes(length.to_bytes(8, "little") + old[8:end].ljust(length) + old[end:])
+    assert _bytes(open_checkpoint(path).tensors["t"]) == _raw(torch.eye(2))
+
+
 def _header(**entry: object) -> bytes:
     usual = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
     header = json.dumps({"t": usual | entry}).encode()
