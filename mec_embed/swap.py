@@ -74,6 +74,7 @@ def replace_modules(
         for one, lists, state in before:
             for group, values in zip(one.param_groups, lists, strict=True):
                 group.update(values)
+            one.state.clear()  # of what Adagrad's new parameters have started with, too
             one.state.update(state)
         raise
 

@@ -175,6 +175,18 @@ def test_all_or_nothing(where):
     assert type(model["a"]) is nn.Embedding
 
 
+def test_state_that_new_parameters_started_with_is_undone():
+    model = nn.ModuleDict({"a": table()})
+    optimizer = torch.optim.Adagrad(model.parameters())
+    before, state = snapshot(model, optimizer), optimizer.state_dict()
+    found = find_tables(model, CONFIG)[0][0]
+    replacement = found.aliases, found.module, compressed()
+    with pytest.raises(ZeroDivisionError):
+        replace_modules(model, [replacement], optimizer, lambda: 1 / 0)
+    assert snapshot(model, optimizer) == before
+    assert optimizer.state_dict() == state
+
+
 def test_unknown_optimizer_changes_nothing():
     model = nn.Sequential(table())
     with pytest.raises(TypeError, match="optimizer"):
