@@ -57,7 +57,7 @@ class Earlier:
 
         Raises:
             ValueError: a table that was compressed before is not there, cannot be compressed any
-                more, or has another shape; it is named.
+                more, has another shape, or is shared with other places; it is named.
         """
         left = [*skipped]
         for table in tables:
@@ -73,11 +73,19 @@ class Earlier:
                     "start_from; append new rows to that one with extend(), or compress without "
                     "start_from"
                 )
+            same = next((other for other, one in self._of.items() if one is module), None)
+            if same is not None:
+                raise ValueError(
+                    f"tables {same.name!r} and {table.name!r} are one table in start_from, but two "
+                    "here; make them one module again, or compress without start_from"
+                )
             self._of[table] = module
         found = {*self._of.values()}
         missing = [name for name, module in self._by_name.items() if module not in found]
         if missing:
             reasons = {name: one.reason for one in left for name in (one.name, *one.aliases)}
+            for table in self._of:
+                reasons |= {name: f"it is one with {table.name!r} now" for name in table.names}
             raise ValueError(
                 f"table {missing[0]!r} is compressed in start_from, but cannot be here: "
                 f"{reasons.get(missing[0], 'the model has no such table')}; compress without "

@@ -264,6 +264,25 @@ def test_what_does_not_fit_is_named_and_nothing_changes(case: str) -> None:
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, equal_nan=True)
 
 
+def _two(shared: bool) -> nn.ModuleDict:
+    first = nn.Embedding(500, 8)
+    return nn.ModuleDict({"a": first, "b": first if shared else nn.Embedding(500, 8)})
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (True, "tables 'a' and 'b' are one table in start_from, but two here"),
+        (False, "table 'b' is compressed in start_from, but cannot be here: it is one with 'a'"),
+    ],
+)
+def test_tables_that_were_one_or_are_one_now(then: bool, message: str) -> None:
+    old = _two(then)
+    compress(old, None, CompressionConfig(num_subvectors=2, codebook_size=8), progress=False)
+    with pytest.raises(ValueError, match=message):
+        _warm(_two(not then), None, old)
+
+
 @pytest.mark.parametrize(
     ("old", "error", "message"),
     [
