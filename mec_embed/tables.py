@@ -406,7 +406,7 @@ def check_finite(tables: Sequence[Table]) -> list[str]:
         count = int(table.ranks.add(torch.tensor([count]), "counting rows that are not finite"))
         if count:
             notes.append(
-                f"table {table.name!r}: {count:,} rows hold NaN or infinity; these entries were "
-                "taken as zero"
+                f"table {table.name!r}: {count:,} rows hold NaN or infinity; these entries are "
+                "taken as zero, where the table does not stay as it was"
             )
     return notes
