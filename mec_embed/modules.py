@@ -221,6 +221,7 @@ class DecodedBags(DecodedTable):
         self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
     ) -> Tensor:
         """Bags by the operators."""
+        ops.reference.check_offsets(offsets, self.name)
         rows = self._decode(input.reshape(-1))
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
         return ops.reference.reduce_rows(

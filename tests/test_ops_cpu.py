@@ -395,11 +395,28 @@ def test_bags_of_all_lengths_cross_rounds(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("offsets", [[1, 5], [0, 9, 4], [0, 5000], [0, -1]])
-def test_offsets_that_do_not_fit_are_left_to_torch(offsets: list[int]) -> None:
-    bag = _bag(CodeLayout("additive", 300, 16, 2, 16), mode="sum")
-    with torch.no_grad():
-        assert bag._fast.bags(bag, torch.randint(300, (900,)), torch.tensor(offsets), None) is None
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 5], "offsets"),
+        ([0, 5000], "offsets"),
+        ([0, -1], r"table 'tags': offsets go from 0 to -1 at bag 0"),
+        ([0, 9, 4], r"table 'tags': offsets go from 9 to 4 at bag 1"),
+        ([0, -(2**50), 7], r"table 'tags': offsets go from 0 to"),
+    ],
+)
+def test_offsets_that_do_not_fit_are_errors(
+    mode: str, grad: bool, offsets: list[int], message: str
+) -> None:
+    """Torch's own bags read outside of their ids where offsets fall."""
+    bag = _bag(CodeLayout("additive", 300, 16, 2, 16), mode=mode, name="tags")
+    ids = torch.randint(300, (900,))
+    with torch.set_grad_enabled(grad):
+        assert bag._fast.bags(bag, ids, torch.tensor(offsets), None) is None
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            bag(ids, torch.tensor(offsets))
 
 
 def _popular(rows: int) -> tuple[TierMap, int]:

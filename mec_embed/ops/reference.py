@@ -28,6 +28,24 @@ def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
         )
 
 
+def check_offsets(offsets: Tensor | None, name: str) -> None:
+    """Raise for a bag that ends before it begins: torch would read outside of its ids.
+
+    Torch itself refuses offsets that do not begin with 0, or that end after the ids. Off the CPU,
+    and in what is compiled, nothing is checked.
+    """
+    if offsets is None or offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    falls = offsets[1:] < offsets[:-1]
+    if offsets.dim() == 1 and bool(falls.any()):
+        bag = int(falls.nonzero()[0])
+        before, after = offsets[bag : bag + 2].tolist()
+        raise ValueError(
+            f"table {name!r}: offsets go from {before} to {after} at bag {bag}, expected that they "
+            "never fall; give the number of ids before each bag"
+        )
+
+
 def _flat_codes(ids: Tensor, codes: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """Positions (n, M) of each id's codewords among the M * K codewords of all codebooks."""
     if bits == 0:
@@ -124,6 +142,7 @@ def bag(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.bag`."""
+    check_offsets(offsets, name)
     rows = lookup(
         input.reshape(-1),
         codes,
