@@ -79,7 +79,7 @@ INLINE int is_popular(const Plan *plan, int64_t id, int64_t *place) {
 
 INLINE void expect_row(const Table *table, int64_t row) {
     /* An address that is out of range is only a hint that is not followed. */
-    PREFETCH((uintptr_t)table->codes + (uintptr_t)((row * table->bits * table->books) >> 3));
+    PREFETCH((uintptr_t)table->codes + (((uintptr_t)row * table->bits * table->books) >> 3));
 }
 
 /* Ask for what the next ids need: codes, or the map of the tiers. */
