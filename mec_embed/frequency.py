@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,7 +268,8 @@ def _checked(name: str, values: Any) -> np.ndarray:
     try:
         counts = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"table {name!r}: counts must be numbers, got {values!r}") from error
+        found = reprlib.repr(values)
+        raise ValueError(f"table {name!r}: counts must be numbers, got {found}") from error
     if counts.ndim != 1:
         raise ValueError(f"table {name!r}: counts must have shape (rows,), got {counts.shape}")
     wrong = ~np.isfinite(counts) | (counts < 0)

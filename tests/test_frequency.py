@@ -383,3 +383,11 @@ def test_wrong_counts_of_a_cluster(tmp_path, columns, error, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no parquet file"):
         FrequencyStats.from_count_tables(Net(), {"shared": tmp_path / "empty"})
+
+
+def test_counts_of_another_type_are_shown_in_short():
+    with pytest.raises(
+        ValueError, match="'user': counts must be numbers, got \\['a', 'a'"
+    ) as error:
+        FrequencyStats.from_counts({"user": ["a"] * 3000})
+    assert len(str(error.value)) < 120
