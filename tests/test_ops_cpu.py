@@ -449,6 +449,26 @@ def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int, dim: int
         torch.testing.assert_close(bag(bags), DecodedBags._reduce(bag, bags, None, None))
 
 
+@pytest.mark.parametrize("count", [5, 3000])
+@pytest.mark.parametrize("wrong", [-1, -(2**24), 2**24])
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_map_that_names_rows_outside_of_its_tiers(runs: bool, wrong: int, count: int) -> None:
+    """As of a state_dict that was not made by compress(): nothing outside of the codes is read."""
+    tier_map, popular = _popular(1000)
+    if runs:
+        tier_map, popular = TierMap.of(torch.arange(1000) < 200), 200
+    parts = [
+        _table(CodeLayout("additive", rows, 8, 4, 16), requires_grad=False)
+        for rows in (popular, 1000 - popular)
+    ]
+    table = TieredEmbedding(tier_map, *parts)
+    tier_map.before += wrong
+    ids = torch.arange(count) % 1000
+    assert table._fast.rows(table, ids) is None
+    with pytest.raises(IndexError, match="out of range"):
+        table(ids)
+
+
 CHANGES: dict[str, Any] = {
     "half": lambda table: table.half(),
     "there and back": lambda table: table.half().bfloat16().float(),

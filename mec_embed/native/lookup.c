@@ -114,7 +114,7 @@ INLINE int find_places(const Plan *plan, const Ids *ids, int64_t first, int64_t 
             expect_row(table, row);
         }
         if (table->one_row) row = 0;
-        if (row >= table->rows) return 0; /* a map that contradicts the tables */
+        if (row < 0 || row >= table->rows) return 0; /* a map that contradicts the tables */
         place[i].table = table;
         place[i].row = row;
     }
@@ -548,7 +548,8 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
         int64_t row;
         const int one = is_popular(plan, id, &row), tier = !one;
         row &= only[tier];
-        fits &= row < rows[tier]; /* else the map contradicts the tables */
+        /* Else the map contradicts the tables; rows below 0 are large without their sign. */
+        fits &= (uint64_t)row < (uint64_t)rows[tier];
         row |= -(int64_t)(id == job->zero_id);
         /* Into both lists, of which one goes on. */
         const int64_t other = i - popular;
