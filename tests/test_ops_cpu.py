@@ -401,6 +401,7 @@ def test_bags_of_all_lengths_cross_rounds(
     ("offsets", "message"),
     [
         ([1, 5], "offsets"),
+        (7, "offsets has to be a 1D Tensor"),
         ([0, 5000], "offsets"),
         ([0, -1], r"table 'tags': offsets go from 0 to -1 at bag 0"),
         ([0, 9, 4], r"table 'tags': offsets go from 9 to 4 at bag 1"),
@@ -408,7 +409,7 @@ def test_bags_of_all_lengths_cross_rounds(
     ],
 )
 def test_offsets_that_do_not_fit_are_errors(
-    mode: str, grad: bool, offsets: list[int], message: str
+    mode: str, grad: bool, offsets: Any, message: str
 ) -> None:
     """Torch's own bags read outside of their ids where offsets fall."""
     bag = _bag(CodeLayout("additive", 300, 16, 2, 16), mode=mode, name="tags")
