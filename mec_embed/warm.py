@@ -94,12 +94,11 @@ class Earlier:
         return [*self._of], left
 
     def facts(self) -> dict[str, str]:
-        """What several ranks must agree on: name -> check sums of codes and codebooks."""
+        """What several ranks must agree on: name -> check sums of all tensors."""
         return {
             f"the earlier version of table {table.name!r}": " ".join(
-                f"{zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data):x}"
-                for part in module._tables()
-                for tensor in (part.codes, part.codebooks)
+                f"{zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data):x}"
+                for tensor in module.state_dict().values()
             )
             for table, module in self._of.items()
         }
