@@ -291,29 +291,42 @@ def test_an_error_of_one_rank_is_raised_by_all_and_changes_nothing(tmp_path):
             assert found[name].startswith(own if rank else heard), (rank, name, found[name])
 
 
-def interrupted_on_ranks(both):
+def interrupted_on_ranks(folder, both):
     """Ctrl-C while rank 1 waits for rank 0, in each kind of exchange; or on both, as in a shell."""
-    found = []
+    found, rank = [], dist.get_rank()
     for exchange, values in (("add", [torch.ones(2)]), ("tell", [1]), ("settle", [])):
+        done = [folder / f"{exchange} {number}" for number in range(2)]
         dist.barrier()
-        if dist.get_rank() or both:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        found.append(raised(lambda name=exchange, given=values: meet_late(name, given)))
+        if rank or both:
+            threading.Timer(0.5, interrupt, [done[rank]]).start()
+        own = done[rank] if rank or both else None
+        found.append(raised(lambda n=exchange, v=values, d=done, o=own: meet_late(n, v, d[1], o)))
     return found
 
 
-def meet_late(exchange, values):
-    with Ranks(dist.group.WORLD).guard() as ranks:
-        if not ranks.rank:
-            time.sleep(1)
-        getattr(ranks, exchange)(*values, "meeting")
+def interrupt(done):
+    os.kill(os.getpid(), signal.SIGINT)
+    done.touch()
+
+
+def meet_late(exchange, values, interrupted, own):
+    """Rank 0 comes when rank 1 was interrupted; none leaves before it was, if it is to be."""
+    try:
+        with Ranks(dist.group.WORLD).guard() as ranks:
+            while not ranks.rank and not interrupted.exists():
+                time.sleep(0.05)
+            getattr(ranks, exchange)(*values, "meeting")
+    finally:
+        while own is not None and not own.exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_ctrl_c_in_an_exchange_leaves_no_rank_in_it(both, tmp_path):
-    first, second = processes.run(
-        interrupted_on_ranks, 2, tmp_path, both, timeout=timedelta(seconds=15)
-    )
+    timeout = timedelta(seconds=30)
+    arguments = tmp_path, both
+    first, second = processes.run(interrupted_on_ranks, 2, tmp_path, *arguments, timeout=timeout)
     assert second == ["KeyboardInterrupt: "] * 3
     assert first == (second if both else ["RuntimeError: rank 1: KeyboardInterrupt"] * 3)
 
