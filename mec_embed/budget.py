@@ -27,7 +27,7 @@ from .tiers import TierMap
 #: Rows sampled (by weight) for the covariance of a table.
 _SAMPLE = 4096
 #: Rows read at once for their mean.
-_MEAN_ROWS = 1 << 16
+_MEAN_ROWS = 1 << 13
 #: Rows whose weights or counts are worked on at once: temporary arrays of all rows of a large
 #: table would take more memory than its codes.
 _PART_ROWS = 1 << 20

@@ -26,6 +26,8 @@ _WEIGHT_ROWS = 1 << 20
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
 MEC_ROWS = 1 << 15
+#: Bytes of float32 rows that are encoded at once, at most.
+CHUNK_BYTES = 8 << 20
 #: Alternations of encoding and least squares, at most.
 ROUNDS = 10
 #: Stop alternating when the error falls by less than this part of it.
@@ -517,9 +519,10 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
     read = rows.read_own or rows.read
     changed, margin = torch.zeros_like(used[:1]), KEEP_MARGIN * learned.error
     start, end = rows.bounds or (0, len(rows))
+    step = _chunk_rows(len(units.mean))
     while start < end:
         # Chunks end where those of one process do, on whole bytes.
-        stop = min(start - start % CHUNK_ROWS + CHUNK_ROWS, end)
+        stop = min(start - start % step + step, end)
         ids = torch.arange(start, stop)
         x = units.normalise(read(ids))
         codes = quantizer.encode(x, codebooks, FINAL_BEAM)
@@ -540,6 +543,12 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
         return EncodedRows(packed, _perplexity(used), dead)
     changed = rows.ranks.add(changed, "counting changed rows")
     return EncodedRows(packed, _perplexity(used), dead, int(changed))
+
+
+def _chunk_rows(columns: int) -> int:
+    """Rows that are encoded at once: several arrays of them live together."""
+    most = CHUNK_BYTES // (4 * columns) // 8 * 8
+    return max(8, min(CHUNK_ROWS, most))
 
 
 def _perplexity(used: Tensor) -> tuple[float, ...]:

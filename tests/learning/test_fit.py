@@ -432,11 +432,22 @@ def test_perplexity_and_dead_codes_describe_the_final_codes(
     assert all(1 < value < 32 for value in encoded.perplexity)
 
 
-def test_rows_are_encoded_in_chunks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("CHUNK_ROWS", 64), ("CHUNK_BYTES", 20 * 4 * 8)])
+def test_rows_are_encoded_in_chunks_as_at_once(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, shape = _seeded(300, 8), _shape(size=5)
     at_once = fit_codes([_rows(x)], shape, _config())
-    monkeypatch.setattr(fit, "CHUNK_ROWS", 64)
-    in_chunks = fit_codes([_rows(x)], shape, _config())
+    monkeypatch.setattr(fit, limit, value)
+    sizes: list[int] = []
+
+    def read(ids: Tensor) -> Tensor:
+        sizes.append(len(ids))
+        return x[ids]
+
+    in_chunks = fit_codes([Rows(read, torch.ones(300))], shape, _config())
+    # The sample is read first.
+    assert max(sizes[1:]) == (64 if limit == "CHUNK_ROWS" else 16) and sum(sizes[1:]) == 300
     assert torch.equal(at_once.encoded[0].packed, in_chunks.encoded[0].packed)
     assert at_once.encoded[0].dead_codes == in_chunks.encoded[0].dead_codes
 
