@@ -330,8 +330,9 @@ def _draft(
     if batches is not None:
         _check_unsharded(tables)
         measure = partial(fisher_matrices, model, tables, batches, forward)
-    found = tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
-    return draft_tables(model, *found)
+    return draft_tables(
+        model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
+    )
 
 
 def _check_unsharded(tables: Sequence[Table]) -> None:

@@ -18,13 +18,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tables import filled
 from tier_model import shop
 from torch import nn
 
 import mec_embed
-from mec_embed import CodeLayout, CompressedEmbedding, TieredEmbedding, load, save
+from mec_embed import CodeLayout, TieredEmbedding, load, save
 from mec_embed.ops import reference
-from mec_embed.packing import pack
 from mec_embed.reader import Reader
 from mec_embed.tiers import TierMap, find_replacements
 
@@ -131,17 +131,6 @@ def test_the_example_of_the_specification() -> None:
 # --- agreement with torch -----------------------------------------------------------------------
 
 
-def _filled(layout: CodeLayout, **options: Any) -> CompressedEmbedding:
-    generator = torch.Generator().manual_seed(layout.codebook_size)
-    module = CompressedEmbedding(layout, **options)
-    module.codebook_set.store(torch.randn(module.codebooks.shape, generator=generator))
-    if layout.bits:
-        shape = layout.num_embeddings, layout.num_subvectors
-        raw = torch.randint(layout.codebook_size, shape, generator=generator)
-        module.codes.copy_(pack(raw, layout.bits))
-    return module
-
-
 def _by_operators(module: Any) -> np.ndarray:
     """All rows by the reference, not by the C kernel."""
     options = module.layout, module.codebook_set
@@ -176,7 +165,7 @@ def test_rows_are_those_of_torch_bit_for_bit(kind: str, dtype: torch.dtype, tmp_
         rows = {"rows": size, "shared": 77}.get(kind, 61)
         shape = (3, size) if coded else (1, rows if kind == "rows" else 1)
         layout = CodeLayout(kind, rows, 6 if size < 5000 else 3, *shape, dtype)
-        tables[f"table{size}"] = _filled(layout, padding_idx=0 if coded else None)
+        tables[f"table{size}"] = filled(layout, padding_idx=0 if coded else None)
     save(nn.ModuleDict(tables), tmp_path / "model.safetensors")
     reader = Reader(tmp_path / "model.safetensors")
     assert reader.tables == {n: (m.num_embeddings, m.embedding_dim) for n, m in tables.items()}
@@ -216,7 +205,7 @@ def test_any_map_of_tiers(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
         popular = np.sort(popular)[:: data.draw(st.sampled_from([1, -1]))].copy()
     popular[:2] = data.draw(st.sampled_from([(True, False), (False, True)]))
     sizes = int(popular.sum()), int((~popular).sum())
-    head, tail = (_filled(CodeLayout("rows", size, 2, 1, size)) for size in sizes)
+    head, tail = (filled(CodeLayout("rows", size, 2, 1, size)) for size in sizes)
     table = TieredEmbedding(TierMap.of(torch.from_numpy(popular)), head, tail)
     path = tmp_path_factory.getbasetemp() / "any_map.safetensors"
     save(nn.ModuleDict({"item": table}), path)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from random_tables import filled
 from tier_model import ids as shop_ids
 from tier_model import shop
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from mec_embed import (
 )
 from mec_embed.export import decompose
 from mec_embed.ops import bag, lookup
-from mec_embed.packing import pack
 from mec_embed.tiers import TierMap
 
 BATCHES = (64, 5, 2, 300)
@@ -103,21 +103,10 @@ def _bags(dtype: str | None) -> Bags:
     config = CompressionConfig(ratio=6, epochs=0, codebook_dtype=dtype)
     compress(model, None, config, progress=False)
     assert isinstance(model.tags, CompressedEmbeddingBag) and type(model.small) is nn.EmbeddingBag
-    tiers = [_filled(CodeLayout("additive", rows, 8, 3, 9)) for rows in (200, 500)]
+    tiers = [filled(CodeLayout("additive", rows, 8, 3, 9)) for rows in (200, 500)]
     popular = torch.randperm(700, generator=torch.Generator().manual_seed(0)) < 200
     model.words = TieredEmbeddingBag(TierMap.of(popular), *tiers, mode="sum")
     return model
-
-
-def _filled(layout: CodeLayout, cls: Any = CompressedEmbedding, **options: Any) -> Any:
-    generator = torch.Generator().manual_seed(layout.codebook_size)
-    module = cls(layout, **options)
-    module.codebook_set.store(torch.randn(module.codebooks.shape, generator=generator))
-    if layout.bits:
-        shape = layout.num_embeddings, layout.num_subvectors
-        codes = torch.randint(layout.codebook_size, shape, generator=generator)
-        module.codes.copy_(pack(codes, layout.bits))
-    return module
 
 
 @dataclass
@@ -330,7 +319,7 @@ def test_onnx(cases: dict[str, Case], name: str) -> None:
 
 def test_onnx_of_ids_out_of_range() -> None:
     """They give a row or an error; where a row is named for them, its numbers."""
-    model = nn.Sequential(_filled(CodeLayout("additive", 100, 4, 3, 7)))
+    model = nn.Sequential(filled(CodeLayout("additive", 100, 4, 3, 7)))
     ids = torch.arange(10)
     options = {"dynamic_shapes": ({0: Dim("n")},)}
     session = Session(decompose(torch.export.export(model, (ids,), **options)))
@@ -354,7 +343,7 @@ def _tensors(kind: str, size: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """Codes, codebooks, scales and so on, as the operators take them."""
     subvectors, rows = (1, size) if kind == "rows" else (3, 61)
     layout = CodeLayout(kind, rows, 6, subvectors, size, dtype)
-    module = _filled(layout)
+    module = filled(layout)
     shape = layout.num_embeddings, layout.embedding_dim, layout.bits
     return module.codes, module.codebooks, module.codebook_set.scales, *shape
 
@@ -448,7 +437,7 @@ def test_export_of_a_bag_in_tiers_with_padding() -> None:
 
 def test_export_of_a_bag_with_gradients() -> None:
     """Without torch.no_grad() around it, as one would write it."""
-    module = _filled(CodeLayout("additive", 50, 4, 2, 8), CompressedEmbeddingBag, mode="sum")
+    module = filled(CodeLayout("additive", 50, 4, 2, 8), CompressedEmbeddingBag, mode="sum")
     batch = ({0: Dim("batch")},)
     program = torch.export.export(nn.Sequential(module), (IDS % 50,), dynamic_shapes=batch)
     ids = torch.randint(50, (7, 3))

@@ -20,8 +20,8 @@ from torch import nn
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 from benchmarks.quality.nights import changes
-from benchmarks.scale.large import append
 from mec_embed import CompressionConfig, compress
 from mec_embed.learning import fit
 

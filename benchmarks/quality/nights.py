@@ -23,7 +23,7 @@ from torch import nn
 
 import mec_embed
 from benchmarks.hardware import processor
-from benchmarks.scale.large import append
+from benchmarks.lines import append
 from examples.ctr.base import build_model
 from examples.ctr.data import ClickData, load_parquet
 from examples.ctr.settings import SETTINGS, Settings

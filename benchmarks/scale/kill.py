@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
-from benchmarks.scale.large import append
+from benchmarks.lines import append
 from mec_embed.cli import main as main_of_the_command_line
 
 COLUMNS = (

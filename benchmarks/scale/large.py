@@ -9,7 +9,6 @@ the table costs; pages of files, which the system can drop, are told apart.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 
 COLUMNS = (
     "rows", "dim", "table_gb", "ratio", "counts", "options", "seconds", "anonymous_mb",
@@ -161,16 +160,6 @@ def _interpreter_mb() -> float:
         [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
     )
     return _sizes(run.stdout)["RssAnon"]
-
-
-def append(path: Path, line: dict[str, Any], columns: Sequence[str]) -> None:
-    """One more line of a CSV file."""
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 def _parse() -> argparse.Namespace:

@@ -9,7 +9,6 @@ ranks, or others use them, the processor's seconds say what a rank with one of i
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 from mec_embed.learning import fit
 from mec_embed.learning.kmeans import require_faiss
 
@@ -43,7 +43,7 @@ def main() -> None:
     for rows in options.rows:
         for ranks in options.ranks:
             line = measure(rows, options.dim, ranks, options.ratio)
-            append(options.out, line)
+            append(options.out, line, COLUMNS)
             print({name: line[name] for name in COLUMNS[:14]}, flush=True)
 
 
@@ -178,16 +178,6 @@ def _memory_mb(field: str) -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(one.split()[1]) / 1000 for one in lines if one.startswith(field)), 0.0)
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line of a CSV file."""
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 def _parse() -> argparse.Namespace:

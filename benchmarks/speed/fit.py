@@ -9,7 +9,6 @@ encoding, without imports; memory is what the process takes at most above what i
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import multiprocessing
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 from mec_embed import CompressionConfig
 from mec_embed.learning.kmeans import require_faiss
 
@@ -169,24 +169,18 @@ def _error(decode: Decode, table: Tensor, weights: Tensor) -> float:
 
 
 def _append(file: Path, label: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> None:
-    fresh = not file.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in found.items()}
     base = median(next(iter(seconds.values())))
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        for name, runs in found.items():
-            line = {"method": name, "layout": runs[0]["layout"], "bits": runs[0]["bits"]}
-            line |= {"seconds": f"{median(seconds[name]):.2f}"}
-            line |= {"least_seconds": f"{min(seconds[name]):.2f}"}
-            line |= {"speed": f"{base / median(seconds[name]):.2f}", "repetitions": len(runs)}
-            line |= {"weighted_error": f"{runs[0]['weighted_error']:.5f}"}
-            line |= {"memory_mb": f"{median(run['memory_mb'] for run in runs):.0f}"}
-            line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
-            line |= {"faiss": require_faiss().__version__, "processor": processor()}
-            writer.writerow(label | line)
+    for name, runs in found.items():
+        line = {"method": name, "layout": runs[0]["layout"], "bits": runs[0]["bits"]}
+        line |= {"seconds": f"{median(seconds[name]):.2f}"}
+        line |= {"least_seconds": f"{min(seconds[name]):.2f}"}
+        line |= {"speed": f"{base / median(seconds[name]):.2f}", "repetitions": len(runs)}
+        line |= {"weighted_error": f"{runs[0]['weighted_error']:.5f}"}
+        line |= {"memory_mb": f"{median(run['memory_mb'] for run in runs):.0f}"}
+        line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
+        line |= {"faiss": require_faiss().__version__, "processor": processor()}
+        append(file, label | line, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one method after the other, so that what else the machine does meets all of them
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
 from mec_embed.packing import PACK_ROWS, empty_packed, pack_into
 
@@ -253,19 +253,13 @@ def _ids(rows: int, shape: tuple[int, ...], kind: str) -> Iterator[Tensor]:
 
 
 def _append(file: Path, label: dict[str, object], seconds: dict[str, list[float]]) -> None:
-    fresh = not file.exists()
     base = median(seconds["dense"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        for name, values in seconds.items():
-            line = {"method": name, "microseconds": f"{1e6 * median(values):.1f}"}
-            line |= {"speed": f"{base / median(values):.2f}", "repetitions": len(values)}
-            line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
-            line |= {"processor": processor(), "threads": torch.get_num_threads()}
-            writer.writerow(label | line)
+    for name, values in seconds.items():
+        line = {"method": name, "microseconds": f"{1e6 * median(values):.1f}"}
+        line |= {"speed": f"{base / median(values):.2f}", "repetitions": len(values)}
+        line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
+        line |= {"processor": processor(), "threads": torch.get_num_threads()}
+        append(file, label | line, COLUMNS)
 
 
 if __name__ == "__main__":

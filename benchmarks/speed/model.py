@@ -10,7 +10,6 @@ the state of the optimizer.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 import mec_embed
 from benchmarks.hardware import processor
+from benchmarks.lines import append
 from examples.ctr.models import DeepFM
 from mec_embed import CodeLayout, CompressedEmbedding
 from mec_embed.modules import CodebookSet, CodeTable
@@ -174,23 +174,17 @@ def _append(
     seconds: dict[str, list[float]],
     nbytes: dict[str, int],
 ) -> None:
-    fresh = not options.out.exists()
     base = median(seconds["dense"])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        for name, values in seconds.items():
-            line: dict[str, object] = {"fields": FIELDS, "rows": options.rows, "dim": options.dim}
-            line |= {"batch": batch, "what": what, "method": name, "repetitions": len(values)}
-            line |= {"milliseconds": f"{1e3 * median(values):.4f}"}
-            line |= {"ratio": f"{median(values) / base:.3f}"}
-            if name in nbytes:
-                line |= {"megabytes": f"{nbytes[name] / 2**20:.1f}"}
-            line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
-            line |= {"processor": processor(), "threads": torch.get_num_threads()}
-            writer.writerow(line)
+    for name, values in seconds.items():
+        line: dict[str, object] = {"fields": FIELDS, "rows": options.rows, "dim": options.dim}
+        line |= {"batch": batch, "what": what, "method": name, "repetitions": len(values)}
+        line |= {"milliseconds": f"{1e3 * median(values):.4f}"}
+        line |= {"ratio": f"{median(values) / base:.3f}"}
+        if name in nbytes:
+            line |= {"megabytes": f"{nbytes[name] / 2**20:.1f}"}
+        line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
+        line |= {"processor": processor(), "threads": torch.get_num_threads()}
+        append(options.out, line, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_the_parts_they_are_made_in(monkeypatch) -> None:
 def test_what_ranks_took_is_one_line_and_one_result(tmp_path: Path) -> None:
     lines = [ranks.measure(5000, 8, size, 20.0) for size in (1, 2)]
     for line in lines:
-        ranks.append(tmp_path / "ranks.csv", line)
+        ranks.append(tmp_path / "ranks.csv", line, ranks.COLUMNS)
         assert line["ratio"] >= 20 and 0 < line["error"] < 1
         assert 0 < line["encode_cpu_seconds"] + line["learn_cpu_seconds"] < line["cpu_seconds"]
     assert (lines[0]["exchanged_mb"] == 0) and lines[1]["exchanged_mb"] > 0

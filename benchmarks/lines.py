@@ -1,0 +1,17 @@
+"""Files of results: one line a measurement."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, line: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """One more line of a CSV file, which is made with its folder where it is not there."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(line)
