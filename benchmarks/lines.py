@@ -11,7 +11,15 @@ def append(path: Path, line: Mapping[str, Any], columns: Sequence[str]) -> None:
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(line)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -8,12 +8,13 @@ against bytes, one panel a data set and model (needs matplotlib).
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from benchmarks import lines
 
 #: (data, model, dim)
 Panel = tuple[str, str, str]
@@ -37,9 +38,10 @@ def main() -> None:
 
 def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float, Any]]]:
     """Panel -> method -> ratio asked -> {"bytes": mean, stage: changes of the metric by seed}."""
-    rows = [row for file in files for row in _rows(file)]
+    rows = [row for file in files for row in lines.read(file)]
+    # Bases that were trained on different processors differ a little.
     base = {
-        (_panel(row), row["seed"]): float(row[metric])
+        (_panel(row), row["seed"], row["processor"]): float(row[metric])
         for row in rows
         if row["method"] == "uncompressed"
     }
@@ -54,13 +56,8 @@ def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float
         cell["bytes"].append(int(row["bytes"]))
         cell["ratio"].append(int(row["bytes_before"]) / int(row["bytes"]))
         for stage in stages[row["stage"]]:
-            cell[stage].append(float(row[metric]) - base[panel, row["seed"]])
+            cell[stage].append(float(row[metric]) - base[panel, row["seed"], row["processor"]])
     return found
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def _panel(row: dict[str, str]) -> Panel:
@@ -70,9 +67,9 @@ def _panel(row: dict[str, str]) -> Panel:
 def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
     """Markdown: one line a method, one column a ratio, "right after / tuned"."""
     ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
-    lines = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
-    lines += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
-    lines += [_line(["---"] * (1 + len(ratios)))]
+    text = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
+    text += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
+    text += [_line(["---"] * (1 + len(ratios)))]
     for method in sorted(methods, key=lambda name: not name.startswith("mec_embed")):
         cells = methods[method]
         if set(cells) == {0.0}:
@@ -81,8 +78,8 @@ def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
             found = [f"{_cell(cell)} at {mean(cell['ratio']):.1f}x", *[""] * (len(ratios) - 1)]
         else:
             found = [_cell(cells.get(ratio)) for ratio in ratios]
-        lines.append(_line([method, *found]))
-    return "\n".join(lines)
+        text.append(_line([method, *found]))
+    return "\n".join(text)
 
 
 def _line(values: list[str]) -> str:

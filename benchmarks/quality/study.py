@@ -8,7 +8,6 @@ stopped. ``--quick`` is a subset of about ten minutes. Data are read from ``MEC_
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import mec_embed
+from benchmarks import lines
 from benchmarks.hardware import processor
 from benchmarks.quality.big_generator import TOTAL_IDS, generate_named, train_sparse
 from benchmarks.quality.common import Base, Method, embedding_bytes
@@ -46,6 +46,8 @@ COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
+#: Test AUCs of one base that was read again differ by less.
+_SAME_AUC = 2e-5
 
 
 def main() -> None:
@@ -60,8 +62,7 @@ def main() -> None:
                 continue
             base = _base(name, model, options, seed)
             label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
-            if (*map(str, label.values()), "uncompressed", "1.0") not in done:
-                record(options.out, base, label, "uncompressed", 1.0, "trained", base.model, 0.0)
+            _record_base(options.out, base, label)
             for method, ratio in todo:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
                 _run(options, base, label, method, ratio)
@@ -102,10 +103,7 @@ def _key(job: tuple[str, str, int, str, float], options: argparse.Namespace) -> 
 
 def read_keys(file: Path) -> set[tuple[str, ...]]:
     """The runs that a result file already holds."""
-    if not file.exists():
-        return set()
-    with file.open(newline="") as lines:
-        return {tuple(row[name] for name in KEY) for row in csv.DictReader(lines)}
+    return {tuple(row[name] for name in KEY) for row in lines.read(file)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,6 +141,29 @@ def _base(name: str, model: str, options: argparse.Namespace, seed: int) -> Base
     return Base(data, settings, trained.eval(), counts(data), seed)
 
 
+def _record_base(file: Path, base: Base, label: dict[str, Any]) -> None:
+    """The line that the others are compared with: of the same base, so of the same processor.
+
+    The same training gives another model where floating-point sums are ordered otherwise.
+    """
+    known = [
+        row
+        for row in lines.read(file)
+        if row["method"] == "uncompressed"
+        and row["processor"] == processor()
+        and all(row[name] == str(value) for name, value in label.items())
+    ]
+    if not known:
+        record(file, base, label, "uncompressed", 1.0, "trained", base.model, 0.0)
+        return
+    auc = evaluate(base.model, base.data, "test").auc
+    if abs(auc - float(known[0]["test_auc"])) > _SAME_AUC:
+        raise SystemExit(
+            f"{label}: the base has test AUC {auc:.6f}, that of {file} {known[0]['test_auc']}; use "
+            "the bases of those results, or another --out"
+        )
+
+
 def _run(
     options: argparse.Namespace, base: Base, label: dict[str, Any], method: str, ratio: float
 ) -> None:
@@ -152,7 +173,8 @@ def _run(
     model = METHODS[method](base, ratio or 1.0)
     seconds = time.perf_counter() - started
     if model is None:
-        _append(options.out, {**label, "method": method, "ratio": ratio, "stage": "impossible"})
+        line = {**label, "method": method, "ratio": ratio, "stage": "impossible"}
+        lines.append(options.out, line, COLUMNS)
         return
     if ratio and embedding_bytes(model) > base.budget(ratio):
         raise RuntimeError(f"{method} takes more than its budget at {ratio:g}x")
@@ -184,17 +206,7 @@ def record(
     line |= {"bytes": embedding_bytes(model), "bytes_before": base.nbytes}
     line |= {"seconds": f"{seconds:.1f}", "mec_embed": mec_embed.__version__}
     line |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    _append(file, line | {"processor": processor()})
-
-
-def _append(file: Path, line: dict[str, Any]) -> None:
-    fresh = not file.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(line)
+    lines.append(file, line | {"processor": processor()}, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ prints a Markdown table of the least and the median speed by batch size.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+
+from benchmarks import lines
 
 #: (rows, dim) -> method -> batch -> speed, relative to the dense table
 Panels = dict[tuple[int, int], dict[str, dict[int, float]]]
@@ -36,11 +37,10 @@ def main() -> None:
 def read(file: Path, what: str, ids: str) -> Panels:
     """The speeds of the file."""
     panels: Panels = defaultdict(lambda: defaultdict(dict))
-    with file.open(newline="") as lines:
-        for row in csv.DictReader(lines):
-            if (row["what"], row["ids"]) == (what, ids):
-                place = int(row["rows"]), int(row["dim"])
-                panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
+    for row in lines.read(file):
+        if (row["what"], row["ids"]) == (what, ids):
+            place = int(row["rows"]), int(row["dim"])
+            panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
     return panels
 
 
@@ -52,14 +52,14 @@ def table(panels: Panels) -> str:
             for batch, speed in batches.items():
                 speeds[method][batch].append(speed)
     batches = sorted({batch for found in speeds.values() for batch in found})
-    lines = ["| method | " + " | ".join(f"{batch:,}" for batch in batches) + " |"]
-    lines.append("| --- |" + " --- |" * len(batches))
+    text = ["| method | " + " | ".join(f"{batch:,}" for batch in batches) + " |"]
+    text.append("| --- |" + " --- |" * len(batches))
     for method, found in speeds.items():
         cells = [
             f"{min(found[b]):.2f} / {median(found[b]):.2f}" if b in found else "" for b in batches
         ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        text.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
 
 
 def draw(panels: Panels, file: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.lines import read
 from benchmarks.scale import kill, large, ranks
 
 
@@ -44,7 +43,7 @@ def test_what_it_took_is_one_line(tmp_path: Path) -> None:
     assert line["anonymous_mb"] > line["interpreter_mb"] > 0 and line["file_mb"] > 0
     for _ in range(2):
         large.append(tmp_path / "scale.csv", line, large.COLUMNS)
-    written = [*csv.DictReader(io.StringIO((tmp_path / "scale.csv").read_text()))]
+    written = read(tmp_path / "scale.csv")
     assert len(written) == 2 and tuple(written[0]) == large.COLUMNS
     assert written[0]["rows"] == "20000"
 
@@ -73,5 +72,5 @@ def test_what_ranks_took_is_one_line_and_one_result(tmp_path: Path) -> None:
     assert (lines[0]["exchanged_mb"] == 0) and lines[1]["exchanged_mb"] > 0
     same = ("layout", "bytes_after", "error", "rows", "dim")
     assert [lines[0][name] for name in same] == [lines[1][name] for name in same]
-    written = [*csv.DictReader(io.StringIO((tmp_path / "ranks.csv").read_text()))]
+    written = read(tmp_path / "ranks.csv")
     assert [line["ranks"] for line in written] == ["1", "2"]

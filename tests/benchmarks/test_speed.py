@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
 
+from benchmarks.lines import read
 from benchmarks.speed import lookup, model, plot
-
-
-def _read(file):
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monkeypatch):
@@ -21,7 +15,7 @@ def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monke
     monkeypatch.setattr("sys.argv", [*arguments, "--ids", "zipf", "--out", str(file)])
     monkeypatch.setattr(lookup, "LEAST_SECONDS", 0.0)
     lookup.main()
-    rows = _read(file)
+    rows = read(file)
     found = {what: [r for r in rows if r["what"] == what] for what in ("rows", "bags")}
     ours = {"dense", "mec_embed int8", "mec_embed float32", "torch int8"}
     assert ours | {"plain torch", "copy"} <= {row["method"] for row in found["rows"]}
@@ -48,7 +42,7 @@ def test_models_before_and_after(tmp_path, monkeypatch):
     arguments = ["model", "--rows", "400", "--batches", "1", "8", "--repetitions", "2", "--train"]
     monkeypatch.setattr("sys.argv", [*arguments, "--out", str(file)])
     model.main()
-    rows = _read(file)
+    rows = read(file)
     forward = [row for row in rows if row["what"] == "forward"]
     assert len(forward) == 2 * 5 and {row["batch"] for row in forward} == {"1", "8"}
     steps = {row["method"]: float(row["megabytes"]) for row in rows if row["what"] == "step"}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.lines import read
 from benchmarks.speed import fit
 from mec_embed import CompressionConfig, compress
 
@@ -32,8 +31,7 @@ def test_every_method_is_measured_in_turn_and_written_down(tmp_path, monkeypatch
     fit.main()
     fit.main()
     assert order == [*fit.METHODS] * 4
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read(file)
     assert [row["method"] for row in rows] == [*fit.METHODS] * 2
     ours, other, _ = rows[:3]
     assert abs(int(other["bits"]) - int(ours["bits"])) <= 2

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("matplotlib")
 
+from benchmarks.lines import append, read
 from benchmarks.quality import plot, study
 from benchmarks.quality.common import embedding_bytes
 from benchmarks.quality.models import DCNv2, settings_for
@@ -33,8 +34,7 @@ def run(tmp_path, monkeypatch):
         command += ["--bases", str(tmp_path / "bases"), *arguments]
         monkeypatch.setattr("sys.argv", command)
         study.main()
-        with file.open(newline="") as lines:
-            return list(csv.DictReader(lines))
+        return read(file)
 
     return call
 
@@ -62,6 +62,30 @@ def test_study_writes_both_stages_within_budget_and_resumes(run, monkeypatch, tm
     printed = capsys.readouterr().out
     assert "| method | 8x | 16x |" in printed and "| mec_embed |" in printed
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_another_base_than_that_of_the_results_is_refused(run, tmp_path):
+    run("--methods", "pq", "--ratios", "8", "--no-tuning")
+    file = next((tmp_path / "bases").iterdir())
+    save_file({name: value * 1.5 for name, value in load_file(file).items()}, file)
+    with pytest.raises(SystemExit, match="use the bases of those results"):
+        run("--methods", "pq", "--ratios", "16", "--no-tuning")
+
+
+def test_changes_are_from_the_base_of_the_same_processor(run, tmp_path, monkeypatch):
+    run("--methods", "pq", "--ratios", "8", "--no-tuning")
+    monkeypatch.setattr(study, "processor", lambda: "another")
+    written = run("--methods", "pq", "--ratios", "16", "--no-tuning")
+    assert [line["method"] for line in written] == ["uncompressed", "pq", "uncompressed", "pq"]
+    file = tmp_path / "quality.csv"
+    file.unlink()
+    for line in written:
+        if line["processor"] == "another":
+            line["test_auc"] = str(float(line["test_auc"]) - 0.25)
+        append(file, line, study.COLUMNS)
+    [methods] = plot.read([file], "test_auc").values()
+    for cell in methods["pq"].values():
+        assert abs(cell["right after"][0]) < 0.1
 
 
 def test_method_over_its_budget_is_an_error(run, monkeypatch):
