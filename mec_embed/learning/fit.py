@@ -15,23 +15,24 @@ from ..packing import CHUNK_ROWS, empty_packed, pack_into
 from ..ranks import ALONE, Ranks
 from .objective import Progress, Weights, train_codebooks
 from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
+from .sampling import weighted_sample
 
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
 SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
 SAMPLE_BYTES = 12 << 20
-#: Rows whose weights are worked on at once: arrays of all rows of a large table would take more
-#: memory than its codes.
-_WEIGHT_ROWS = 1 << 20
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
 MEC_ROWS = 1 << 15
 #: Bytes of float32 rows that are encoded at once, at most.
 CHUNK_BYTES = 8 << 20
-#: Alternations of encoding and least squares, at most.
+#: Alternations of encoding and least squares, at most; of few rows, more, as long as they encode no
+#: more than ROUND_ROWS rows in all.
 ROUNDS = 10
+MOST_ROUNDS = 40
+ROUND_ROWS = 1 << 18
 #: Stop alternating when the error falls by less than this part of it.
-LEAST_GAIN = 2e-3
+LEAST_GAIN = 2e-4
 #: Partial sums kept by the beam search while learning, and for the final codes.
 LEARNING_BEAM = 8
 FINAL_BEAM = 16
@@ -172,45 +173,6 @@ class Sample:
     weights: Tensor
     units: Units
     codes: Tensor | None = None
-
-
-def weighted_sample(
-    weights: Tensor, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """About ``size`` rows, and the weights that keep every weighted sum unbiased.
-
-    Poisson sampling with inclusion proportional to weight: heavy rows are always in, with their
-    own weight; light ones share one weight.
-
-    Args:
-        weights: (n,) positive.
-        size: rows wanted; all where there are no more.
-        generator: of the draw.
-
-    Returns:
-        Row numbers (m,) int64, ascending, and weights (m,).
-    """
-    rows = len(weights)
-    if rows <= size:
-        return torch.arange(rows), weights.clone()
-    parts = weights.split(_WEIGHT_ROWS)
-    level, before = sum(float(part.double().sum()) for part in parts) / size, None
-    for _ in range(20):
-        if level == before:
-            break
-        # Rows at or above the level are certain; the others share what is left of the size.
-        total, certain = 0.0, rows
-        for part in parts:
-            light = part[part < level]
-            total, certain = total + float(light.double().sum()), certain - len(light)
-        level, before = total / max(1, size - certain), level
-    chosen, first = [], 0
-    for part in parts:
-        drawn = torch.rand(len(part), generator=generator) < (part / level).clamp(max=1)
-        chosen.append(drawn.nonzero()[:, 0] + first)
-        first += len(part)
-    ids = torch.cat(chosen)
-    return ids, weights[ids].clamp(min=level)
 
 
 def fit_codes(
@@ -434,7 +396,7 @@ class _Learner:
 
     def _refine(self, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Alternate least squares and encoding while the error falls."""
-        for _ in range(ROUNDS):
+        for _ in range(max(ROUNDS, min(MOST_ROUNDS, ROUND_ROWS // len(self.x)))):
             refitted = self.quantizer.refit(self.x, self.weights, codes, codebooks)
             refitted = self._revive(refitted, codes)
             new_codes, error = self._encode(refitted)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mec_embed.learning.kmeans import require_faiss, weighted_kmeans
+from mec_embed.learning.kmeans import require_faiss, start_centroids, weighted_kmeans
 
 
 def _points(rows: int = 300, dim: int = 4, seed: int = 0) -> torch.Tensor:
@@ -88,6 +88,38 @@ def test_same_seed_same_centroids_and_other_seed_others() -> None:
     first = weighted_kmeans(points, weights, 16, seed=5)
     assert torch.equal(first, weighted_kmeans(points, weights, 16, seed=5))
     assert not torch.equal(first, weighted_kmeans(points, weights, 16, seed=6))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_heavy_points_do_not_spoil_the_start(seed: int) -> None:
+    # Seven heavy points among a thousand light ones: points drawn alike would miss most of them.
+    points = _points(1000, 2)
+    points[:7] = 10 * _points(7, 2, seed=1)
+    weights = torch.ones(1000)
+    weights[:7] = 1e4
+    centroids = weighted_kmeans(points, weights, 8, seed=seed)
+    assert float(torch.cdist(points[:7], centroids).amin(1).max()) < 0.05
+
+
+def test_a_start_is_of_distinct_points_where_there_are_enough() -> None:
+    points = _points(40).repeat(3, 1)
+    start = start_centroids(points, torch.rand(120) + 0.1, 40, torch.Generator())
+    assert len(start.unique(dim=0)) == 40
+
+
+def test_a_start_repeats_points_where_there_are_too_few() -> None:
+    points = torch.tensor([[1e3, 0.1], [1e3, 0.2]]).repeat(10, 1)
+    start = start_centroids(points, torch.ones(20), 8, torch.Generator())
+    assert start.shape == (8, 2) and len(start.unique(dim=0)) == 2
+
+
+def test_a_start_of_many_points_is_drawn_by_weight() -> None:
+    points = torch.linspace(0, 1, 100_000)[:, None].clone()
+    points[-1] = 5
+    weights = torch.ones(100_000)
+    weights[-1] = 1e6
+    start = start_centroids(points, weights, 4, torch.Generator().manual_seed(0))
+    assert 5 in start
 
 
 def test_the_global_random_states_are_left_alone() -> None:
