@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .forward import Forward, default_forward, eval_mode
 from .ranks import Ranks
+from .shards import is_dtensor
 from .tables import EMBEDDINGS, find_modules
 
 if TYPE_CHECKING:
@@ -316,6 +317,8 @@ class IdCounter:
     def add(self, module: Any, values: Any, name: str | None = None, weights: Any = None) -> None:
         """Count integer ids of any shape for a table of the model, each so often as weights say."""
         qualified = self._names[id(module)]
+        if is_dtensor(values):
+            values = values.to_local()
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
         ids = np.asarray(values).reshape(-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .layout import SCALE_DTYPE, CodeLayout, dtype_name
+from .replicas import any_dtensor, on_replicas
 
 #: Rows decoded at once where a whole table is decoded.
 DECODE_ROWS = 1 << 14
@@ -147,7 +148,11 @@ class DecodedTable(nn.Module, ABC):
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
         # An id out of range sends the kernel's caller back to here.
         rows = self._fast.rows(self, ids)
-        return self._decode(self._known(ids)) if rows is None else rows
+        if rows is not None:
+            return rows
+        if any_dtensor(ids):
+            return on_replicas(self.decode, self.name, ids)
+        return self._decode(self._known(ids))
 
     @abstractmethod
     def _decode(self, ids: Tensor) -> Tensor:
@@ -215,6 +220,8 @@ class DecodedBags(DecodedTable):
         reduced = self._fast.bags(self, input, offsets, per_sample_weights)
         if reduced is not None:
             return reduced
+        if any_dtensor(input, offsets, per_sample_weights):
+            return on_replicas(self.forward, self.name, input, offsets, per_sample_weights)
         return self._reduce(self._known(input), offsets, per_sample_weights)
 
     def _reduce(
@@ -356,12 +363,13 @@ class CompressedEmbedding(DecodedRows, _Compressed):
         codebook_set: codebooks to share with another module.
 
     Shape:
-        - input: int32 or int64, any shape.
-        - output: ``(*input.shape, embedding_dim)`` of ``dtype``.
+        - input: int32 or int64, any shape; also a DTensor that every rank holds as a whole.
+        - output: ``(*input.shape, embedding_dim)`` of ``dtype``; of a DTensor, such a one.
 
     Raises:
         IndexError: an id outside ``0..num_embeddings - 1`` (checked on the CPU).
         TypeError: ids of another dtype.
+        ValueError: a DTensor of which ranks hold parts.
 
     Example:
         >>> layout = CodeLayout("additive", 1000, 8, num_subvectors=2, codebook_size=16)

@@ -19,7 +19,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import mec_embed
 from mec_embed import CompressionConfig, FrequencyStats
@@ -181,6 +188,109 @@ def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
         assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
         for name, each in counts().items():
             np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
+
+
+# --- ids that come as DTensors -----------------------------------------------------------------
+
+#: How RowwiseParallel gives rows out, and the part of all rows that a rank then has.
+OUTPUTS = {
+    "whole": (Replicate(), lambda rows, rank: rows),
+    "ids": (Shard(1), lambda rows, rank: rows.chunk(2, 1)[rank]),
+    "columns": (Shard(-1), lambda rows, rank: rows.chunk(2, -1)[rank]),
+}
+PARALLEL = ("users", "items")
+IDS = torch.arange(60).view(10, 6)
+
+
+def parallel_on_ranks():
+    """What tables give that were parallel, and what they are to give, by kind of output."""
+    mesh, rank, found = init_device_mesh("cpu", (2,)), dist.get_rank(), {}
+    for kind, (output, part) in OUTPUTS.items():
+        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=output)
+        model = parallelize_module(Model(), mesh, dict.fromkeys(PARALLEL, style))
+        stats = FrequencyStats.from_batches(model, [IDS], forward=lambda m, ids: m.items(ids))
+        found[f"{kind}, counted"] = stats["items"].sum(), 60.0
+        optimizer, alone = torch.optim.Adam(model.parameters()), Model()
+        run(model, optimizer=optimizer, process_group=dist.group.WORLD)
+        one = torch.optim.Adam(alone.parameters())
+        run(alone, optimizer=one)
+        alone.load_state_dict(model.state_dict())
+        compiled = torch.compile(model.items, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            expected = part(alone.items(IDS), rank)
+            found[f"{kind}, watched by nothing"] = model.items(IDS), expected
+            found[f"{kind}, compiled"] = compiled(IDS), expected
+        whole, parts = trained(alone, one), trained(model, optimizer)
+        for name in PARALLEL:
+            found[f"{kind}, rows of {name}"] = parts.pop(name), part(whole.pop(name), rank)
+        found[f"{kind}, gradients and one step"] = parts, whole
+    return found
+
+
+def trained(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Rows of ``PARALLEL``; gradients and values of all parameters after a step."""
+    rows = {name: model.get_submodule(name)(IDS) for name in PARALLEL}
+    sum(values.square().sum() for values in rows.values()).backward()
+    optimizer.step()
+    parameters = dict(model.named_parameters())
+    grads = {f"{name} grad": p.grad for name, p in parameters.items() if p.grad is not None}
+    return {name: value.detach() for name, value in (rows | grads | parameters).items()}
+
+
+def test_tables_of_rowwise_parallel_look_up_and_train_as_plain_ones(tmp_path):
+    first, second = processes.run(parallel_on_ranks, 2, tmp_path)
+    for found in (first, second):
+        for kind, (got, expected) in found.items():
+            torch.testing.assert_close(got, expected, msg=lambda text, kind=kind: f"{kind}: {text}")
+    for kind in OUTPUTS:
+        after, other = (found[f"{kind}, gradients and one step"][0] for found in (first, second))
+        assert any(name.startswith("users") and name.endswith("grad") for name in after)
+        torch.testing.assert_close(after, other, rtol=0, atol=0)
+
+
+def dtensors_on_ranks():
+    """What bags make of DTensors, and what is refused."""
+    mesh, rank, found = init_device_mesh("cpu", (2,)), dist.get_rank(), {}
+
+    def placed(values, placement):
+        return DTensor.from_local(values, mesh, [placement], run_check=False)
+
+    torch.manual_seed(0)
+    tables = {"bags": nn.EmbeddingBag(300, 8, mode="sum"), "rows": nn.Embedding(300, 8)}
+    model = nn.ModuleDict(tables)
+    run(model, FAST, {})
+    bags, rows = model["bags"], model["rows"]
+    ids, offsets = IDS.view(-1), torch.arange(0, 60, 7)
+    weights = torch.linspace(1, 2, 60, requires_grad=True)
+    with torch.no_grad():
+        expected = bags(ids, offsets)
+    for name, call in {
+        "ids": (placed(ids, Replicate()), offsets),
+        "offsets": (ids, placed(offsets, Replicate())),
+    }.items():
+        out = bags(*call)
+        found[name] = out.placements == (Replicate(),) and torch.equal(out.to_local(), expected)
+    gradients = []
+    for place in (lambda values: values, lambda values: placed(values, Replicate())):
+        out = bags(place(ids), place(offsets), place(weights))
+        # The sum of what each rank makes of its columns is that of all.
+        out = out.redistribute(mesh, [Shard(1)]).to_local() if type(out) is DTensor else out
+        gradients.append(torch.autograd.grad(out.square().sum(), (weights, bags.codebooks)))
+    for name, plain, got in zip(("weights", "codebooks"), *gradients, strict=True):
+        found[f"gradients of {name}"] = torch.allclose(plain, got)
+    part = placed(ids.chunk(2)[rank], Shard(0))
+    found["refused"] = [raised(lambda table=table: table(part)) for table in (bags, rows)]
+    return found
+
+
+def test_dtensors_that_every_rank_has_are_looked_up(tmp_path):
+    for found in processes.run(dtensors_on_ranks, 2, tmp_path):
+        for name, message in zip(("bags", "rows"), found.pop("refused"), strict=True):
+            assert message.startswith(
+                f"ValueError: table {name!r}: ids are a DTensor placed as (Shard(dim=0),), "
+                "expected Replicate() on every dimension of its mesh"
+            )
+        assert all(found.values()), found
 
 
 # --- errors of one rank ------------------------------------------------------------------------
