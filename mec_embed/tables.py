@@ -28,6 +28,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+#: Where hooks of ``fully_shard`` are defined.
+_FSDP = "torch.distributed.fsdp."
 _WRAPPERS = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -331,7 +333,14 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
     if is_dtensor(tensor):
         held = held.to_local()
-    return held.untyped_storage().data_ptr()  # type: ignore[no-any-return]
+    # A rank may hold no row of several tables: all of these are at 0.
+    return held.untyped_storage().data_ptr() or id(tensor)
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` has sharded its parameters, by its hooks."""
+    hooks = [hook for name in _STATE_HOOKS for hook in getattr(module, name, {}).values()]
+    return any(getattr(hook, "__module__", "").startswith(_FSDP) for hook in hooks)
 
 
 def _reason_to_skip(
@@ -341,6 +350,12 @@ def _reason_to_skip(
     config: CompressionConfig,
 ) -> str | None:
     """Why a table must stay as it is, or None."""
+    if _is_fully_sharded(module):
+        return (
+            "fully_shard (FSDP2) holds its weight and cannot let go of it; compress before "
+            "fully_shard, or load the sharded state dict into a plain model, see "
+            "docs/distributed.md"
+        )
     if type(module) not in (nn.Embedding, nn.EmbeddingBag):
         return f"is a subclass of an embedding ({type(module).__name__})"
     if "forward" in vars(module):

@@ -5,6 +5,7 @@ Functions that end in ``_on_ranks`` run in each of some processes that gloo conn
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Replicate,
@@ -188,6 +190,74 @@ def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
         assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
         for name, each in counts().items():
             np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
+
+
+# --- fully_shard -------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Tables of which the second rank has a part, or nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.items = nn.Embedding(301, 8)
+        self.one, self.other = nn.Embedding(1, 8), nn.Embedding(1, 8)
+        self.layer = nn.Linear(8, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch,) of ids (batch,)."""
+        return self.layer(self.items(ids) + self.one(0 * ids) + self.other(0 * ids)).sum(1)
+
+
+def fully_sharded_on_ranks():
+    """Why tables are skipped; then the way round it, which docs/distributed.md shows."""
+    world, found, tables = dist.group.WORLD, {}, (nn.Embedding, nn.EmbeddingBag)
+    model = Small()
+    fully_shard(model.items)
+    fully_shard(model)
+    refused = [raised(lambda: run(model, FAST, {}, process_group=world))]
+    model(IDS[0])
+    refused.append(raised(lambda: run(model, FAST, {}, process_group=world)))
+
+    names = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, tables)}
+    state = {k: v if k in names else v.full_tensor() for k, v in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = Small()
+    plain.load_state_dict(state, assign=True)
+    report = run(plain, FAST, {}, process_group=world)
+    for module in plain.modules():
+        if isinstance(module, tables):
+            module.weight = nn.Parameter(module.weight.full_tensor())
+
+    alone, by_rows = Small(), sharded(Small())
+    for table in (by_rows.one, by_rows.other):  # on rank 1, memory of no bytes
+        held = table.weight.to_local().detach().clone()
+        shape = {"shape": torch.Size([1, 8]), "stride": (8, 1)}
+        mesh, placed = table.weight.device_mesh, table.weight.placements
+        table.weight = nn.Parameter(DTensor.from_local(held, mesh, placed, **shape))
+    run(by_rows, FAST, {}, process_group=world)
+    found["by rows"] = by_rows.items.codes, plain.items.codes
+    reports = [report, run(alone, FAST, {})]
+    found["errors"] = [[table.weighted_error for table in one.tables] for one in reports]
+    found["bytes"] = [[table.bytes_after for table in one.tables] for one in reports]
+    found["states"] = [copy.deepcopy(dict(one.state_dict())) for one in (plain, alone)]
+    fully_shard(plain)
+    for one in (plain, alone):
+        optimizer = torch.optim.Adam(one.parameters())
+        one(IDS[0]).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found["trained"] = [plain(IDS[0]), alone(IDS[0])]
+    return refused, found
+
+
+def test_fully_sharded_tables_are_compressed_in_a_plain_model(tmp_path):
+    for refused, found in processes.run(fully_sharded_on_ranks, 2, tmp_path):
+        for message in refused:
+            assert "items (301 x 8): fully_shard (FSDP2) holds its weight" in message
+        for got, expected in found.values():
+            torch.testing.assert_close(got, expected)
 
 
 # --- ids that come as DTensors -----------------------------------------------------------------
