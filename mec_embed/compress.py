@@ -36,6 +36,7 @@ from .modules import (
 from .ranks import ALONE, Ranks
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
+from .shards import check_sum
 from .swap import Optimizers, all_optimizers, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
@@ -43,7 +44,6 @@ from .tables import (
     Table,
     check_finite,
     check_model,
-    check_sum,
     find_modules,
     find_tables,
     untouched,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -386,13 +385,6 @@ def _reason_to_skip(
     if weight.shape[0] < config.min_rows:
         return f"has fewer than min_rows={config.min_rows} rows"
     return None
-
-
-def check_sum(weight: Tensor) -> int:
-    """A number that is equal for equal bits, and different for most others."""
-    bits = weight.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
-    # Columns apart, so that rows that were moved around within themselves are noticed.
-    return zlib.crc32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
 
 
 def check_finite(tables: Sequence[Table]) -> list[str]:

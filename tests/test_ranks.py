@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
+    DeviceMesh,
     DTensor,
     Replicate,
     Shard,
@@ -82,12 +83,13 @@ def batches() -> list[torch.Tensor]:
     return [torch.randint(2000, (64,), generator=generator) for _ in range(8)]
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    """The model with all tables but ``bags`` and ``a`` by rows over the ranks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def sharded(model: nn.Module, mesh=None, placements=None) -> nn.Module:
+    """The model with all tables but ``bags`` and ``a`` by rows over the ranks, or as placed."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for name, table in model.named_children():
         if name not in ("bags", "a", "layer"):
-            table.weight = nn.Parameter(distribute_tensor(table.weight, mesh, [Shard(0)]))
+            placed = distribute_tensor(table.weight, mesh, placements or [Shard(0)])
+            table.weight = nn.Parameter(placed)
     return model
 
 
@@ -164,25 +166,29 @@ def of_one():
     return found, outcome(Model(), batches=batches())[1:]
 
 
+def check_equal(outcomes: list[tuple], expected: tuple) -> None:
+    """The outcomes of all ranks are the same, and that of one process but for rounding."""
+    state, layouts, errors = expected
+    for got, got_layouts, got_errors in outcomes:
+        assert got_layouts == layouts
+        assert got_errors == pytest.approx(errors, rel=1e-6)
+        assert got.keys() == state.keys()
+        for key, tensor in state.items():
+            # Rows as near to two codewords may take either, but the same on all ranks.
+            assert torch.equal(got[key], outcomes[0][0][key]), key
+            if tensor.dtype is torch.uint8:
+                assert (got[key] != tensor).sum() <= 1e-3 * len(tensor), key
+            else:
+                torch.testing.assert_close(got[key], tensor)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
     ranks = processes.run(compress_on_ranks, size, tmp_path)
     for kind, (state, layouts, errors) in of_one[0].items():
         assert kind == "again" or any(kind in layout for layout, _ in layouts.values()), layouts
-        for rank, (of_rank, _) in enumerate(ranks):
-            for name in (kind, f"{kind}, sharded"):
-                where = name, rank
-                got, got_layouts, got_errors = of_rank[name]
-                assert got_layouts == layouts, where
-                assert got_errors == pytest.approx(errors, rel=1e-6), where
-                assert got.keys() == state.keys()
-                for key, tensor in state.items():
-                    # Rows as near to two codewords may take either, but the same on all ranks.
-                    assert torch.equal(got[key], ranks[0][0][kind][0][key]), (where, key)
-                    if tensor.dtype is torch.uint8:
-                        assert (got[key] != tensor).sum() <= 1e-3 * len(tensor), (where, key)
-                    else:
-                        torch.testing.assert_close(got[key], tensor)
+        for name in (kind, f"{kind}, sharded"):
+            check_equal([of_rank[name] for of_rank, _ in ranks], (state, layouts, errors))
     for _, told in ranks:
         layouts, errors = told["batches"]
         assert layouts == of_one[1][0]
@@ -190,6 +196,52 @@ def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
         assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
         for name, each in counts().items():
             np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
+
+
+#: On a mesh of 2 x 2 processes.
+PLACED = {
+    "copies of shards": (Replicate(), Shard(0)),
+    "shards of copies": (Shard(0), Replicate()),
+    "shards of shards": (Shard(0), Shard(0)),
+    "copies": (Replicate(), Replicate()),
+}
+
+
+def placed_on_ranks():
+    """What meshes of two dimensions give, to all of their ranks or to one set of shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+    world, found = dist.group.WORLD, {}
+    for name, placements in PLACED.items():
+        model = sharded(Model(), mesh, placements)
+        found[name] = outcome(model, process_group=world)
+    copies = PLACED["copies of shards"]
+    groups = {name: mesh.get_group(name) for name in ("copy", "shard")}
+    found["one set"] = outcome(sharded(Model(), mesh, copies), process_group=groups["shard"])
+    alone = sharded(small(), mesh, PLACED["copies"])
+    found["alone"] = outcome(alone, FAST, {})
+
+    def refused(model, group):
+        return raised(lambda: run(model, FAST, {}, process_group=group))
+
+    part_of = sharded(small(), mesh, copies)
+    different = sharded(small(), mesh, copies)
+    different["b"].weight.data.to_local()[5, 3] += dist.get_rank() == 3
+    elsewhere = sharded(small(), DeviceMesh("cpu", [0, 1]))
+    errors = [refused(part_of, groups["copy"])]
+    return found, errors + [refused(model, world) for model in (different, elsewhere)]
+
+
+def test_meshes_of_two_dimensions_give_what_one_process_gives(tmp_path, of_one):
+    ranks = processes.run(placed_on_ranks, 4, tmp_path)
+    for name in (*PLACED, "one set"):
+        check_equal([found[name] for found, _ in ranks], of_one[0]["| one row"])
+    check_equal([found["alone"] for found, _ in ranks], outcome(small(), FAST, {}))
+    for rank, (_, (part_of, different, elsewhere)) in enumerate(ranks):
+        rows = "[(0, 100)]" if rank % 2 == 0 else "[(100, 200)]"
+        assert part_of.startswith(f"ValueError: table 'b': the ranks hold the rows {rows}, expec")
+        assert different.startswith("ValueError: ranks differ in the rows 100 to 200 of table 'b'")
+        assert "table 'b' is a DTensor on DeviceMesh((2,)" in elsewhere
+        assert "which this process is not in" in elsewhere
 
 
 # --- fully_shard -------------------------------------------------------------------------------
@@ -412,7 +464,7 @@ def errors_on_ranks():
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     attempt("another group", parted, process_group=alone)
     placed, mesh = small(), init_device_mesh("cpu", (2,))
-    placed["b"].weight = nn.Parameter(distribute_tensor(placed["b"].weight, mesh, [Replicate()]))
+    placed["b"].weight = nn.Parameter(distribute_tensor(placed["b"].weight, mesh, [Shard(1)]))
     attempt("placement", placed)
     for name, error in (
         ("fit_codes", MemoryError("no room")),
@@ -446,7 +498,7 @@ ERRORS = {
     "batches": "ValueError: batches= needs tables that are whole on every rank, but 'b'",
     "no group": "ValueError: table 'b' is sharded over 2 processes",
     "another group": "ValueError: table 'b' is sharded over 2 processes",
-    "placement": "ValueError: table 'b' is a DTensor placed as (Replicate(),), expected (Shard",
+    "placement": "ValueError: table 'b' is a DTensor placed as (Shard(dim=1),), expected Shard(",
     "adding": "ValueError: ranks differ in table 'a': rank 0 has 3 rows, rank 1 has 4 rows",
 }
 #: What rank 1 raises, and what the other hears.
