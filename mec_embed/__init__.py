@@ -11,6 +11,7 @@ from .lifecycle import Drift, drift, extend, update
 from .modules import CompressedEmbedding, CompressedEmbeddingBag
 from .optimization import keep_row_steps
 from .report import CompressionReport, TableReport
+from .sharding import gather_codes, shard_codes
 from .storage import FormatError, load, save
 from .tiers import TieredEmbedding, TieredEmbeddingBag
 
@@ -32,10 +33,12 @@ __all__ = [
     "distill",
     "drift",
     "extend",
+    "gather_codes",
     "integrations",
     "keep_row_steps",
     "load",
     "plan",
     "save",
+    "shard_codes",
     "update",
 ]

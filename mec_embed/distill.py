@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .forward import Forward, default_forward, eval_mode, prediction
-from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag
+from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag, check_gathered
 from .tables import find_modules
 
 logger = logging.getLogger("mec_embed")
@@ -221,6 +221,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> N
 
 def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
     """Codebooks of the tables that were trainable, each once."""
+    check_gathered(model)
     found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
     if not found:
         raise ValueError("the model holds no compressed table; call compress() first")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .learning.fit import FINAL_BEAM
 from .learning.quantizers import quantizer_for
-from .modules import CodebookSet, DecodedTable, _Compressed, quantize_codebooks
+from .modules import CodebookSet, DecodedTable, _Compressed, check_gathered, quantize_codebooks
 from .packing import CHUNK_ROWS, empty_packed, pack, pack_into, unpack
 from .tiers import TierMap, _Tiered
 
@@ -181,6 +181,7 @@ def _matched(tables: Tables, rows: Rows) -> tuple[list[DecodedTable], list[Tenso
                 f"expected a compressed table, got {type(table).__name__}; dense tables have a "
                 "weight to change"
             )
+        check_gathered(table)
     if not held or len(held) != len(given):
         raise ValueError(f"{len(held)} tables need as many arrays of rows, got {len(given)}")
     for table, one in zip(held, given, strict=True):

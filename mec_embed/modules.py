@@ -38,6 +38,44 @@ class CodeTable(nn.Module):
         self.holders = WeakSet()
 
 
+class CodePart(CodeTable):
+    """The codes of the rows that this rank holds, see :mod:`mec_embed.sharding`.
+
+    They are no buffer: ``DistributedDataParallel`` would write those of rank 0 over all others.
+
+    Args:
+        layout: of the part.
+        codes: packed, uint8 (bytes,).
+        rows_per_codeword: rows (M, K) int64 of the whole table that use each codeword.
+    """
+
+    def __init__(self, layout: CodeLayout, codes: Tensor, rows_per_codeword: Tensor) -> None:
+        """A part that holds these tensors themselves."""
+        with torch.device("meta"):
+            super().__init__(layout)
+        del self.codes
+        self.codes, self.rows_per_codeword = codes, rows_per_codeword
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CodePart:
+        self.codes, self.rows_per_codeword = fn(self.codes), fn(self.rows_per_codeword)
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The part, as ``state_dict`` holds it."""
+        return {"codes": self.codes, "rows_per_codeword": self.rows_per_codeword}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Copy what :meth:`get_extra_state` gave on the same rank of as many."""
+        for name, held in self.get_extra_state().items():
+            if held.shape != state[name].shape:
+                raise ValueError(
+                    f"{name} of a part of codes have the shape {tuple(state[name].shape)}, "
+                    f"expected {tuple(held.shape)}; load the state of a model that was sharded "
+                    "over as many ranks"
+                )
+            held.copy_(state[name])
+
+
 class CodebookSet(nn.Module):
     """The codebooks of one or more tables: trainable floats, or int8 with a scale a codeword."""
 
@@ -344,6 +382,16 @@ class _Compressed(DecodedTable):
         if self.sparse:
             parts.append("sparse=True")
         return ", ".join(parts)
+
+
+def check_gathered(model: nn.Module) -> None:
+    """ValueError where a model, or a table, holds the codes of this rank's rows only."""
+    for module in model.modules():
+        if isinstance(module, _Compressed) and isinstance(module.code_table, CodePart):
+            raise ValueError(
+                f"table {module.name!r} holds the codes of this rank's rows only; call "
+                "gather_codes(model) first, on all ranks"
+            )
 
 
 class CompressedEmbedding(DecodedRows, _Compressed):

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import DECODE_ROWS, CompressedEmbedding, CompressedEmbeddingBag
+from .modules import (
+    DECODE_ROWS,
+    CodePart,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    _Compressed,
+)
 from .packing import unpack
 
 Compressed = CompressedEmbedding | CompressedEmbeddingBag
@@ -35,26 +41,30 @@ def trainable_tables(model: nn.Module) -> list[Compressed]:
 def rows_per_codeword(table: Compressed) -> Tensor:
     """Rows (M, K) float32 of the table that use each codeword."""
     codes = table.codes
+    if isinstance(table.code_table, CodePart):
+        return table.code_table.rows_per_codeword.float()
     # Codes change only when a state is loaded, which counts up their version.
     version = 0 if codes.is_inference() else codes._version
     state = (codes.data_ptr(), version, codes.device)
     known = _COUNTS.get(table)
     if known is None or known[0] != state:
-        known = _COUNTS[table] = (state, _count(table))
+        known = _COUNTS[table] = (state, count_rows(table))
     return known[1]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _count(table: Compressed) -> Tensor:
+def count_rows(table: _Compressed, first: int = 0, end: int | None = None) -> Tensor:
+    """Rows (M, K) float32 that use each codeword, of ``first`` up to ``end`` (or all)."""
     layout, codes = table.layout, table.codes
+    end = layout.num_embeddings if end is None else end
     shape = (layout.num_subvectors, layout.codebook_size)
     if not layout.bits:
         users = layout.num_embeddings if layout.kind == "shared" else 1
         return torch.full(shape, float(users), device=codes.device)
     total = torch.zeros(shape, device=codes.device)
-    for start in range(0, layout.num_embeddings, DECODE_ROWS):
-        stop = min(start + DECODE_ROWS, layout.num_embeddings)
+    for start in range(first, end, DECODE_ROWS):
+        stop = min(start + DECODE_ROWS, end)
         ids = torch.arange(start, stop, device=codes.device)
         chunk = unpack(codes, layout.num_subvectors, layout.bits, ids)
         for m in range(layout.num_subvectors):

@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ranks import Ranks
 
@@ -155,6 +155,14 @@ def check_sum(weight: Tensor) -> int:
     bits = weight.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
     # Columns apart, so that rows that were moved around within themselves are noticed.
     return zlib.crc32(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+
+
+def check_sums(module: nn.Module) -> str:
+    """Check sums of all tensors of a module's state."""
+    return " ".join(
+        f"{zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data):x}"
+        for tensor in module.state_dict().values()
+    )
 
 
 def _check_cover(name: str, rows: int, held: Sequence[tuple[int, int]]) -> None:

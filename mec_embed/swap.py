@@ -29,8 +29,10 @@ _HOOKS = (
 
 #: What dense and compressed modules hold by themselves; anything else a user has set.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.EmbeddingBag(1, 1))) | {
+    "exchange",
     "layout",
     "name",
+    "parts",
     "trainable",
     "zero_padding",
 }
@@ -85,7 +87,10 @@ def _successors(replacements: Sequence[Replacement]) -> Successors:
     for aliases, old, new in replacements:
         _carry_over(old, new)
         following = [(f"{aliases[0].name}.{name}", p) for name, p in new.named_parameters()]
+        kept = {*new.parameters()}
         for param in old.parameters():
+            if param in kept:
+                continue
             # Codebooks that several modules share are followed by what follows each of these.
             successors.setdefault(param, []).extend(following)
     return successors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapters import adapted
 from .config import CompressionConfig
 from .layout import dtype_name
-from .modules import DecodedTable
+from .modules import DecodedTable, check_gathered
 from .ranks import ALONE, Ranks
 from .shards import Shard, is_dtensor, part_of_dtensor
 from .shards import shards as shards_of
@@ -212,8 +212,9 @@ def check_model(model: Any) -> None:
             where = f"{name!r}" if name else "model"
             raise ValueError(
                 f"{where} is a {type(module).__name__}, which has taken hold of the parameters; "
-                "compress the module inside it and wrap the result again"
+                "pass the module inside it and wrap the result again"
             )
+    check_gathered(model)
 
 
 def find_tables(

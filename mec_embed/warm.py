@@ -6,7 +6,6 @@ from.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from .budget import Assignment, Choice, Field, Group, joint_fisher
 from .config import CompressionConfig
-from .modules import DecodedTable
+from .modules import DecodedTable, check_gathered
+from .shards import check_sums
 from .tables import SkippedTable, Table, untouched
 from .tiers import _Tiered, find_replacements
 
@@ -45,6 +45,7 @@ class Earlier:
                 f"start_from must be a compressed model, got {type(model).__name__}; load() makes "
                 "one from a file"
             )
+        check_gathered(model)
         found = [*find_replacements(model)]
         if not found:
             raise ValueError("start_from holds no compressed table; give a compressed model")
@@ -96,10 +97,7 @@ class Earlier:
     def facts(self) -> dict[str, str]:
         """What several ranks must agree on: name -> check sums of all tensors."""
         return {
-            f"the earlier version of table {table.name!r}": " ".join(
-                f"{zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data):x}"
-                for tensor in module.state_dict().values()
-            )
+            f"the earlier version of table {table.name!r}": check_sums(module)
             for table, module in self._of.items()
         }
 

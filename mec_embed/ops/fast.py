@@ -64,10 +64,12 @@ def places_of(table: Any) -> Places:
     """The places of all that a plan for a :class:`mec_embed.CompressedEmbedding` reads."""
     modules, code_table, books = table._modules, table.code_table, table.codebook_set
     holder = books._parameters if "codebooks" in books._parameters else books._buffers
+    # Of codes in parts, a plain attribute holds the tensor.
+    codes = code_table._buffers if "codes" in code_table._buffers else vars(code_table)
     return (
         *(modules, "code_table", code_table, None, 0),
         *(modules, "codebook_set", books, None, 0),
-        *places_in(code_table._buffers, "codes"),
+        *places_in(codes, "codes"),
         *places_in(holder, "codebooks"),
         *places_in(books._buffers, "scales"),
     )
