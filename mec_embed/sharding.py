@@ -264,15 +264,15 @@ class _Sharded(DecodedTable):
     def narrow(self, parts: Mapping[nn.Module, CodePart]) -> None:
         """Let the local table hold this rank's rows; code tables -> their parts. Cannot fail."""
         self._hold([part.size for part in self.parts], parts)
-        padding_idx = self.padding_idx
         if isinstance(self.local, _Tiered):
-            popular = torch.arange(self.rows_of_rank) < self.parts[0].size
-            device = self.local.tier_map.before.device
-            self.local.tier_map = TierMap.of(popular).to(device)
+            # A run of popular rows, then one of the others.
+            tier_map = TierMap(self.rows_of_rank, runs=2)
+            tier_map.starts[1] = tier_map.before[1] = self.parts[0].size
+            self.local.tier_map = tier_map.to(self._like().device)
             self.local.num_embeddings = self.rows_of_rank
-        if padding_idx is not None:
-            like = torch.tensor([padding_idx], device=self._like().device)
-            owner, place = divmod(int(self._numbers(like)), self.rows_of_rank)
+        if self.padding_idx is not None:
+            padding = torch.tensor([self.padding_idx], device=self._like().device)
+            owner, place = divmod(int(self._numbers(padding)), self.rows_of_rank)
             self.local.padding_idx = place if owner == self.exchange.rank else None
         self.local.oov_row = None
 

@@ -6,6 +6,8 @@ from torch import nn
 
 from mec_embed import CompressedEmbedding, CompressionConfig, compress, decompress, load, save
 from mec_embed.adapters import DELETE, Adapter, has_base, set_attributes
+from mec_embed.swap import replace_modules
+from mec_embed.tables import Alias
 
 CONFIG = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
 
@@ -115,3 +117,17 @@ def test_has_base_looks_at_package_and_name():
     assert has_base(nn.Linear(1, 1), "torch", "Other", "Module")
     assert not has_base(nn.Linear(1, 1), "tor", "Linear")
     assert not has_base(Framework(), "torch", "Framework")
+
+
+def test_a_parameter_that_stays_keeps_its_state(adapter):
+    model = Framework()
+    compress(model, None, CONFIG, progress=False)
+    table = model.table
+    table(torch.tensor([1])).sum().backward()
+    model.optimizer.step()
+    state = model.optimizer.state[table.codebooks]
+    around = nn.Sequential(table)
+    replace_modules(model, [((Alias(model, "table", "table"),), table, around)])
+    assert model.held == [around]
+    assert model.optimizer.param_groups[0]["params"] == [table.codebooks]
+    assert model.optimizer.state[table.codebooks] is state
