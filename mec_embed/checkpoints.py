@@ -193,6 +193,7 @@ class Checkpoint:
         extra: entries that are no tensors.
         metadata: texts that the file holds beside.
         identity: name, size, time and hash of the header of each file: equal for equal contents.
+        files: all that are read: the one that was opened, and the shards that it names.
     """
 
     path: Path
@@ -201,6 +202,7 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     identity: list[list[Any]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -240,6 +242,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if not path.is_file():
+        # Of a pipe, nothing could be read twice; of a device, nothing is to be expected.
+        raise ValueError(
+            f"{path} is a pipe or a device, expected a file; copy it into a file first"
+        )
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
     with open(path, "rb") as file:
@@ -260,7 +267,7 @@ def _open_sharded(path: Path) -> Checkpoint:
             f"{path} is no index of a sharded checkpoint ({error!r}): expected JSON with a "
             "'weight_map' from tensor to file"
         ) from error
-    whole = Checkpoint(path, {}, identity=[_identity(path, path.read_bytes())])
+    whole = Checkpoint(path, {}, identity=[_identity(path, path.read_bytes())], files=[path])
     shards: dict[str, Checkpoint] = {}
     for key, name in names.items():
         # Windows knows more ways out than "/" and "..", and all of those.
@@ -274,13 +281,20 @@ def _open_sharded(path: Path) -> Checkpoint:
         if name not in shards:
             shards[name] = open_checkpoint(path.parent / name)
             whole.identity += shards[name].identity
+            whole.files += shards[name].files
             whole.metadata |= shards[name].metadata
-        if key not in shards[name].tensors:
+        first = shards[name].shared.get(key, key)
+        if first != key and names.get(first) == name:
+            whole.shared[key] = first
+        elif first in shards[name].tensors:
+            whole.tensors[key] = shards[name].tensors[first]
+        elif key in shards[name].extra:
+            whole.extra[key] = shards[name].extra[key]
+        else:
             raise ValueError(
                 f"{path}: {key!r} is said to be in {name}, which does not hold it; the index and "
                 "its files do not belong together"
             )
-        whole.tensors[key] = shards[name].tensors[key]
     return whole
 
 
@@ -301,7 +315,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     # safetensors.torch.save_model() notes names that share a tensor in this way.
     shared = {k: v for k, v in metadata.items() if v in tensors and k not in tensors}
     rest = {k: v for k, v in metadata.items() if k not in shared}
-    return Checkpoint(path, tensors, shared, {}, rest, [_identity(path, raw)])
+    return Checkpoint(path, tensors, shared, {}, rest, [_identity(path, raw)], [path])
 
 
 def _header(file: _File, size: int) -> tuple[dict[str, Any], bytes]:
@@ -330,8 +344,9 @@ def _header(file: _File, size: int) -> tuple[dict[str, Any], bytes]:
 def _file_tensor(file: _File, key: str, entry: Any, data: int, size: int) -> FileTensor:
     """The tensor of one entry of a header; ``data`` is where values start in the file."""
     try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        items = math.prod(map(operator.index, shape))
+        dtype, shape = entry["dtype"], [operator.index(size) for size in entry["shape"]]
+        start, stop = map(operator.index, entry["data_offsets"])
+        items = math.prod(shape)
         fits = 0 <= start <= stop <= size - data and min(shape, default=0) >= 0
         if dtype in DTYPES and items * DTYPES[dtype].itemsize != stop - start:
             fits = False
@@ -364,7 +379,7 @@ def _open_torch(path: Path) -> Checkpoint:
         )
     with open(path, "rb") as file:
         file.seek(-min(_TAIL_BYTES, path.stat().st_size), os.SEEK_END)
-        checkpoint = Checkpoint(path, {}, identity=[_identity(path, file.read())])
+        checkpoint = Checkpoint(path, {}, identity=[_identity(path, file.read())], files=[path])
     seen: dict[tuple[Any, ...], str] = {}
     for key, value in loaded.items():
         _add(checkpoint, str(key), value, seen)

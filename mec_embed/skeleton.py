@@ -154,7 +154,7 @@ def choose_tables(
         if len(stored.shape) != 2 or stored.dtype not in FLOATS or not stored.nbytes:
             continue
         name = key.removesuffix(".weight")
-        reason = _reason(key, name, stored, config, parents, by_shape)
+        reason = _reason(key, name, stored, config, parents, checkpoint.shared, by_shape)
         if reason:
             reasons[key] = reason
         else:
@@ -168,14 +168,20 @@ def _reason(
     stored: StoredTensor,
     config: CompressionConfig,
     parents: Mapping[str, int],
+    shared: Mapping[str, str],
     by_shape: bool,
 ) -> str | None:
     """Why a matrix is not a table to compress, or None."""
     rows, columns = stored.shape
     if name == key:
         return "its name does not end in .weight, as that of an embedding does"
+    if not all(name.split(".")):
+        return "its name has an empty part, as that of no module does"
     if parents[name] > 1:
         return "its module holds more than a weight"
+    for other in (other for other, first in shared.items() if first == key):
+        if not other.endswith(".weight") or parents[other.removesuffix(".weight")] > 1:
+            return f"it is one tensor with {other!r}, which is no table"
     if not config.selects([name]) and not config.selects([key]):
         return "its name is not selected by --include and --exclude"
     if rows < config.min_rows:

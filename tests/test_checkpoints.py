@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def _header(**entry: object) -> bytes:
         (_header(shape="ab") + b"\0" * 16, "entry of 't' is damaged"),
         (_header(shape=[2.5, 2]) + b"\0" * 16, "entry of 't' is damaged"),
         (_header(data_offsets=[0]) + b"\0" * 16, "entry of 't' is damaged"),
+        (_header(data_offsets=[0.0, 16.0]) + b"\0" * 16, "entry of 't' is damaged"),
         (_header(data_offsets=[-16, 0]) + b"\0" * 16, "cannot be"),
         (b"PK\x03\x04 no archive", "cannot be loaded"),
     ],
@@ -221,6 +223,31 @@ def test_an_index_that_does_not_fit_is_refused(index: str, message: str, tmp_pat
     path.write_text(index)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(path)
+
+
+def test_shards_may_hold_tied_tensors_and_extra_state(tmp_path: Path) -> None:
+    table = torch.randn(10, 2)
+    tied = {"a.weight": table, "b.weight": table, "n": 3, "unused": torch.ones(2)}
+    torch.save(tied, tmp_path / "0.bin")
+    torch.save({"c.weight": table}, tmp_path / "1.bin")
+    names = dict.fromkeys(("b.weight", "a.weight", "n"), "0.bin") | {"c.weight": "1.bin"}
+    index = tmp_path / "m.bin.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    checkpoint = open_checkpoint(index)
+    assert checkpoint.shared == {"b.weight": "a.weight"} and checkpoint.extra == {"n": 3}
+    assert [*checkpoint.tensors] == ["a.weight", "c.weight"]
+    assert checkpoint.files == [index, tmp_path / "0.bin", tmp_path / "1.bin"]
+    # The first name of a tensor is not in the index.
+    index.write_text(json.dumps({"weight_map": {"b.weight": "0.bin"}}))
+    checkpoint = open_checkpoint(index)
+    assert [*checkpoint.tensors] == ["b.weight"] and not checkpoint.shared
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a pipe or a device, expected a file"):
+        open_checkpoint(tmp_path / "pipe")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -335,6 +362,30 @@ def test_tables_are_found_by_shape_or_by_name(tmp_path: Path) -> None:
     }
     chosen, _ = _chosen(tensors, tmp_path, include=("[uw]*", "small.weight"), exclude=("us*",))
     assert [*chosen] == ["small", "wide"]
+
+
+@pytest.mark.parametrize("key", [".weight", "..weight", "a..b.weight"])
+def test_names_that_no_module_has_are_left_alone(key: str, tmp_path: Path) -> None:
+    chosen, reasons = _chosen({key: torch.zeros(2000, 8)}, tmp_path)
+    assert not chosen and "empty part" in reasons[key]
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"head.weight": None, "head.bias": torch.zeros(2000)}, "it is one tensor with 'head.w"),
+        ({"decoder": None}, "it is one tensor with 'decoder', which is no table"),
+        ({"b.weight": None}, None),
+    ],
+)
+def test_a_table_that_is_tied_to_no_table_is_left_alone(
+    others: dict[str, torch.Tensor | None], reason: str | None, tmp_path: Path
+) -> None:
+    table = torch.zeros(2000, 8)
+    tied = {key: table if value is None else value for key, value in others.items()}
+    chosen, reasons = _chosen({"a.weight": table, **tied}, tmp_path)
+    assert [*chosen] == ([] if reason else ["a"])
+    assert reason is None or reason in reasons["a.weight"]
 
 
 @pytest.mark.parametrize("name", ["type", "a.training", "forward.0", "ü ñ.x", "a.b.c.d.e"])
