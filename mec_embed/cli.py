@@ -19,7 +19,6 @@ from tqdm import tqdm
 from ._version import __version__
 from .checkpoints import Checkpoint, open_checkpoint
 from .config import CompressionConfig
-from .learning.kmeans import require_faiss
 from .offline import Job, compress_file, plan_file
 from .skeleton import (
     ROWS_BY_NAME,
@@ -179,6 +178,7 @@ class Bars(Progress):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2, raised by argparse, for wrong options)."""
+    _open_streams()
     options = _parser().parse_args(argv)
     try:
         code: int = options.run(options)
@@ -189,9 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return MACHINE
     except KeyboardInterrupt:
-        return _failed(options, "interrupted; the same command goes on from here", INTERRUPTED)
+        more = "; the same command goes on from here" if options.command == "compress" else ""
+        return _failed(options, f"interrupted{more}", INTERRUPTED)
     except FileNotFoundError as error:
         return _failed(options, f"{error.filename}: no such file", WRONG_INPUT)
+    except IsADirectoryError as error:
+        return _failed(options, f"{error.filename} is a folder, expected a file", WRONG_INPUT)
     except ValueError as error:
         return _failed(options, str(error), WRONG_INPUT)
     except OSError as error:
@@ -200,9 +203,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _failed(options, "there is not enough memory", MACHINE)
     except RuntimeError as error:
-        if "allocate memory" not in str(error):
+        if isinstance(error.__cause__, ImportError):
+            return _failed(options, str(error), MACHINE)
+        if not any(part in str(error) for part in ("allocate memory", "out of memory")):
             raise
         return _failed(options, f"there is not enough memory ({error})", MACHINE)
+
+
+def _open_streams() -> None:
+    """Let what the shell has closed lead nowhere, and not into the next file that is opened."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _failed(options: argparse.Namespace, text: str, code: int) -> int:
@@ -211,7 +223,9 @@ def _failed(options: argparse.Namespace, text: str, code: int) -> int:
 
 
 def _out(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    # A terminal that cannot show a table's name shows its number; JSON is ASCII.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -227,10 +241,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    try:
-        require_faiss()
-    except RuntimeError as error:
-        return _failed(options, str(error), MACHINE)
     done = compress_file(
         _job(options),
         options.output,
@@ -324,11 +334,12 @@ def _table_lines(tables: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    counts, columns = _counts(options)
     found = verify_file(
         options.file,
         options.checkpoint,
-        counts=options.freq,
-        columns=dict(options.column),
+        counts=counts,
+        columns=columns,
         max_error=options.max_error,
         tables_only=options.tables_only,
         progress=Bars(options.quiet),
@@ -371,7 +382,7 @@ def _listed(what: str, reasons: dict[str, str]) -> list[str]:
 
 
 def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False)
+    return json.dumps(values, indent=2)
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -382,8 +393,7 @@ def _job(options: argparse.Namespace) -> Job:
         options.checkpoint,
         _config(options),
         Roles(tuple(options.bag), tuple(options.padding_idx)),
-        options.freq,
-        dict(options.column),
+        *_counts(options),
         options.start_from,
     )
 
@@ -406,8 +416,8 @@ def _config(options: argparse.Namespace) -> CompressionConfig:
     for name in ("include", "exclude"):
         if getattr(options, name):
             given[name] = tuple(getattr(options, name))
+    values = _json_of(options.config) if options.config else {}
     try:
-        values = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
         if "ratio" in given or "max_bytes" in given:
             for name in ("ratio", "max_bytes", "num_subvectors", "codebook_size"):
                 values.pop(name, None)
@@ -417,8 +427,25 @@ def _config(options: argparse.Namespace) -> CompressionConfig:
         if options.min_rows is not None or "min_rows" not in values:
             values["min_rows"] = usual if options.min_rows is None else options.min_rows
         return CompressionConfig.from_dict(values)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{options.config or 'the options'}: {error}") from error
+
+
+def _json_of(path: Path) -> Any:
+    """What a file holds as JSON; ValueError where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no JSON ({error}); write one with CompressionConfig.to_json()"
+        ) from error
+
+
+def _counts(options: argparse.Namespace) -> tuple[Path | None, dict[str, str]]:
+    """The file of counts, and its columns."""
+    if options.column and options.freq is None:
+        raise ValueError("--column goes with --freq FILE, a parquet file; give it too")
+    return options.freq, dict(options.column)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .frequency import FrequencyStats, parquet_columns
+from .frequency import MOST_COUNT, FrequencyStats, parquet_columns
 from .skeleton import Progress, Skeleton, alike
 
 #: Counts looked at at once.
@@ -48,7 +48,8 @@ def read_counts(
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PAR1":
-        return _counted_ids(path, skeleton, columns)
+        with _arrow_errors(path):
+            return _counted_ids(path, skeleton, columns)
     if columns:
         raise ValueError(f"--column goes with a parquet file, {path} is none")
     if not zipfile.is_zipfile(path):
@@ -158,13 +159,28 @@ def _check_counts(values: np.ndarray, where: str) -> None:
     """ValueError unless all are finite and at least 0."""
     for start in range(0, len(values), _PART):
         part = values[start : start + _PART]
-        wrong = ~(part >= 0) | (part == np.inf)
+        wrong = ~((part >= 0) & (part <= MOST_COUNT))
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
                 f"{where}: found {part[row]} in row {start + row}, expected a finite number of at "
-                "least 0; repair the counts"
+                f"least 0 and at most {MOST_COUNT:.0e}; repair the counts"
             )
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    """What pyarrow raises for a file that is damaged, which it does not name, as a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
+        # It has OSErrors of its own, without a number.
+        damaged = isinstance(error, OSError) and error.errno is None
+        if not damaged and not type(error).__module__.startswith("pyarrow"):
+            raise
+        raise ValueError(
+            f"{path} is no parquet file that can be read ({error}); write it again"
+        ) from error
 
 
 def _counted_ids(path: Path, skeleton: Skeleton, columns: Mapping[str, str]) -> FrequencyStats:

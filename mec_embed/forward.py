@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,15 @@ def prediction(output: Any) -> Tensor:
             "probabilities; pass forward= to pick it"
         )
     return output.reshape(-1).float()
+
+
+def check_batches(batches: Any) -> None:
+    """TypeError for what is no iterable of batches."""
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"batches must be a list or a DataLoader of training batches, got "
+            f"{type(batches).__name__}"
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import Forward, default_forward, eval_mode
+from .forward import Forward, check_batches, default_forward, eval_mode
 from .ranks import Ranks
 from .shards import is_dtensor
 from .tables import EMBEDDINGS, find_modules
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a parquet file's column that are read at once.
 _BUFFER_BYTES = 1 << 20
+#: Largest count of a row: weights are multiplied by squares of rows, in float32.
+MOST_COUNT = 1e19
 
 
 class FrequencyStats:
@@ -130,6 +132,7 @@ class FrequencyStats:
         Raises:
             ValueError: the model holds no embedding, or no batch reached one.
         """
+        check_batches(batches)
         counter = IdCounter(model)
         with _counting(model, counter), torch.no_grad():
             for batch in batches:
@@ -273,12 +276,12 @@ def _checked(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"table {name!r}: counts must be numbers, got {found}") from error
     if counts.ndim != 1:
         raise ValueError(f"table {name!r}: counts must have shape (rows,), got {counts.shape}")
-    wrong = ~np.isfinite(counts) | (counts < 0)
+    wrong = ~((counts >= 0) & (counts <= MOST_COUNT))
     if wrong.any():
         row = int(wrong.argmax())
         raise ValueError(
             f"table {name!r}: counts must be finite and not negative, got {counts[row]} in row "
-            f"{row}"
+            f"{row}; at most {MOST_COUNT:.0e} is possible"
         )
     return counts
 

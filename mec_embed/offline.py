@@ -40,7 +40,7 @@ from .learning.kmeans import require_faiss
 from .modules import DecodedTable
 from .report import CompressionReport
 from .skeleton import Progress, Roles, Skeleton, choose_tables, is_compressed, nothing_chosen
-from .storage import KEY, build_tables, contents, read_manifest
+from .storage import KEY, build_tables, contents, json_able, read_manifest
 from .swap import replace_modules
 from .tables import Table, check_finite
 from .warm import Earlier
@@ -72,11 +72,14 @@ class Job:
     columns: Mapping[str, str] = field(default_factory=dict)
     start_from: Path | None = None
 
-    @property
-    def inputs(self) -> list[Path]:
-        """Files that are read."""
-        files = (self.checkpoint, self.counts, self.start_from)
-        return [path for path in files if path is not None]
+    def inputs(self, checkpoint: Checkpoint) -> list[Path]:
+        """Files that are read.
+
+        Args:
+            checkpoint: that was opened.
+        """
+        others = (self.counts, self.start_from)
+        return [*checkpoint.files, *(path for path in others if path is not None)]
 
     def skeleton(self, progress: Progress) -> tuple[Skeleton, dict[str, str]]:
         """The tables, and why other matrices are none."""
@@ -189,7 +192,8 @@ def compress_file(
     output, progress = Path(output), progress or Progress()
     require_faiss()
     skeleton, _ = job.skeleton(progress)
-    _check_output(output, job.inputs)
+    _check_output(output, job.inputs(skeleton.checkpoint))
+    check_extra(skeleton.checkpoint)
     draft = job.draft(skeleton, progress)
     groups = draft.groups_to_learn()
     with Partial(output, job.fingerprint(skeleton, device), resume, progress) as work:
@@ -225,9 +229,22 @@ def _check_output(output: Path, inputs: Sequence[Path]) -> None:
         raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
     if output.is_dir():
         raise ValueError(f"{output} is a folder, expected the name of a file to write")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output} is a pipe or a device, expected the name of a file to write")
+    partial = _partial(output)
     for path in inputs:
         if output.exists() and path.exists() and output.samefile(path):
-            raise ValueError(f"{output} is also read; write to another file")
+            raise ValueError(f"{output} is also read ({path}); write to another file")
+        if partial.resolve() in path.resolve().parents:
+            raise ValueError(
+                f"{path} is in {partial}, where a run keeps what it has finished; move it, or "
+                "write to another file"
+            )
+
+
+def _partial(output: Path) -> Path:
+    """The folder of what is finished of an output."""
+    return output.with_name(f"{output.name}.partial")
 
 
 def _check_space(output: Path, skeleton: Skeleton, draft: Draft, there: int) -> None:
@@ -287,7 +304,7 @@ def _file_contents(
         },
     }
     metadata = {**checkpoint.metadata, "format": "pt"}
-    return tensors, metadata | {KEY: _as_json(manifest), ORIGIN: json.dumps(origin)}
+    return tensors, metadata | {KEY: json.dumps(manifest), ORIGIN: json.dumps(origin)}
 
 
 def keys_of_tables(keys: Iterable[str], manifest: Mapping[str, Any]) -> defaultdict[str, list[str]]:
@@ -319,14 +336,13 @@ def tables_of(small: Checkpoint, manifest: dict[str, Any]) -> dict[str, DecodedT
     return dict(zip(names, build_tables(manifest, tensors, small.path), strict=True))
 
 
-def _as_json(manifest: dict[str, Any]) -> str:
-    try:
-        return json.dumps(manifest)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint holds entries that are neither tensors nor plain JSON values "
-            f"({error}): {', '.join([*manifest['extra']][:5])}; take them out"
-        ) from error
+def check_extra(checkpoint: Checkpoint) -> None:
+    """ValueError for an entry that is no tensor, and that the file could not give back as it is."""
+    for key, value in checkpoint.extra.items():
+        try:
+            json_able(key, value)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: {error}; take it out") from error
 
 
 class Partial:
@@ -340,14 +356,19 @@ class Partial:
     """
 
     def __init__(self, output: Path, fingerprint: str, resume: bool, progress: Progress) -> None:
-        self.folder = output.with_name(f"{output.name}.partial")
+        self.folder = _partial(output)
         self.output = self.folder / "output"
         self.resumed = 0
-        self._final, self._fingerprint, self._progress = output, fingerprint, progress
+        self._final, self._fingerprint, self._progress = output, fingerprint.encode(), progress
         self._resume, self._published = resume, False
 
     def __enter__(self) -> Partial:
         """Take the folder, and clear it of what has no use."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                f"{self.folder} is a file, expected a folder that a run before has made, or none; "
+                "move it or choose another output"
+            )
         self.folder.mkdir(exist_ok=True)
         others = [path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)]
         if others:
@@ -358,7 +379,7 @@ class Partial:
         self._lock = lock(self.folder / "lock")
         self._lock.__enter__()
         known = self.folder / "fingerprint"
-        if known.exists() and known.read_text(encoding="utf-8") == self._fingerprint:
+        if known.exists() and known.read_bytes() == self._fingerprint:
             if self._resume:
                 return self
         elif known.exists() and self._resume:
@@ -366,7 +387,7 @@ class Partial:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
-        known.write_text(self._fingerprint, encoding="utf-8")
+        known.write_bytes(self._fingerprint)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -142,6 +142,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a file; FormatError where there is none that this version can read."""
     if not Path(path).exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if Path(path).is_dir():
+        raise FormatError(f"{path} is a folder, expected a file that mec_embed.save() wrote")
     try:
         with safe_open(path, framework="pt") as file:
             return _parse(file.metadata(), path)
@@ -185,7 +187,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     seen: dict[tuple[Any, ...], str] = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            extra[key] = _json_able(key, value)
+            extra[key] = json_able(key, value)
             continue
         identity = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and identity in seen:
@@ -202,7 +204,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, extra, shared
 
 
-def _json_able(key: str, value: Any) -> Any:
+def json_able(key: str, value: Any) -> Any:
+    """Extra state, if JSON gives it back as it is; else ValueError."""
     try:
         if json.loads(json.dumps(value)) == value:
             return value
@@ -277,6 +280,12 @@ def _describe_codes(module: Any, numbers: _Numbers) -> dict[str, Any]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[str]:
     """A temporary file beside ``path`` that takes its place when all went well."""
+    if not path.parent.is_dir():
+        text = "there is no such folder to save in; make it first"
+        raise FileNotFoundError(errno.ENOENT, text, str(path.parent))
+    if path.exists() and not path.is_file():
+        text = "is there and no file, expected the name of a file to write"
+        raise FileExistsError(errno.EEXIST, text, str(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:

@@ -20,6 +20,8 @@ from .shards import shards as shards_of
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
+#: Largest entry of a row: sums of squares, times counts, must stay within float32.
+LARGEST = 1e15
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -388,20 +390,33 @@ def _reason_to_skip(
     return None
 
 
+def _check_size(table: Table, start: int, piece: Tensor) -> None:
+    """ValueError for entries of rows from ``start`` on whose squares float32 cannot add up."""
+    low, high = piece.aminmax()
+    if max(-float(low), float(high)) > LARGEST:
+        row = int(piece.abs().amax(1).argmax())
+        raise ValueError(
+            f"table {table.name!r}: row {start + row} holds {float(piece[row].abs().max()):.3g}, "
+            f"expected at most {LARGEST:.0e}; repair the table, or scale it before compressing"
+        )
+
+
 def check_finite(tables: Sequence[Table]) -> list[str]:
-    """Look for rows with NaN or infinite entries.
+    """Look for rows with NaN or infinite entries, or such as are too large to compute with.
 
     Returns:
         A note for each table with such rows where they are read as zero.
 
     Raises:
-        ValueError: a table with such rows where they are not; it and the first row are named.
+        ValueError: a table with such rows where they are not, or with entries that are too large;
+            it and a row are named.
     """
     notes = []
     for table in tables:
         count = 0
         for start, stop in table.parts(CHECK_ROWS):
-            finite = table.stored_piece(start, stop).isfinite().all(1)
+            piece = table.stored_piece(start, stop)
+            finite = piece.isfinite().all(1)
             if not table.zero_nonfinite and not bool(finite.all()):
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(
@@ -409,6 +424,7 @@ def check_finite(tables: Sequence[Table]) -> list[str]:
                     "values; repair the table before compressing, or let nonfinite='zero' read "
                     "such entries as zero"
                 )
+            _check_size(table, start, piece if bool(finite.all()) else piece.nan_to_num(0, 0, 0))
             count += len(finite) - int(finite.sum())
         table.ranks.settle(f"checking table {table.name!r}")
         count = int(table.ranks.add(torch.tensor([count]), "counting rows that are not finite"))

@@ -9,7 +9,9 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,6 +26,7 @@ from benchmarks.scale.kill import kill
 from mec_embed import CompressionConfig, compress, load, offline, save
 from mec_embed.cli import main
 from mec_embed.learning.kmeans import require_faiss
+from mec_embed.offline import Job
 
 pytest.importorskip("faiss")
 
@@ -421,6 +424,29 @@ def test_rows_that_hold_nan_are_named(files: Path, capsys) -> None:
     assert _left(files) == set()
 
 
+@pytest.mark.parametrize("nonfinite", ["error", "zero"])
+@pytest.mark.parametrize(("scale", "dtype"), [(1e30, torch.float32), (1e300, torch.float64)])
+def test_rows_that_are_too_large_to_square_are_named(
+    scale: float, dtype: torch.dtype, nonfinite: str, files: Path, capsys
+) -> None:
+    state = _model().state_dict()
+    state["embedding.user.weight"] = torch.randn(2000, 16, dtype=dtype) * scale
+    save_file(state, files / "model.safetensors")
+    assert _compress(files, "--nonfinite", nonfinite) == 2
+    said = _said(capsys)
+    assert "table 'embedding.user': row " in said and "expected at most 1e+15" in said
+    assert _left(files) == set()
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, torch.ones(1, 1)])
+def test_what_the_file_cannot_hold_is_said_at_once(value, files: Path, capsys, monkeypatch) -> None:
+    torch.save({**_model().state_dict(), "more": {"x": value}}, files / "m.pt")
+    monkeypatch.setattr(offline, "learn", None)
+    assert main(["compress", str(files / "m.pt"), *FAST, "-o", str(files / "s")]) == 2
+    said = _said(capsys)
+    assert "m.pt: state_dict entry 'more' is a dict, which the file cannot hold" in said
+
+
 def test_entries_that_are_not_finite_may_be_taken_as_zero(files: Path, capsys) -> None:
     state, written = _model().state_dict(), []
     for value in (float("nan"), 0.0):
@@ -444,6 +470,7 @@ def test_entries_that_are_not_finite_may_be_taken_as_zero(files: Path, capsys) -
         ({"first": np.where(np.arange(2000) == 77, -2, 1)}, ["'first'", "-2", "row 77"]),
         ({"first": np.where(np.arange(2000) == 77, np.nan, 1)}, ["'first'", "nan", "row 77"]),
         ({"first": np.where(np.arange(2000) == 77, np.inf, 1)}, ["'first'", "inf", "row 77"]),
+        ({"first": np.full(2000, 1e300)}, ["'first'", "1e+300", "at most 1e+19"]),
         ({"first": np.array(["a"] * 2000)}, ["'first'", "<U1", "numbers"]),
         ({"frist": np.ones(2000)}, ["'frist'", "first", "rename"]),
         ({"nope.*": np.ones(2000)}, ["'nope.*'", "rename"]),
@@ -490,6 +517,27 @@ def test_counts_are_found_by_pattern_last_part_and_in_any_type(files: Path, caps
     np.savez(files / "counts.npz", small=np.ones(20), first=values)
     assert _run(files, "plan", "--freq", files / "counts.npz", "--json") == 0
     assert "counts of 'small' have no use" in capsys.readouterr().err
+
+
+def test_a_parquet_file_that_is_damaged_or_cannot_be_read(files: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("pyarrow")
+    (files / "log.parquet").write_bytes(b"PAR1" + b"\0" * 50 + b"PAR1")
+    assert _run(files, "plan", "--freq", files / "log.parquet") == 2
+    assert "log.parquet is no parquet file that can be read" in _said(capsys)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert _run(files, "plan", "--freq", files / "log.parquet") == 3
+    assert "pip install pyarrow" in _said(capsys)
+
+
+def test_columns_without_a_file_are_refused(files: Path, capsys) -> None:
+    assert _run(files, "plan", "--column", "a=first") == 2
+    assert "--column goes with --freq" in _said(capsys)
+
+
+@pytest.mark.parametrize("option", ["--freq", "--config", "--start-from"])
+def test_a_folder_is_no_file(option: str, files: Path, capsys) -> None:
+    assert _run(files, "plan", option, files) == 2
+    assert f"{files} is a folder, expected a file" in _said(capsys)
 
 
 def test_ids_of_a_parquet_file_are_counted(files: Path, capsys) -> None:
@@ -566,9 +614,12 @@ def test_a_configuration_may_come_from_a_file(files: Path, capsys) -> None:
     assert _run(files, "plan", "--config", files / "config.json", *options) == 0
     found = json.loads(capsys.readouterr().out)["report"]["config"]
     assert (found["ratio"], found["max_bytes"], found["tiers"]) == (12, None, False)
-    for text in ("[]", "{", '{"unknown": 1}', '{"epochs": "x"}'):
-        (files / "config.json").write_text(text)
+    capsys.readouterr()
+    texts = ["", "[]", "{", "[" * 100_000, '{"unknown": 1}', '{"epochs": "x"}', "\xff"]
+    for text in texts:
+        (files / "config.json").write_text(text, encoding="latin-1")
         assert _run(files, "plan", "--config", files / "config.json") == 2
+        assert "config.json" in _said(capsys)
 
 
 def test_compressed_files_are_not_compressed_again(files: Path, capsys) -> None:
@@ -587,6 +638,43 @@ def test_the_input_is_never_the_output(files: Path, capsys) -> None:
     assert _run(files, "compress", *FAST, "-o", files / "model.safetensors") == 2
     assert "is also read" in _said(capsys)
     assert (files / "model.safetensors").read_bytes() == before
+
+
+def test_a_shard_of_the_input_is_never_the_output(files: Path, capsys) -> None:
+    index, shard = files / "m.index.json", files / "model.safetensors"
+    keys = [*_model().state_dict()]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, shard.name)}))
+    before = shard.read_bytes()
+    assert main(["compress", str(index), *FAST, "-o", str(shard)]) == 2
+    assert "is also read" in _said(capsys)
+    assert shard.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_or_device_is_never_replaced(files: Path, capsys) -> None:
+    os.mkfifo(files / "pipe")
+    assert _run(files, "compress", *FAST, "-o", files / "pipe") == 2
+    assert "pipe is a pipe or a device" in _said(capsys)
+    assert (files / "pipe").is_fifo()
+    assert _left(files) == {"pipe"}
+
+
+@pytest.mark.parametrize("name", ["output", "lock"])
+def test_an_input_in_the_folder_of_finished_groups_is_left_alone(
+    name: str, files: Path, capsys
+) -> None:
+    (files / "s.partial").mkdir()
+    path = shutil.copy(files / "model.safetensors", files / "s.partial" / name)
+    assert main(["compress", str(path), *FAST, "-o", str(files / "s")]) == 2
+    assert "where a run keeps what it has finished" in _said(capsys)
+    assert Path(path).read_bytes() == (files / "model.safetensors").read_bytes()
+
+
+def test_a_file_where_finished_groups_are_kept(files: Path, capsys) -> None:
+    (files / "small.safetensors.partial").write_text("mine")
+    assert _compress(files) == 2
+    assert "small.safetensors.partial is a file, expected a folder" in _said(capsys)
+    assert (files / "small.safetensors.partial").read_text() == "mine"
 
 
 def test_outputs_that_cannot_be_written(files: Path, capsys) -> None:
@@ -609,6 +697,61 @@ def test_a_folder_that_is_read_only(files: Path, capsys, monkeypatch) -> None:
     assert _run(files, "compress", *FAST, "-o", folder / "s") == 3
     assert f"{folder / 's.partial'}: Permission denied" in _said(capsys)
     assert not [*folder.iterdir()]
+
+
+UNPRIVILEGED = """
+import os, sys
+from mec_embed.cli import main
+# As root, so that all that is imported when it is needed is there.
+assert main({first!r}) == 0
+if os.getuid() == 0:
+    os.setegid(65534)
+    os.seteuid(65534)
+sys.exit(main({then!r}))
+"""
+
+
+@pytest.fixture
+def open_files(files: Path) -> Iterator[Path]:
+    """As ``files``, in a folder that any user can read: those of pytest are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        shutil.copy(files / "model.safetensors", path)
+        (path / "model.safetensors").chmod(0o444)
+        for name, mode in (("open", 0o777), ("locked", 0o555), ("warm", 0o755)):
+            (path / name).mkdir()
+            (path / name).chmod(mode)
+        yield path
+        (path / "locked").chmod(0o755)
+
+
+def _as_a_user(folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """A run that has no rights of root."""
+    command = ["compress", str(folder / "model.safetensors"), *FAST, "-o"]
+    first, then = [*command, str(folder / "warm" / "s")], [*command, str(output)]
+    script = UNPRIVILEGED.format(first=first, then=then)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_file_that_may_only_be_read_is_compressed_and_stays(open_files: Path) -> None:
+    path, output = open_files / "model.safetensors", open_files / "open" / "s"
+    before = path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_mode
+    run = _as_a_user(open_files, output)
+    assert run.returncode == 0, run.stderr
+    assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_mode) == before
+    assert output.read_bytes() == (open_files / "warm" / "s").read_bytes()
+    assert [one.name for one in output.parent.iterdir()] == ["s"]
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_folder_that_may_not_be_written(open_files: Path) -> None:
+    output = open_files / "locked" / "s"
+    run = _as_a_user(open_files, output)
+    assert run.returncode == 3
+    assert run.stderr == f"mec-embed compress: error: {output}.partial: Permission denied\n"
+    assert not [*output.parent.iterdir()]
 
 
 def test_space_is_checked_first(files: Path, capsys, monkeypatch) -> None:
@@ -794,12 +937,46 @@ def test_a_table_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_and_lack_of_memory_are_said(files: Path, monkeypatch, capsys) -> None:
+    gpu = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
     errors = [(KeyboardInterrupt(), 130, "goes on"), (MemoryError(), 3, "enough memory")]
-    for error, code, part in [*errors, (full, 3, "enough memory")]:
+    errors += [(full, 3, "enough memory"), (gpu, 3, "enough memory")]
+    for error, code, part in errors:
         monkeypatch.setattr(offline, "check_finite", Mock(side_effect=error))
         assert _compress(files) == code
         assert part in _said(capsys)
+
+
+def test_only_what_is_kept_goes_on_after_ctrl_c(files: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Job, "draft", Mock(side_effect=KeyboardInterrupt))
+    assert _run(files, "plan") == 130
+    assert _said(capsys) == "mec-embed plan: error: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed(closed: str, files: Path) -> None:
+    command = f'"$0" -m mec_embed inspect "$1" --json {closed}'
+    arguments = [sys.executable, str(files / "model.safetensors")]
+    run = subprocess.run(["sh", "-c", command, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert bool(run.stdout) is not closed.startswith(">")
+
+
+@pytest.mark.parametrize("json_wanted", [True, False])
+def test_names_that_the_terminal_cannot_show(json_wanted: bool, files: Path) -> None:
+    arguments = ["inspect", str(files / "model.safetensors"), *["--json"] * json_wanted]
+    run = subprocess.run(
+        [sys.executable, "-m", "mec_embed", *arguments],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert run.returncode == 0, run.stderr
+    if json_wanted:
+        names = [table["names"][0] for table in json.loads(run.stdout)["tables"]]
+        assert "embedding.größe 1" in names
+    else:
+        assert b"embedding.gr\\xf6\\xdfe 1" in run.stdout
 
 
 def test_faiss_that_is_missing_is_said(files: Path, monkeypatch, capsys) -> None:

@@ -508,8 +508,22 @@ def test_saving_replaces_and_follows_the_umask(saved: tuple[Rich, Path], tmp_pat
 
 
 def test_saving_into_no_folder_is_an_os_error(saved: tuple[Rich, Path], tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match="no such folder to save in; make it") as caught:
         save(saved[0], tmp_path / "nowhere" / "m.safetensors")
+    assert caught.value.filename == str(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_never_replaced(saved: tuple[Rich, Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match="is there and no file") as caught:
+            save(saved[0], tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 2
+    with pytest.raises(FormatError, match="is a folder, expected a file"):
+        load(saved[0], tmp_path / "folder")
 
 
 def test_saving_leaves_the_model_as_it_was(saved: tuple[Rich, Path], tmp_path: Path) -> None:
