@@ -37,7 +37,7 @@ from .ranks import ALONE, Ranks
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
 from .shards import check_sum
-from .swap import Optimizers, all_optimizers, optimizer_groups, replace_modules
+from .swap import Optimizers, all_optimizers, check_held, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
     SkippedTable,
@@ -127,8 +127,9 @@ def compress(
 
     Raises:
         ValueError: no table to compress, a budget that cannot be met, counts that do not fit,
-            NaN or infinite rows, tables that are not those of ``start_from``, ranks that differ in
-            their arguments; the table is named.
+            NaN or infinite rows (or above 1e15), tables that are not those of ``start_from``, an
+            optimizer of another model, a device that is not there, ranks that differ in their
+            arguments; what is wrong is named.
         TypeError: an argument of another type.
         RuntimeError: faiss is not installed, or a rank has ended or kept the others waiting for
             longer than the time-out of ``process_group``.
@@ -143,6 +144,7 @@ def compress(
     """
     started = time.perf_counter()
     with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
+        _check_device(device)
         draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing, start_from)
         require_faiss()
         draft.notes.extend(check_finite(draft.tables))
@@ -189,9 +191,25 @@ def plan(
 def _unsharded(
     model: nn.Module, ranks: Ranks, optimizer: Optimizers
 ) -> AbstractContextManager[Standing]:
+    if isinstance(model, nn.Module):
+        # Before plain modules stand where sharded ones were.
+        check_held(model, optimizer)
     if ranks.group is None or not isinstance(model, nn.Module):
         return nullcontext(Standing(model, ranks))
     return unsharded(model, ranks, all_optimizers(model, optimizer))
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """ValueError for a device that is not there to learn on."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # torch itself raises an AssertionError where it was built without CUDA.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {device!r} cannot be used ({reason}); give one that this machine has, such as "
+            "'cpu', or None"
+        ) from error
 
 
 def learn(

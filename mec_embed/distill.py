@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .forward import Forward, default_forward, eval_mode, prediction
+from .forward import Forward, check_batches, default_forward, eval_mode, prediction
 from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag, check_gathered
 from .tables import find_modules
 
@@ -81,6 +81,7 @@ def distill(
         >>> compress(model, stats)  # doctest: +SKIP
         >>> distill(model, teacher, train_batches, epochs=2)  # doctest: +SKIP
     """
+    check_batches(batches)
     books = _codebook_sets(model)
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []

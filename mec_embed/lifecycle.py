@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .learning.fit import FINAL_BEAM
+from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, DecodedTable, _Compressed, check_gathered, quantize_codebooks
-from .packing import CHUNK_ROWS, empty_packed, pack, pack_into, unpack
+from .packing import empty_packed, pack, pack_into, unpack
 from .tiers import TierMap, _Tiered
 
 Tables = DecodedTable | Sequence[DecodedTable]
@@ -236,9 +236,10 @@ def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | No
         return None
     quantizer, books = quantizer_for(parts[0].layout.kind), _codebooks(parts)
     codes = torch.empty(len(rows[0]), len(books), dtype=torch.int64, device=books.device)
-    for start in range(0, len(codes), CHUNK_ROWS):
-        x = torch.cat([one[start : start + CHUNK_ROWS] for one in rows], dim=1)
-        codes[start : start + CHUNK_ROWS] = quantizer.encode(x, books, FINAL_BEAM)
+    step = chunk_rows(sum(one.shape[1] for one in rows))
+    for start in range(0, len(codes), step):
+        x = torch.cat([one[start : start + step] for one in rows], dim=1)
+        codes[start : start + step] = quantizer.encode(x, books, FINAL_BEAM)
     return codes
 
 

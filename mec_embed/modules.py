@@ -178,9 +178,18 @@ class DecodedTable(nn.Module, ABC):
 
     def _known(self, ids: Tensor) -> Tensor:
         """``ids``, those out of range replaced if there is a row for them."""
+        self._check_tensor("ids", ids)
         if self._oov_row is None:
             return ids
         return ids.masked_fill((ids < 0) | (ids >= self.num_embeddings), self._oov_row)
+
+    def _check_tensor(self, what: str, given: Any) -> None:
+        """TypeError for an argument that is no tensor, nor stands for one while it is traced."""
+        if not isinstance(given, Tensor) and not hasattr(given, "__torch_function__"):
+            raise TypeError(
+                f"table {self.name!r}: {what} must be a tensor, got {type(given).__name__}; make "
+                "one with torch.tensor()"
+            )
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows (*ids.shape, embedding_dim) of ``ids``, int32 or int64."""
@@ -260,6 +269,9 @@ class DecodedBags(DecodedTable):
             return reduced
         if any_dtensor(input, offsets, per_sample_weights):
             return on_replicas(self.forward, self.name, input, offsets, per_sample_weights)
+        for what, given in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
+            if given is not None:
+                self._check_tensor(what, given)
         return self._reduce(self._known(input), offsets, per_sample_weights)
 
     def _reduce(
@@ -349,6 +361,10 @@ class _Compressed(DecodedTable):
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
         if self.layout.kind != "shared":
             return self._look_up(ids, padding_idx)
+        # All have one row, so that it is only here that ids out of range are seen.
+        first = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        none = torch.empty(0, dtype=torch.uint8, device=ids.device)
+        _, ids = ops.tiers(ids, first, first, none, self.num_embeddings, self.name)
         rows = self._look_up(torch.zeros_like(ids), -1)
         if self.padding_idx is None:
             return rows

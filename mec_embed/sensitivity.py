@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import Forward, eval_mode, prediction
+from .forward import Forward, check_batches, eval_mode, prediction
 from .tables import Table
 
 #: Batches read, at most: the mean over these is precise enough.
@@ -40,7 +40,9 @@ def fisher_matrices(
 
     Raises:
         ValueError: batches is empty, or a gradient is NaN or infinite.
+        TypeError: batches cannot be gone through.
     """
+    check_batches(batches)
     totals = {table: np.zeros((table.dim, table.dim)) for table in tables}
     lookups = dict.fromkeys(tables, 0)
     seen: list[tuple[Table, Tensor, float]] = []

@@ -108,6 +108,23 @@ def all_optimizers(model: nn.Module, optimizer: Optimizers) -> list[torch.optim.
     return list({id(one): one for one in both}.values())
 
 
+def check_held(model: nn.Module, optimizer: Optimizers) -> None:
+    """ValueError for an optimizer that was given but holds no parameter of the model.
+
+    Raises:
+        TypeError: something that is no optimizer.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for one in _as_list(optimizer):
+        held = [id(parameter) for group in one.param_groups for parameter in group["params"]]
+        if own.isdisjoint(held):
+            raise ValueError(
+                f"optimizer {type(one).__name__} holds {len(held)} parameters, none of them of "
+                "the model, expected one that trains it; give the model's own optimizer, or leave "
+                "it out"
+            )
+
+
 def _lists(optimizer: torch.optim.Optimizer) -> list[dict[str, list[Any]]]:
     """Copies of what :func:`_rebind` changes in each group."""
     return [

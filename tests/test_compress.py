@@ -375,7 +375,7 @@ BAD = {
         "left alone",
     ),
     "nothing": (None, CompressionConfig(include=["x"]), {}, ValueError, "embeddings.f0"),
-    "device": (None, FAST, {"device": "nowhere"}, RuntimeError, "nowhere"),
+    "device": (None, FAST, {"device": "nowhere"}, ValueError, "nowhere"),
 }
 
 
@@ -475,6 +475,47 @@ def test_interruption_while_learning_changes_nothing(monkeypatch, error):
     monkeypatch.undo()
     run(model, optimizer=optimizer)  # and it can be done again
     assert isinstance(model.embeddings["f0"], CompressedEmbedding)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_optimizer_of_another_model_is_refused(several):
+    model, other = small(), torch.optim.Adam(small().parameters())
+    before = snapshot(model, other)
+    given = [torch.optim.Adam(model.parameters()), other] if several else other
+    for call in (run, plan):
+        with pytest.raises(ValueError, match="Adam holds .* parameters, none of them of the model"):
+            call(model, None, FAST, optimizer=given)
+    assert_unchanged(before, model, other)
+
+
+def test_an_optimizer_of_other_parameters_of_the_model_is_fine():
+    model = small()
+    for table in model.embeddings.values():
+        table.weight.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.mlp.parameters())
+    before = snapshot(model.mlp, optimizer)
+    run(model, optimizer=optimizer)
+    assert_unchanged(before, model.mlp, optimizer)
+
+
+@pytest.mark.parametrize("device", ["nothing", "cuda:99", 3.5])
+def test_a_device_that_is_not_there_is_named(device):
+    model = small()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"device {device!r} cannot be used .* such as 'cpu'"):
+        run(model, device=device)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e36])
+def test_rows_that_are_too_large_to_square_are_named(scale):
+    model = small()
+    with torch.no_grad():
+        model.embeddings["f1"].weight[77] = scale
+    with pytest.raises(
+        ValueError, match=rf"'embeddings.f1': row 77 holds {scale:.0e}".replace("+", r"\+")
+    ):
+        run(model)
 
 
 def step(model, optimizers, ids=None):

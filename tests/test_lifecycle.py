@@ -23,10 +23,13 @@ from mec_embed import (
     compress,
     drift,
     extend,
+    lifecycle,
     load,
     save,
     update,
 )
+from mec_embed.learning.fit import CHUNK_BYTES
+from mec_embed.learning.quantizers import quantizer_for
 from mec_embed.packing import pack
 from mec_embed.tiers import TieredEmbedding, TierMap
 
@@ -232,6 +235,21 @@ def test_bad_input_is_named_and_nothing_changes(name: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(table)
     assert pickle.dumps(table.state_dict()) == before
+
+
+def test_wide_rows_are_encoded_in_small_chunks(monkeypatch) -> None:
+    """Several arrays of a chunk live together: bytes are bounded, not rows."""
+    table = _table(CodeLayout("additive", 50, 512, 2, 4))
+    quantizer, sizes = quantizer_for("additive"), []
+
+    class Watched:
+        def encode(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+            sizes.append(x.nbytes)
+            return quantizer.encode(x, *args)
+
+    monkeypatch.setattr(lifecycle, "quantizer_for", lambda kind: Watched())
+    extend(table, torch.randn(20_000, 512))
+    assert sum(sizes) == 20_000 * 512 * 4 and max(sizes) <= CHUNK_BYTES
 
 
 def test_drift_says_when_the_codebooks_no_longer_fit(pair: tuple[Pair, Pair, Any]) -> None:

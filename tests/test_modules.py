@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
 from mec_embed.modules import CodebookSet, quantize_codebooks
 from mec_embed.packing import pack
+from mec_embed.tiers import TieredEmbedding, TierMap
 
 ROWS, DIM = 50, 6
 LAYOUTS = {
@@ -581,3 +582,39 @@ def test_one_row_for_all_has_its_padding(padding_idx):
     assert table.codebooks.grad.eq(4).all()
     with torch.no_grad():
         assert torch.equal(table(torch.arange(5)), expected)
+
+
+@pytest.mark.parametrize("given", [[1, 2], None, 3])
+@pytest.mark.parametrize("kind", ["rows", "tiers", "bags"])
+def test_ids_that_are_no_tensor_are_named(kind, given):
+    layout = CodeLayout("additive", 50, 4, 2, 4)
+    table = CompressedEmbedding(layout, name="t")
+    if kind == "tiers":
+        halves = [CompressedEmbedding(CodeLayout("additive", 25, 4, 2, 4)) for _ in range(2)]
+        table = TieredEmbedding(TierMap.of(torch.arange(50) < 25), *halves, name="t")
+    if kind == "bags":
+        table = CompressedEmbeddingBag(layout, name="t")
+    message = f"'t': ids must be a tensor, got {type(given).__name__}"
+    with pytest.raises(TypeError, match=message):
+        table(given)
+    with torch.no_grad(), pytest.raises(TypeError, match=message):
+        table(given)
+
+
+@pytest.mark.parametrize("what", ["offsets", "per_sample_weights"])
+def test_arguments_of_bags_that_are_no_tensors_are_named(what):
+    bag = CompressedEmbeddingBag(CodeLayout("additive", 50, 4, 2, 4), name="t", mode="sum")
+    options = {"offsets": torch.tensor([0]), what: [0]}
+    with pytest.raises(TypeError, match=f"'t': {what} must be a tensor, got list"):
+        bag(torch.tensor([1]), **options)
+
+
+@pytest.mark.parametrize("cls", [CompressedEmbedding, CompressedEmbeddingBag])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_one_row_for_all_checks_its_ids(cls, grad, wrong):
+    table = cls(CodeLayout("shared", 50, 4, 1, 1), name="t")
+    with torch.set_grad_enabled(grad):
+        assert table(torch.tensor([[0, 49]])).shape[-1] == 4
+        with pytest.raises(IndexError, match=rf"'t': id {wrong} is out of range, expected 0\.\.49"):
+            table(torch.tensor([[3, wrong]]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mec_embed import CompressionConfig, compress, plan
+from mec_embed import CompressionConfig, FrequencyStats, compress, distill, plan
 from mec_embed.forward import default_forward
 from mec_embed.sensitivity import MOST_BATCHES, comparable, fisher_matrices
 from mec_embed.tables import find_tables
@@ -140,6 +140,20 @@ def test_errors():
         matrices(model, [torch.arange(10)])
     with pytest.raises(TypeError, match="pass forward="):
         matrices(Linear(), [torch.arange(10)], lambda model, batch: (model(batch), 1))
+
+
+@pytest.mark.parametrize("batches", [3, object()])
+def test_what_is_no_batches_is_refused(batches):
+    model = nn.Sequential(nn.Embedding(300, 4), nn.Flatten(), nn.Linear(4, 1))
+    teacher = copy.deepcopy(model)
+    calls = [
+        lambda: compress(model, None, batches=batches, progress=False),
+        lambda: FrequencyStats.from_batches(model, batches),
+        lambda: distill(model, teacher, batches),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"batches must be .*, got {type(batches).__name__}"):
+            call()
 
 
 def test_comparable_gives_the_mean_to_tables_that_were_not_seen():

@@ -481,7 +481,7 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
     read = rows.read_own or rows.read
     changed, margin = torch.zeros_like(used[:1]), KEEP_MARGIN * learned.error
     start, end = rows.bounds or (0, len(rows))
-    step = _chunk_rows(len(units.mean))
+    step = chunk_rows(len(units.mean))
     while start < end:
         # Chunks end where those of one process do, on whole bytes.
         stop = min(start - start % step + step, end)
@@ -507,7 +507,7 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
     return EncodedRows(packed, _perplexity(used), dead, int(changed))
 
 
-def _chunk_rows(columns: int) -> int:
+def chunk_rows(columns: int) -> int:
     """Rows that are encoded at once: several arrays of them live together."""
     most = CHUNK_BYTES // (4 * columns) // 8 * 8
     return max(8, min(CHUNK_ROWS, most))
