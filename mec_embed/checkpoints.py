@@ -17,7 +17,7 @@ import pickle
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -428,6 +428,38 @@ def damaged_tensors(checkpoint: Checkpoint, told: Callable[[int], None]) -> list
         if expected.get(key) != digest.hexdigest():
             wrong.append(key)
     return wrong
+
+
+def same_values(
+    one: StoredTensor, other: StoredTensor, told: Callable[[int], None] = lambda nbytes: None
+) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; ``told`` is told of these."""
+    if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):
+        return False
+    for ours, theirs in zip(one.chunks(), other.chunks(), strict=True):
+        told(len(ours))
+        if not np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)):
+            return False
+    return True
+
+
+def tie(checkpoint: Checkpoint, tables: Iterable[Sequence[str]]) -> None:
+    """Take copies of a table for one tensor again, in place.
+
+    Files of safetensors hold tensors that are tied once for each name, where they were copied.
+
+    Args:
+        checkpoint: copies that differ are left alone.
+        tables: all names of each table.
+    """
+    for names in tables:
+        keys = [key for key in (f"{name}.weight" for name in names) if key in checkpoint.tensors]
+        for key in keys[1:]:
+            if same_values(checkpoint.tensors[keys[0]], checkpoint.tensors[key]):
+                del checkpoint.tensors[key]
+                for other, first in [*checkpoint.shared.items(), (key, key)]:
+                    if first == key:
+                        checkpoint.shared[other] = keys[0]
 
 
 def write_safetensors(

@@ -30,6 +30,7 @@ from .checkpoints import (
     damaged_tensors,
     lock,
     open_checkpoint,
+    tie,
     write_safetensors,
 )
 from .compress import Draft, draft_tables, learn
@@ -88,6 +89,8 @@ class Job:
             raise ValueError(
                 f"{self.checkpoint} is compressed already; give the checkpoint it was made from"
             )
+        if self.start_from is not None:
+            tie(checkpoint, [entry["names"] for entry in read_manifest(self.start_from)["tables"]])
         chosen, reasons = choose_tables(checkpoint, self._selection())
         if not chosen:
             raise ValueError(nothing_chosen(self.checkpoint, reasons))

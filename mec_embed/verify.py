@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from .checkpoints import Checkpoint, StoredTensor, damaged_tensors, open_checkpoint
+from .checkpoints import (
+    Checkpoint,
+    StoredTensor,
+    damaged_tensors,
+    open_checkpoint,
+    same_values,
+    tie,
+)
 from .compress import row_weights, weighted_error
 from .config import POPULARITY
 from .counts import read_counts
@@ -189,6 +195,7 @@ class _Comparison:
         self.small, self.checkpoint, self.progress = small, checkpoint, progress
         self.manifest = read_manifest(small.path)
         self.found = Verified()
+        tie(checkpoint, [entry["names"] for entry in self.manifest["tables"]])
         #: Key of each table in the checkpoint, and its name.
         names = [entry["names"][0] for entry in self.manifest["tables"]]
         self.dense_keys = {f"{name}.weight": name for name in names}
@@ -258,7 +265,7 @@ class _Comparison:
                 if key not in ours or key not in theirs:
                     where = small.path if key not in ours else checkpoint.path
                     self.found.differences.append(f"{key}: {where} does not hold it")
-                elif not _same(ours[key], theirs[key], self.progress):
+                elif not same_values(ours[key], theirs[key], self.progress.advance):
                     self.found.differences.append(f"{key}: differs from that of the checkpoint")
 
 
@@ -266,13 +273,3 @@ def _all_tensors(
     tensors: Mapping[str, StoredTensor], shared: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
     return {**tensors, **{k: tensors[first] for k, first in shared.items() if first in tensors}}
-
-
-def _same(one: StoredTensor, other: StoredTensor, progress: Progress) -> bool:
-    if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):
-        return False
-    for ours, theirs in zip(one.chunks(), other.chunks(), strict=True):
-        progress.advance(len(ours))
-        if not np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)):
-            return False
-    return True

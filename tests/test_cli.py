@@ -152,6 +152,31 @@ def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> 
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
+def test_starting_from_yesterday_where_tied_tables_were_copied(tmp_path: Path, capsys) -> None:
+    """Safetensors refuse tensors that share memory, so many a checkpoint holds copies."""
+    torch.manual_seed(0)
+    table, tied = nn.Embedding(2000, 8), nn.ModuleDict()
+    tied["a"] = tied["b"] = table
+    torch.save(tied.state_dict(), tmp_path / "m.pt")
+    assert main(["compress", str(tmp_path / "m.pt"), *FAST, "-o", str(tmp_path / "old")]) == 0
+    state = {key: value.clone() for key, value in tied.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    after = [str(tmp_path / "m.safetensors"), "--start-from", str(tmp_path / "old"), "--quiet"]
+    assert main(["compress", *after, "-o", str(tmp_path / "new")]) == 0
+    fresh = nn.ModuleDict({"a": nn.Embedding(2000, 8)})
+    fresh["b"] = fresh["a"]
+    loaded = load(fresh, tmp_path / "new")
+    assert loaded["a"] is loaded["b"]
+    both = [str(tmp_path / "new"), str(tmp_path / "m.safetensors"), "--quiet"]
+    assert main(["verify", *both]) == 0
+    state["b.weight"][7, 3] += 1
+    save_file(state, tmp_path / "m.safetensors")
+    assert main(["verify", *both]) == 1
+    capsys.readouterr()
+    assert main(["compress", *after, "-o", str(tmp_path / "new")]) == 2
+    assert "tables 'a' and 'b' are one table in start_from, but two here" in _said(capsys)
+
+
 def test_starting_from_what_does_not_fit(files: Path, capsys) -> None:
     _next_night(files)
     capsys.readouterr()
