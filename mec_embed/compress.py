@@ -112,9 +112,9 @@ def compress(
         device: to learn on; by default where the table is.
         process_group: of ``torch.distributed``, whose ranks share the work: all of them call, with
             the same arguments but ``batches``, of which each reads its own. Tables are the same on
-            every rank, or sharded over the ranks by rows as DTensors. The result is on every rank,
-            and is that of one process up to the order of sums. An error of one rank is raised by
-            all. See docs/distributed.md.
+            every rank, or sharded over the ranks as DTensors. The result is on every rank, and is
+            that of one process up to the order of sums. An error of one rank is raised by all. See
+            docs/distributed.md.
         progress: show a progress bar (of rank 0).
         start_from: the compressed model of an earlier version, to change few of its codes. Tables,
             layouts, tiers and kinds of codes are as there, whatever ``config`` says; codebooks are

@@ -1,4 +1,4 @@
-"""Ids that every rank holds as a DTensor, as the hooks of ``RowwiseParallel`` give them."""
+"""Ids that every rank holds as a DTensor, as the hooks of ``parallelize_module`` give them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Tables whose rows are on different ranks: what each rank holds of them."""
+"""Tables of which each rank holds a part: which, and the rows that it works on."""
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +13,57 @@ from torch import Tensor, nn
 
 from .ranks import Ranks
 
+#: Bytes of rows that are put together at once from columns on several ranks.
+_PIECE_BYTES = 16 << 20
+#: First row and end, first column and end.
+Bounds = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some columns of some rows of a table.
+
+    Attributes:
+        values: (n, columns), on the computing device.
+        row: number of the first row.
+        column: number of the first column.
+    """
+
+    values: Tensor
+    row: int = 0
+    column: int = 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """Where it is in the table."""
+        rows, columns = self.values.shape
+        return self.row, self.row + rows, self.column, self.column + columns
+
 
 @dataclass(frozen=True)
 class Part:
     """What this rank holds of a table.
 
     Attributes:
-        rows: (n, dim), on the computing device; may be none.
-        first: number of the first of them.
-        of: rows of the whole table.
+        blocks: of the table, none of them empty; may be none.
+        rows: of the whole table.
+        like: (0, dim), of the dtype and on the device of the blocks.
     """
 
-    rows: Tensor
-    first: int
-    of: int
+    blocks: tuple[Block, ...]
+    rows: int
+    like: Tensor
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` on the CPU, zeros where this rank holds nothing."""
+        piece = torch.zeros(stop - start, self.like.shape[1], dtype=self.like.dtype)
+        for block in self.blocks:
+            row, end, column, last = block.bounds
+            first, end = max(row, start), min(end, stop)
+            if first < end:
+                held = block.values[first - row : end - row]
+                piece[first - start : end - start, column:last] = held.to(piece.device)
+        return piece
 
 
 @dataclass(frozen=True)
@@ -52,20 +88,22 @@ def part_of_dtensor(name: str, weight: Any, ranks: Ranks) -> Part:
     """What this rank holds of the table ``name``, a DTensor (rows, dim).
 
     Raises:
-        ValueError: it is sharded over more than one process and this one is alone, or in another
-            way than by rows; or this process is not in its mesh.
+        ValueError: it is sharded over more than one process and this one is alone, or it is placed
+            in a way of which the parts are not known; or this process is not in its mesh.
     """
-    first, rows = _first_row(name, weight), weight.to_local().detach()
-    if ranks.size == 1 and len(rows) < weight.shape[0]:
+    start, held = _start(name, weight), weight.to_local().detach()
+    if ranks.size == 1 and held.shape != weight.shape:
         raise ValueError(
             f"table {name!r} is sharded over {weight.device_mesh.size()} processes; call on all of "
             "them, with process_group= the group of its device_mesh"
         )
-    return Part(rows, first, weight.shape[0])
+    blocks = (Block(held, *start),) if held.numel() else ()
+    rows, dim = weight.shape
+    return Part(blocks, rows, held.new_empty(0, dim))
 
 
-def _first_row(name: str, weight: Any) -> int:
-    """Number of the first row of a DTensor that this rank holds."""
+def _start(name: str, weight: Any) -> list[int]:
+    """The first row and column of a DTensor that this rank holds."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as ByDimension
 
@@ -76,45 +114,63 @@ def _first_row(name: str, weight: Any) -> int:
             f"table {name!r} is a DTensor on {mesh}, which this process is not in; call on the "
             "processes of its mesh only, with a process_group of theirs"
         )
-    first, rows = 0, weight.shape[0]
+    start, shape = [0, 0], list(weight.shape)
     for placement, size, place in zip(placements, mesh.shape, coordinate, strict=True):
         if placement == Replicate():
             continue
         # Of its own type: subclasses put the parts in another order.
-        if type(placement) is not ByDimension or placement.dim != 0:
+        if type(placement) is not ByDimension:
             raise ValueError(
-                f"table {name!r} is a DTensor placed as {placements}, expected Shard(dim=0) or "
+                f"table {name!r} is a DTensor placed as {placements}, expected Shard() or "
                 "Replicate() on each dimension of its mesh; redistribute it before compressing"
             )
         # As torch.chunk does it: all parts but the last ones are equal.
-        most = -(-rows // size)
-        start = min(place * most, rows)
-        first, rows = first + start, min(most, rows - start)
-    return first
+        dim, most = placement.dim, -(-shape[placement.dim] // size)
+        first = min(place * most, shape[dim])
+        start[dim], shape[dim] = start[dim] + first, min(most, shape[dim] - first)
+    return start
 
 
 def shards(parts: Mapping[str, Part], ranks: Ranks) -> dict[str, Shard]:
     """The shards of tables, by name; all ranks call, each with its parts of the same tables.
 
     Where several ranks hold the same rows, each takes a share of them, so that every row is on one.
+    Tables in columns, or of which a rank holds several blocks, are put into shards by rows.
 
     Raises:
-        ValueError: a row of a table is on no rank, or ranks hold overlapping rows that are not the
+        ValueError: an entry of a table is on no rank, or in blocks that overlap and are not the
             same, or of other values.
     """
     if not parts:
         return {}
-    own = {name: (part.first, part.first + len(part.rows)) for name, part in parts.items()}
+    own = {name: [block.bounds for block in part.blocks] for name, part in parts.items()}
     of_all = ranks.tell(own, "comparing shards")
-    held = {name: [(first, end) for first, end in map(itemgetter(name), of_all)] for name in parts}
-    _check_copies(parts, held, ranks)
-    found = {}
+    held = {name: [[(*one,) for one in of_rank[name]] for of_rank in of_all] for name in parts}
     for name, part in parts.items():
-        _check_cover(name, part.of, held[name])
-        bounds = _shared_out(held[name])
-        first, end = bounds[ranks.rank]
-        found[name] = Shard(part.rows[first - part.first : end - part.first], bounds)
-    return found
+        _check_cover(name, part, held[name])
+    _check_copies(parts, held, ranks)
+    return {name: _shard(name, part, held[name], ranks) for name, part in parts.items()}
+
+
+def _shard(name: str, part: Part, held: Sequence[Sequence[Bounds]], ranks: Ranks) -> Shard:
+    """The rows that this rank is to work on.
+
+    Args:
+        name: of the table.
+        part: what this rank holds of it.
+        held: where the blocks of each rank are.
+        ranks: all of them call.
+    """
+    dim = part.like.shape[1]
+    whole_rows = all(one[2:] == (0, dim) for of_rank in held for one in of_rank)
+    if not whole_rows or any(len(of_rank) > 1 for of_rank in held):
+        return _put_together(name, part, held, ranks)
+    bounds = _shared_out([of_rank[0][:2] if of_rank else (0, 0) for of_rank in held])
+    if not part.blocks:
+        return Shard(part.like, bounds)
+    first, end = bounds[ranks.rank]
+    block = part.blocks[0]
+    return Shard(block.values[first - block.row : end - block.row], bounds)
 
 
 def _shared_out(held: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -129,25 +185,47 @@ def _shared_out(held: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(bounds)
 
 
+def _put_together(name: str, part: Part, held: Sequence[Sequence[Bounds]], ranks: Ranks) -> Shard:
+    """An equal number of rows for each rank, of blocks that are spread over all of them."""
+    rows, dim = part.rows, part.like.shape[1]
+    bounds = _shared_out([(0, rows)] * ranks.size)
+    first, end = bounds[ranks.rank]
+    own = part.like.new_empty(end - first, dim)
+    # What a rank before this one holds as well comes from there.
+    told = {one for of_rank in held[: ranks.rank] for one in of_rank}
+    given = replace(part, blocks=tuple(b for b in part.blocks if b.bounds not in told))
+    step = max(1, _PIECE_BYTES // (dim * own.itemsize))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        piece = ranks.merge(given.piece(start, stop), f"putting rows of table {name!r} together")
+        low, high = max(first, start), min(end, stop)
+        if low < high:
+            own[low - first : high - first] = piece[low - start : high - start]
+    return Shard(own, bounds)
+
+
 def _check_copies(
-    parts: Mapping[str, Part], held: Mapping[str, Sequence[tuple[int, int]]], ranks: Ranks
+    parts: Mapping[str, Part], held: Mapping[str, Sequence[Sequence[Bounds]]], ranks: Ranks
 ) -> None:
-    """ValueError where ranks that hold the same rows hold other values in them."""
-    ranges = {name: [(a, b) for a, b in of_ranks if b > a] for name, of_ranks in held.items()}
-    copied = [name for name, each in ranges.items() if len(set(each)) < len(each)]
+    """ValueError where ranks that hold the same block hold other values in it."""
+    copied = [
+        name for name, of_ranks in held.items() if len(_all(of_ranks)) > len({*_all(of_ranks)})
+    ]
     if not copied:
         return
-    sums = ranks.tell({name: check_sum(parts[name].rows) for name in copied}, "comparing copies")
+    own = {name: [check_sum(block.values) for block in parts[name].blocks] for name in copied}
+    sums = ranks.tell(own, "comparing copies")
     for name in copied:
-        first_with: dict[tuple[int, int], int] = {}
-        for rank, bounds in enumerate(held[name]):
-            other = first_with.setdefault(bounds, rank)
-            if sums[rank][name] != sums[other][name]:
-                raise ValueError(
-                    f"ranks differ in the rows {bounds[0]} to {bounds[1]} of table {name!r}: rank "
-                    f"{other} has values with check sum {sums[other][name]:x}, rank {rank} with "
-                    f"{sums[rank][name]:x}; give every rank the same model"
-                )
+        known: dict[Bounds, tuple[int, int]] = {}
+        for rank, blocks in enumerate(held[name]):
+            for one, found in zip(blocks, sums[rank][name], strict=True):
+                other, expected = known.setdefault(one, (rank, found))
+                if found != expected:
+                    raise ValueError(
+                        f"ranks differ in the rows {one[0]} to {one[1]} of table {name!r}: rank "
+                        f"{other} has values with check sum {expected:x}, rank {rank} with "
+                        f"{found:x}; give every rank the same model"
+                    )
 
 
 def check_sum(weight: Tensor) -> int:
@@ -165,16 +243,33 @@ def check_sums(module: nn.Module) -> str:
     )
 
 
-def _check_cover(name: str, rows: int, held: Sequence[tuple[int, int]]) -> None:
-    """ValueError where the different ranges of rows that ranks hold are not each row once."""
-    ranges = sorted({(first, stop) for first, stop in held if stop > first})
-    end = 0
-    for first, stop in ranges:
-        if first != end:
-            break
-        end = stop
-    if end != rows or sum(stop - first for first, stop in ranges) != rows:
-        raise ValueError(
-            f"table {name!r}: the ranks hold the rows {ranges}, expected each of {rows} rows on "
-            "one rank, or the same ones on several; pass the process_group over which it is sharded"
-        )
+def _all(held: Sequence[Sequence[Bounds]]) -> list[Bounds]:
+    return [one for of_rank in held for one in of_rank]
+
+
+def _check_cover(name: str, part: Part, held: Sequence[Sequence[Bounds]]) -> None:
+    """ValueError where the different blocks that ranks hold are not each entry once."""
+    blocks, dim = sorted({*_all(held)}), part.like.shape[1]
+    entries = sum((end - row) * (last - column) for row, end, column, last in blocks)
+    inside = all(end <= part.rows and last <= dim for _, end, _, last in blocks)
+    if entries == part.rows * dim and inside and not _overlap(blocks):
+        return
+    shown = f"rows {[one[:2] for one in blocks]}"
+    if any(one[2:] != (0, dim) for one in blocks):
+        shown = f"blocks (first row, end, first column, end) {blocks}"
+    raise ValueError(
+        f"table {name!r}: the ranks hold the {shown}, expected each of {part.rows} rows on "
+        "one rank, or the same ones on several; pass the process_group over which it is sharded"
+    )
+
+
+def _overlap(blocks: Sequence[Bounds]) -> bool:
+    """Whether two of the blocks, in order of their first rows, share an entry."""
+    reached: list[Bounds] = []
+    for block in blocks:
+        row, _, column, last = block
+        reached = [other for other in reached if other[1] > row]
+        if any(column < other[3] and other[2] < last for other in reached):
+            return True
+        reached.append(block)
+    return False

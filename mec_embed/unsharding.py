@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -21,16 +22,32 @@ logger = logging.getLogger("mec_embed")
 class Standing:
     """The plain modules that stand where sharded ones were.
 
-    Attributes:
-        shards: what this rank holds of each dense module without values in them.
-        kept: whether they stay.
+    Args:
+        model: that holds them.
         ranks: the processes over which they are sharded.
+        found: (name, sharded module, what stands there) of each.
+
+    Attributes:
+        kept: whether they stay.
+        ranks: as given.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self.shards: dict[nn.Module, Shard] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        found: Sequence[tuple[str, nn.Module, Unsharded]] = (),
+    ) -> None:
         self.kept = False
-        self.ranks, self._model = ranks, model
+        self.ranks, self._model, self._found = ranks, model, found
+
+    @cached_property
+    def shards(self) -> dict[nn.Module, Shard]:
+        """What this rank works on of each dense module without values in them.
+
+        All ranks ask for it; the first time, tables in columns are put into shards by rows.
+        """
+        return _shards(self._found, self.ranks)
 
     def fill(self, replaced: Sequence[nn.Module]) -> None:
         """Gather the rows of modules that stay dense: all but those to be replaced."""
@@ -55,10 +72,10 @@ def unsharded(
     Raises:
         ValueError: a module that cannot be unsharded, or that an optimizer trains.
     """
-    standing = Standing(model, ranks)
+    found = list(_plain_modules(model))
+    standing = Standing(model, ranks, found)
     done: list[tuple[Alias, nn.Module]] = []
     try:
-        found = list(_plain_modules(model))
         _check_optimizers(found, optimizers)
         places = [_places(model, old) for _, old, _ in found]
         for (name, old, plain), aliases in zip(found, places, strict=True):
@@ -66,7 +83,6 @@ def unsharded(
             for alias in aliases:
                 done.append((alias, old))
                 alias.parent._modules[alias.attribute] = plain.module
-        standing.shards = _shards(found, ranks)
         yield standing
     finally:
         if not standing.kept:
@@ -116,6 +132,6 @@ def _shards(
     for name, _, plain in found:
         for table, (module, part) in plain.parts.items():
             parts[f"{name}.{table}"], modules[f"{name}.{table}"] = part, module
-    facts = {f"table {name!r}": f"{part.of} rows, sharded" for name, part in parts.items()}
+    facts = {f"table {name!r}": f"{part.rows} rows, sharded" for name, part in parts.items()}
     ranks.agree(facts, "comparing sharded tables")
     return {modules[name]: shard for name, shard in shards(parts, ranks).items()}

@@ -24,12 +24,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DeviceMesh,
     DTensor,
+    Partial,
     Replicate,
     Shard,
     distribute_tensor,
     init_device_mesh,
 )
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import mec_embed
 from mec_embed import CompressionConfig, FrequencyStats
@@ -205,6 +206,12 @@ PLACED = {
     "shards of shards": (Shard(0), Shard(0)),
     "copies": (Replicate(), Replicate()),
 }
+COLUMNS = {
+    "copies of columns": (Replicate(), Shard(1)),
+    "rows of columns": (Shard(1), Shard(0)),
+    "columns of rows": (Shard(0), Shard(1)),
+    "columns of columns": (Shard(1), Shard(1)),
+}
 
 
 def placed_on_ranks():
@@ -217,6 +224,8 @@ def placed_on_ranks():
     copies = PLACED["copies of shards"]
     groups = {name: mesh.get_group(name) for name in ("copy", "shard")}
     found["one set"] = outcome(sharded(Model(), mesh, copies), process_group=groups["shard"])
+    for name, placements in COLUMNS.items():
+        found[name] = outcome(sharded(small(), mesh, placements), FAST, {}, process_group=world)
     alone = sharded(small(), mesh, PLACED["copies"])
     found["alone"] = outcome(alone, FAST, {})
 
@@ -235,7 +244,9 @@ def test_meshes_of_two_dimensions_give_what_one_process_gives(tmp_path, of_one):
     ranks = processes.run(placed_on_ranks, 4, tmp_path)
     for name in (*PLACED, "one set"):
         check_equal([found[name] for found, _ in ranks], of_one[0]["| one row"])
-    check_equal([found["alone"] for found, _ in ranks], outcome(small(), FAST, {}))
+    of_small = outcome(small(), FAST, {})
+    for name in ("alone", *COLUMNS):
+        check_equal([found[name] for found, _ in ranks], of_small)
     for rank, (_, (part_of, different, elsewhere)) in enumerate(ranks):
         rows = "[(0, 100)]" if rank % 2 == 0 else "[(100, 200)]"
         assert part_of.startswith(f"ValueError: table 'b': the ranks hold the rows {rows}, expec")
@@ -314,11 +325,12 @@ def test_fully_sharded_tables_are_compressed_in_a_plain_model(tmp_path):
 
 # --- ids that come as DTensors -----------------------------------------------------------------
 
-#: How RowwiseParallel gives rows out, and the part of all rows that a rank then has.
+#: How tables are sharded and give rows out, and the part of all rows that a rank then has.
 OUTPUTS = {
-    "whole": (Replicate(), lambda rows, rank: rows),
-    "ids": (Shard(1), lambda rows, rank: rows.chunk(2, 1)[rank]),
-    "columns": (Shard(-1), lambda rows, rank: rows.chunk(2, -1)[rank]),
+    "whole": (RowwiseParallel, Replicate(), lambda rows, rank: rows),
+    "ids": (RowwiseParallel, Shard(1), lambda rows, rank: rows.chunk(2, 1)[rank]),
+    "columns": (RowwiseParallel, Shard(-1), lambda rows, rank: rows.chunk(2, -1)[rank]),
+    "by columns": (ColwiseParallel, Shard(-1), lambda rows, rank: rows.chunk(2, -1)[rank]),
 }
 PARALLEL = ("users", "items")
 IDS = torch.arange(60).view(10, 6)
@@ -327,8 +339,8 @@ IDS = torch.arange(60).view(10, 6)
 def parallel_on_ranks():
     """What tables give that were parallel, and what they are to give, by kind of output."""
     mesh, rank, found = init_device_mesh("cpu", (2,)), dist.get_rank(), {}
-    for kind, (output, part) in OUTPUTS.items():
-        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=output)
+    for kind, (make, output, part) in OUTPUTS.items():
+        style = make(input_layouts=Replicate(), output_layouts=output)
         model = parallelize_module(Model(), mesh, dict.fromkeys(PARALLEL, style))
         stats = FrequencyStats.from_batches(model, [IDS], forward=lambda m, ids: m.items(ids))
         found[f"{kind}, counted"] = stats["items"].sum(), 60.0
@@ -359,7 +371,7 @@ def trained(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, torch.T
     return {name: value.detach() for name, value in (rows | grads | parameters).items()}
 
 
-def test_tables_of_rowwise_parallel_look_up_and_train_as_plain_ones(tmp_path):
+def test_parallel_tables_look_up_and_train_as_plain_ones(tmp_path):
     first, second = processes.run(parallel_on_ranks, 2, tmp_path)
     for found in (first, second):
         for kind, (got, expected) in found.items():
@@ -464,7 +476,8 @@ def errors_on_ranks():
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     attempt("another group", parted, process_group=alone)
     placed, mesh = small(), init_device_mesh("cpu", (2,))
-    placed["b"].weight = nn.Parameter(distribute_tensor(placed["b"].weight, mesh, [Shard(1)]))
+    partial = DTensor.from_local(placed["b"].weight.detach(), mesh, [Partial()])
+    placed["b"].weight = nn.Parameter(partial)
     attempt("placement", placed)
     for name, error in (
         ("fit_codes", MemoryError("no room")),
@@ -498,7 +511,7 @@ ERRORS = {
     "batches": "ValueError: batches= needs tables that are whole on every rank, but 'b'",
     "no group": "ValueError: table 'b' is sharded over 2 processes",
     "another group": "ValueError: table 'b' is sharded over 2 processes",
-    "placement": "ValueError: table 'b' is a DTensor placed as (Shard(dim=1),), expected Shard(",
+    "placement": "ValueError: table 'b' is a DTensor placed as (Partial(sum),), expected Shard()",
     "adding": "ValueError: ranks differ in table 'a': rank 0 has 3 rows, rank 1 has 4 rows",
 }
 #: What rank 1 raises, and what the other hears.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ..frequency import FrequencyStats
 from ..ranks import Ranks
 from ..regularization import Compressed
 from ..report import CompressionReport
-from ..shards import Part, is_dtensor
+from ..shards import Block, Part, is_dtensor
 from ..swap import Optimizers
 from ..tables import EMBEDDINGS, check_model
 from ..unsharding import unsharded
@@ -85,8 +85,8 @@ def compress(
         start_from: as in :func:`mec_embed.compress`.
 
     Raises:
-        ValueError: fused or quantized modules, sharded ones without ``process_group`` or sharded
-            by columns; else as :func:`mec_embed.compress`.
+        ValueError: fused or quantized modules, sharded ones without ``process_group``; else as
+            :func:`mec_embed.compress`.
 
     Example:
         >>> report = torchrec.compress(model, batches, optimizer=optimizer)  # doctest: +SKIP
@@ -209,7 +209,7 @@ class _Adapter(Adapter):
         ):
             if has_base(module, "torchrec", kind):
                 plain = make(module)
-                return Unsharded(plain, dict(_parts(module, plain, name, tables)))
+                return Unsharded(plain, dict(_parts(module, plain, tables)))
         return None
 
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
@@ -235,9 +235,7 @@ def _plain_sequences(module: Any) -> Any:
     return plain
 
 
-def _parts(
-    module: Any, plain: Any, name: str, tables: str
-) -> Iterator[tuple[str, tuple[nn.Module, Part]]]:
+def _parts(module: Any, plain: Any, tables: str) -> Iterator[tuple[str, tuple[nn.Module, Part]]]:
     """Name in the collection -> (plain table, what this rank holds); whole tables are filled in."""
     state = module.state_dict()
     for table, dense in getattr(plain, tables).items():
@@ -247,26 +245,22 @@ def _parts(
             dense.weight = nn.Parameter(weight.detach(), dense.weight.requires_grad)
             continue
         rows, dim = dense.weight.shape
-        if any(shard.shape[1] != dim for _, shard in held):
-            raise ValueError(
-                f"table '{name}.{tables}.{table}' is sharded by columns, expected by rows or as a "
-                "whole; shard it row_wise or table_wise before compressing"
-            )
-        nothing = torch.empty(0, dim, dtype=dense.weight.dtype, device=module._device)
-        first, own = held[0] if held else (0, nothing)
-        yield f"{tables}.{table}", (dense, Part(own.detach(), first, rows))
+        like = torch.empty(0, dim, dtype=dense.weight.dtype, device=module._device)
+        yield f"{tables}.{table}", (dense, Part(held, rows, like))
 
 
-def _held(weight: Any) -> list[tuple[int, Tensor]] | None:
-    """(first row, rows) of each shard on this rank; None of a table that every rank has."""
+def _held(weight: Any) -> tuple[Block, ...] | None:
+    """The blocks that this rank holds; None of a table that every rank has."""
+    pairs: Iterable[tuple[Sequence[int], Tensor]]
     if is_dtensor(weight):
         local = weight.to_local()
         # A rank without rows has no shard, but an offset.
         pairs = zip(local.local_offsets(), local.local_shards(), strict=False)
-        return [(offset[0], shard) for offset, shard in pairs]
-    if hasattr(weight, "local_shards"):
-        return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in weight.local_shards()]
-    return None
+    elif hasattr(weight, "local_shards"):
+        pairs = [(one.metadata.shard_offsets, one.tensor) for one in weight.local_shards()]
+    else:
+        return None
+    return tuple(Block(shard.detach(), *offset) for offset, shard in pairs if shard.numel())
 
 
 def _refuse_reset() -> None:

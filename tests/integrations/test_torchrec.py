@@ -16,6 +16,7 @@ import torchrec_zoo as zoo
 import mec_embed
 from mec_embed import CompressedEmbedding, CompressedEmbeddingBag, CompressionConfig
 from mec_embed.integrations import torchrec
+from mec_embed.integrations.torchrec import _held
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +276,7 @@ SHARDED_MODELS = ("EmbeddingBagCollection", "EmbeddingCollection")
 def compress_sharded_on_ranks():
     """For each model, (rows held, state and report after, predictions); then what is refused."""
     import torch.distributed as dist
-    from torchrec.distributed.sharding_plan import (
-        column_wise,
-        data_parallel,
-        row_wise,
-        table_wise,
-    )
+    from torchrec.distributed.sharding_plan import data_parallel, row_wise, table_wise
 
     world, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     rows = {"t_brand": row_wise(compute_kernel="fused"), "t_item": row_wise()}
@@ -305,8 +301,6 @@ def compress_sharded_on_ranks():
         zoo.train(model, name, None)
         assert not torch.equal(state["network.0.weight"], model.network[0].weight)
 
-    kinds = {f"t_{feature}": column_wise(ranks=[0, 1]) for feature in zoo.ROWS}
-    by_columns = shard(zoo.build("EmbeddingBagCollection", None), kinds)
     kinds |= {"t_device": table_wise(rank=0), "t_city": table_wise(rank=0), **rows}
     wrapped = shard(zoo.build("EmbeddingBagCollection", None), kinds)
     model = wrapped.module
@@ -314,7 +308,6 @@ def compress_sharded_on_ranks():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bad = next(p for n, p in sharded.named_parameters() if "t_item" in n)
     attempts = {
-        "columns": lambda: refused(by_columns.module, process_group=world),
         "wrapper": lambda: refused(wrapped, process_group=world),
         "itself": lambda: refused(sharded, process_group=world),
         "optimizer": lambda: refused(model, optimizer=optimizer, process_group=world),
@@ -322,7 +315,7 @@ def compress_sharded_on_ranks():
     }
     for name, attempt in attempts.items():
         with torch.no_grad():
-            bad[len(bad) - 1, 0] = float("nan") if name == "NaN" and rank == 1 else 0.0
+            bad[len(bad) - 1, 0] = float("nan") if name == "NaN" and rank == size - 1 else 0.0
         found[name] = attempt()
     assert model.collection is sharded
     return found
@@ -335,8 +328,9 @@ def refused(model, **options):
 
 
 @pytest.mark.slow
-def test_sharded_models_are_compressed_by_all_ranks_together(tmp_path):
-    found = processes.run(compress_sharded_on_ranks, 2, tmp_path)
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_models_are_compressed_by_all_ranks_together(size, tmp_path):
+    found = processes.run(compress_sharded_on_ranks, size, tmp_path)
     for name in SHARDED_MODELS:
         model = zoo.build(name, None)
         tables = {n.rpartition(".")[2]: m for n, m in model.named_modules() if hasattr(m, "weight")}
@@ -351,12 +345,64 @@ def test_sharded_models_are_compressed_by_all_ranks_together(tmp_path):
             assert layouts == [(t.name, t.layout, t.bytes_after) for t in report.tables]
             torch.testing.assert_close(state, dict(model.state_dict()))
             np.testing.assert_allclose(predictions, zoo.predict(model, name, None), rtol=1e-5)
-    for rank, other in ((found[0], "rank 1: "), (found[1], "")):
-        assert "t_device' is sharded by columns" in rank["columns"]
+    for number, rank in enumerate(found):
+        other = "" if number == size - 1 else f"rank {size - 1}: "
         assert "compress the .module of its DistributedModelParallel" in rank["wrapper"]
         assert "itself a ShardedEmbeddingBagCollection" in rank["itself"]
         assert "an optimizer trains the sharded tables of 'collection'" in rank["optimizer"]
         assert rank["NaN"].startswith(f"{other}table 'collection.embedding_bags.t_item': row 2999")
+
+
+def by_columns_on_ranks():
+    """For each model, what the sharded and the whole tables give, and the compressed model."""
+    import torch.distributed as dist
+    from torchrec.distributed.sharding_plan import column_wise, row_wise, table_row_wise
+
+    mec_embed.shards._PIECE_BYTES = 1 << 14
+    world, rank, found = dist.group.WORLD, dist.get_rank(), {}
+    for name, dtensor, item in zip(
+        SHARDED_MODELS, (False, True), (table_row_wise(host_index=0), row_wise()), strict=True
+    ):
+        both, one = column_wise(ranks=[0, 1]), column_wise(ranks=[1, 1])
+        kinds = {"t_device": both, "t_city": one, "t_brand": both, "t_item": item}
+        trained = zoo.build(name, None)
+        wrapped = shard(zoo.build(name, None), kinds, dtensor)
+        wrapped.load_state_dict(as_sharded(trained.state_dict(), wrapped.state_dict()))
+        model = wrapped.module
+        looked_up = [torch.empty(0)] * 2
+        if name == "EmbeddingBagCollection":  # looking sequences up on the CPU crashes in TorchRec
+            features = zoo.batches(name)[rank].sparse_features
+            with torch.no_grad():
+                both = [one.collection(features).to_dict() for one in (model, trained)]
+            looked_up = [[one[feature] for feature in zoo.ROWS] for one in both]
+        report = torchrec.compress(
+            model, zoo.batches(name)[rank::2], SHARDED, process_group=world, progress=False
+        )
+        layouts = [(table.name, table.layout, table.bytes_after) for table in report.tables]
+        found[name] = looked_up, dict(model.state_dict()), layouts
+    return found
+
+
+def as_sharded(state, like):
+    """A whole state dict, cut as that of a sharded model is; ``like`` is changed."""
+    for key, value in like.items():
+        for block in _held(value) or ():
+            a, b, c, d = block.bounds
+            block.values.copy_(state[key][a:b, c:d])
+    return like
+
+
+@pytest.mark.slow
+def test_tables_sharded_by_columns_are_compressed_as_by_one_process(tmp_path):
+    found = processes.run(by_columns_on_ranks, 2, tmp_path)
+    for name in SHARDED_MODELS:
+        model = zoo.build(name, None)
+        report = torchrec.compress(model, zoo.batches(name), SHARDED, progress=False)
+        for (looked_up, expected), state, layouts in (rank[name] for rank in found):
+            # The blocks are where TorchRec looks them up.
+            torch.testing.assert_close(looked_up, expected)
+            assert layouts == [(t.name, t.layout, t.bytes_after) for t in report.tables]
+            torch.testing.assert_close(state, dict(model.state_dict()))
 
 
 def test_optimizers_that_wrap_others_are_refused():
