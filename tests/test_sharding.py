@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from random_tables import filled
 from torch import nn
+from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import mec_embed
@@ -453,6 +454,7 @@ class Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.items = small()["user"]
+        self.bags = table(("additive", 100, 8, 3, 20), torch.float32, CompressedEmbeddingBag)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Sums (batch,) of rows of ids (batch, n)."""
@@ -463,6 +465,7 @@ def test_what_needs_all_codes_says_so(one_rank, tmp_path) -> None:
     model, rows = Holder(), torch.zeros(1, 8)
     shard_codes(model, one_rank)
     batch = torch.tensor([[1, 2]])
+    replicated = distribute_tensor(batch, init_device_mesh("cpu", (1,)), [Replicate()])
     calls = {
         "save": lambda: mec_embed.save(model, tmp_path / "model.safetensors"),
         "load": lambda: mec_embed.load(model, tmp_path / "model.safetensors"),
@@ -478,6 +481,8 @@ def test_what_needs_all_codes_says_so(one_rank, tmp_path) -> None:
         "update": lambda: mec_embed.update(model.items, torch.tensor([3]), rows),
         "drift": lambda: mec_embed.drift(model.items, rows, 0.1),
         "again": lambda: shard_codes(model, one_rank),
+        "DTensor": lambda: model.items(replicated),
+        "DTensor in bags": lambda: model.bags(replicated),
         "export": lambda: torch.export.export(model, (batch,)),
         "pickle": lambda: pickle.dumps(model),
     }
@@ -509,7 +514,7 @@ def test_the_rest_of_the_model_goes_on(one_rank) -> None:
     seen.clear()
     shard_codes(model, one_rank)
     assert not model.items.training and model.items.note == "mine"
-    assert [*model.parameters()] == [books] and optimizer.state[books] is state
+    assert next(model.parameters()) is books and optimizer.state[books] is state
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(compiled(batch), model(batch))
     assert len(seen) == 2
