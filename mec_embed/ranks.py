@@ -13,9 +13,11 @@ import json
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 #: Bytes that are added up at once: gloo makes a copy of them.
 _PIECE_BYTES = 64 << 20
+#: Of the gloo group of ranks whose own group is of another kind: that of torch.
+_TIMEOUT = timedelta(minutes=30)
+#: How many gloo groups were made for each group of another kind; equal on its ranks.
+_made: MutableMapping[ProcessGroup, int] = WeakKeyDictionary()
 #: Errors that keep their type on the ranks that hear of them; others become a RuntimeError.
 _TOLD_AS = {kind.__name__: kind for kind in (ValueError, TypeError, IndexError, MemoryError)}
 
@@ -50,7 +56,7 @@ def _uninterrupted() -> Iterator[None]:
 class Ranks:
     """The processes that work on the same tables, or this one alone.
 
-    All ranks must make the same calls in the same order.
+    All ranks must make the same calls in the same order, the last of them within :meth:`guard`.
 
     Args:
         group: of ``torch.distributed``; None for this process alone.
@@ -66,6 +72,7 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.size, self.rank, self.group = 1, 0, group
+        self._group: Any = None
         self._over = False
         if group is None:
             return
@@ -80,12 +87,27 @@ class Ranks:
                 "members call"
             )
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self._group = group
-        if "gloo" not in dist.get_backend(group):
-            # What is exchanged is small and on the CPU; and NCCL ends a process at a time-out,
-            # where gloo raises an error.
-            members = dist.get_process_group_ranks(group)
-            self._group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        # What is exchanged is small and on the CPU; and NCCL ends a process at a time-out, where
+        # gloo raises an error.
+        if self.size == 1 or "gloo" in dist.get_backend(group):
+            self._group = group
+        else:
+            self._group = self._gloo_group(group)
+
+    def _gloo_group(self, group: ProcessGroup) -> Any:
+        """Connections between the ranks of a group, which close when they are referred to no more.
+
+        Not by ``dist.new_group``: that needs all processes, or names groups by how many each member
+        knows, so that members of different groups do not meet, and a later group of the same
+        members meets the addresses of one that is gone.
+        """
+        from torch.distributed.distributed_c10d import _world
+
+        _made[group] = number = _made.get(group, 0) + 1
+        prefix = f"mec_embed/{number}"
+        store = dist.PrefixStore(prefix, _world.pg_map[group][1])  # type: ignore[attr-defined]
+        with self._reached("meeting them"):
+            return dist.ProcessGroupGloo(store, self.rank, self.size, _TIMEOUT)
 
     def part(self, rows: int) -> tuple[int, int]:
         """First row and end of what this rank works on, of rows that all ranks hold."""
@@ -150,7 +172,7 @@ class Ranks:
 
     @contextmanager
     def guard(self) -> Iterator[Ranks]:
-        """What one rank raises inside, every rank raises; all leave together."""
+        """What one rank raises inside, every rank raises; all leave together, for good."""
         try:
             yield self
             self.settle("finishing")
@@ -158,6 +180,8 @@ class Ranks:
             if self.size > 1 and not self._over:
                 self._fail(error)
             raise
+        finally:
+            self._group = None  # and with it, the connections that were made for this alone
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others, who are at the next exchange or will be."""
@@ -199,13 +223,13 @@ class Ranks:
         """Tensors (n,) of all ranks, (ranks, n)."""
         rows = [torch.empty_like(own) for _ in range(self.size)]
         with self._reached(what):
-            dist.all_gather(rows, own, self._group)
+            self._group.allgather([rows], [own]).wait()
         return torch.stack(rows)
 
     def _all_reduce(self, total: Tensor, what: str) -> None:
         with self._reached(what):
             for piece in total.split(_PIECE_BYTES // total.itemsize):
-                dist.all_reduce(piece, group=self._group)
+                self._group.allreduce([piece]).wait()
 
     @contextmanager
     def _reached(self, what: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ Functions that end in ``_on_ranks`` run in each of some processes that gloo conn
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -574,6 +576,46 @@ def test_ctrl_c_in_an_exchange_leaves_no_rank_in_it(both, tmp_path):
     first, second = processes.run(interrupted_on_ranks, 2, tmp_path, *arguments, timeout=timeout)
     assert second == ["KeyboardInterrupt: "] * 3
     assert first == (second if both else ["RuntimeError: rank 1: KeyboardInterrupt"] * 3)
+
+
+# --- groups that are not gloo's ----------------------------------------------------------------
+
+
+def connections() -> int:
+    """Open files and sockets of this process; the groups of torch.distributed where unknown."""
+    folder = Path("/proc/self/fd")
+    return (
+        len(list(folder.iterdir())) if folder.exists() else len(dist.distributed_c10d._world.pg_map)
+    )
+
+
+def gloo_for_others_on_ranks():
+    """Connections that are left over after calls that talk by a group of their own, by call."""
+    dist.get_backend = lambda group=None: "nccl"
+    world, rank, found = dist.group.WORLD, dist.get_rank(), {}
+    part = dist.new_group([0, 1], backend="gloo")  # the third rank knows a group less
+    counts = FrequencyStats.from_counts({"a": np.ones(300)})
+    calls = {
+        "compress": lambda: run(small(), FAST, {}, process_group=world),
+        "plan": lambda: mec_embed.plan(small(), {}, FAST, process_group=world),
+        "error": lambda: run(small(200 + rank), FAST, {}, process_group=world),
+        "all_reduce": lambda: counts.all_reduce(world),
+        "of some": lambda: rank < 2 and run(small(), FAST, {}, process_group=part),
+    }
+    raised(calls["compress"])  # faiss and others open files when they are first used
+    for _ in range(2):
+        for name, call in calls.items():
+            before = connections()
+            message = raised(call)
+            gc.collect()
+            found.setdefault(name, []).append((message[:25], connections() - before))
+    return found
+
+
+def test_no_group_is_left_over(tmp_path):
+    for found in processes.run(gloo_for_others_on_ranks, 3, tmp_path):
+        assert found.pop("error") == [("ValueError: ranks differ ", 0)] * 2
+        assert all(each == [("nothing", 0)] * 2 for each in found.values()), found
 
 
 # --- ranks that die or stall -------------------------------------------------------------------
