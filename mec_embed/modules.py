@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -198,8 +199,12 @@ class DecodedTable(nn.Module, ABC):
         if rows is not None:
             return rows
         if any_dtensor(ids):
-            return on_replicas(self.decode, self.name, ids)
+            return self._on_dtensors(self.decode, ids)
         return self._decode(self._known(ids))
+
+    def _on_dtensors(self, look_up: Callable[..., Tensor], *values: Any) -> Tensor:
+        """What ``look_up`` gives for ids, and what belongs to them, of which some are DTensors."""
+        return on_replicas(look_up, self.name, *values)
 
     @abstractmethod
     def _decode(self, ids: Tensor) -> Tensor:
@@ -268,7 +273,7 @@ class DecodedBags(DecodedTable):
         if reduced is not None:
             return reduced
         if any_dtensor(input, offsets, per_sample_weights):
-            return on_replicas(self.forward, self.name, input, offsets, per_sample_weights)
+            return self._on_dtensors(self.forward, input, offsets, per_sample_weights)
         for what, given in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
             if given is not None:
                 self._check_tensor(what, given)

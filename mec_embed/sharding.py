@@ -8,7 +8,7 @@ rows. Codebooks, and what is stored without codes, are on every rank, and so are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +28,6 @@ from .modules import (
 )
 from .ranks import Ranks
 from .regularization import count_rows
-from .replicas import any_dtensor
 from .shards import check_sums
 from .swap import replace_modules
 from .tables import Alias, check_model, find_modules
@@ -294,19 +293,13 @@ class _Sharded(DecodedTable):
                 coded.layout = replace(coded.layout, num_embeddings=size)
                 coded.num_embeddings = size
 
-    def decode(self, ids: Tensor) -> Tensor:
-        """Rows (*ids.shape, embedding_dim) of ``ids``, which this rank alone asks for."""
-        self._refuse_dtensors(ids)
-        return super().decode(ids)
-
-    def _refuse_dtensors(self, *values: Tensor | None) -> None:
-        """ValueError for ids that all ranks hold: each would add their gradient to the owner's."""
-        if any_dtensor(*values):
-            raise ValueError(
-                f"table {self.name!r}: ids are a DTensor, expected the rank's own ids, as its "
-                "codes are in parts; call gather_codes(model) first, on all ranks, to look up ids "
-                "that every rank holds"
-            )
+    def _on_dtensors(self, look_up: Callable[..., Tensor], *values: Any) -> NoReturn:
+        # Every rank would add the gradient of the same ids to the owner's.
+        raise ValueError(
+            f"table {self.name!r}: ids are a DTensor, expected the rank's own ids, as its codes "
+            "are in parts; call gather_codes(model) first, on all ranks, to look up ids that every "
+            "rank holds"
+        )
 
     @torch.compiler.disable
     def _decode(self, ids: Tensor) -> Tensor:
@@ -402,16 +395,6 @@ class ShardedEmbeddingBag(DecodedBags, _Sharded):
         super().__init__(table, exchange)
         self.mode = table.mode
         self.include_last_offset = table.include_last_offset
-
-    def forward(
-        self,
-        input: Tensor,
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Decode the rows ``input``, wherever they are, and reduce each bag."""
-        self._refuse_dtensors(input, offsets, per_sample_weights)
-        return super().forward(input, offsets, per_sample_weights)
 
 
 def _sharded(table: DecodedTable, exchange: Exchange) -> _Sharded:

@@ -106,7 +106,7 @@ def start_centroids(
 
 def _distances(points: Tensor, norms: Tensor, drawn: Tensor) -> Tensor:
     """Squared distances (draws, n) of points (n, D) from those that were drawn."""
-    products = torch.addmm(norms, points[drawn], points.T, beta=1, alpha=-2)
+    products = torch.addmm(norms, points[drawn], points.T, alpha=-2)
     # The difference of close numbers may be negative, and of a point from itself is rounding.
     distances = (products + norms[drawn, None]).clamp_(min=0)
     distances[torch.arange(len(drawn)), drawn] = 0
