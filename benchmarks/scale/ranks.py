@@ -27,6 +27,7 @@ from benchmarks.hardware import processor
 from benchmarks.lines import append
 from mec_embed.learning import fit
 from mec_embed.learning.kmeans import require_faiss
+from mec_embed.ranks import Ranks
 
 COLUMNS = (
     "rows", "dim", "ranks", "seconds", "cpu_seconds", "plan_cpu_seconds", "learn_cpu_seconds",
@@ -101,7 +102,7 @@ def _measure_rank(rows: int, dim: int, ratio: float) -> dict[str, Any]:
     learn, encode, exchange = (_Timer() for _ in range(3))
     fit.learn_codebooks = learn.around(fit.learn_codebooks)
     fit._encode_all = encode.around(fit._encode_all)
-    dist.all_reduce = exchange.counting(dist.all_reduce)
+    Ranks._all_reduce = exchange.counting(Ranks._all_reduce)
     require_faiss()
     held, before = _memory_mb("VmRSS"), time.process_time()
     mec_embed.plan(model, stats, config, process_group=world)
@@ -143,9 +144,9 @@ class _Timer:
         return timed
 
     def counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(tensor: Tensor, **options: Any) -> Any:
+        def counted(ranks: Ranks, tensor: Tensor, what: str) -> Any:
             self.nbytes += tensor.nbytes
-            return function(tensor, **options)
+            return function(ranks, tensor, what)
 
         return counted
 
