@@ -1,7 +1,8 @@
 """Distillation: train codebooks and network to predict as the uncompressed model does.
 
 The labels of a click log over-fit within an epoch; the teacher's probabilities do not, and it can
-label combinations of ids that never occurred.
+label combinations of ids that never occurred. A small part of the labels beside them can make the
+compressed model better than its teacher.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .forward import Forward, check_batches, default_forward, eval_mode, prediction
-from .modules import CodebookSet, CompressedEmbedding, CompressedEmbeddingBag, check_gathered
+from .modules import (
+    CodebookSet,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    DecodedTable,
+    check_gathered,
+)
 from .tables import find_modules
 
 logger = logging.getLogger("mec_embed")
+
+Network = Literal["trained", "fresh", "fixed"]
+Labels = Callable[[Any], Tensor]
 
 #: Part of the length of a row that one step moves, relative to the learning rate of the network.
 _ROW_RATE = 20.0
@@ -37,7 +47,9 @@ def distill(
     epochs: int = 4,
     lr: float = 2e-3,
     mix: float = 0.5,
-    train_network: bool = True,
+    labels: Labels | None = None,
+    label_weight: float = 0.1,
+    network: Network = "trained",
     forward: Forward = default_forward,
     score: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
@@ -45,22 +57,30 @@ def distill(
 ) -> list[float]:
     """Train a compressed model against the model it was made from, in place; codes stay.
 
-    The loss is the binary cross entropy against the teacher's probabilities. Both models run in
-    eval mode: no dropout, and batch-norm statistics stay as they are. Frozen int8 and half
-    precision codebooks are trained as float32 and rounded back at the end.
+    The loss is the binary cross entropy against the teacher's probabilities (Hinton et al., 2015,
+    arXiv 1503.02531, at temperature 1). Both models run in eval mode: no dropout, and batch-norm
+    statistics stay as they are. Frozen int8 and half precision codebooks are trained as float32 and
+    rounded back at the end.
 
     Args:
         model: the compressed model.
         teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing).
-        batches: iterated once an epoch: a DataLoader, a list. Labels are not used.
-        epochs: passes over ``batches``.
+        batches: iterated once an epoch: a DataLoader, a list.
+        epochs: passes over ``batches``; a fresh network needs some.
         lr: Adam's learning rate for the network; that of the codebooks follows from it and from
             their scale. It warms up and falls to zero by a cosine.
         mix: part of each batch in which about one column in ten (at least one) is shuffled between
             rows, so that the teacher also labels combinations that the data do not hold. Columns
             are those of an integer tensor (batch, columns), or the entries of a mapping; other
             batches are used as they are.
-        train_network: train every trainable parameter of the model, or the codebooks only.
+        labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch: the target of rows that
+            ``mix`` leaves alone is then ``label_weight`` of their label and the rest of the
+            teacher's probability. None: the teacher alone.
+        label_weight: part of the label in a target, 0 to 1.
+        network: what is done with the trainable parameters outside the tables. ``"trained"``: they
+            are trained on. ``"fresh"``: they are drawn anew first, by the ``reset_parameters()`` of
+            each module that has one, then trained; with a ``score``, what was there stays
+            where that was better. ``"fixed"``: codebooks alone are trained.
         forward: how to call a model on a batch, see :meth:`FrequencyStats.from_batches`. It
             returns logits or probabilities (batch,) or (batch, 1).
         score: says how good the model is, larger is better, such as its validation AUC. It is
@@ -73,51 +93,64 @@ def distill(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: the model holds no compressed table, or there are no batches.
-        TypeError: a forward that returns no tensor.
+        ValueError: the model holds no compressed table, there are no batches, an argument is out of
+            range, or labels are of another length than the predictions or outside 0 to 1.
+        TypeError: a forward that returns no tensor, or labels that are none.
 
     Example:
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
         >>> compress(model, stats)  # doctest: +SKIP
         >>> distill(model, teacher, train_batches, epochs=2)  # doctest: +SKIP
+
+        With labels, of batches ``(ids, labels)``, and the best epoch by validation:
+
+        >>> distill(  # doctest: +SKIP
+        ...     model, teacher, train_batches, labels=lambda batch: batch[1], score=validation_auc
+        ... )
     """
     check_batches(batches)
+    _check_options(mix, labels, label_weight, network)
     books = _codebook_sets(model)
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
     modes = eval_mode(model), eval_mode(teacher), _dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         groups = [{"params": [book], "rate": _codebook_rate(book)} for book in codebooks]
-        if train_network:
+        if network != "fixed":
             held = {id(book) for book in codebooks}
-            network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-            groups.append({"params": network, "rate": 1.0})
+            others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+            groups.append({"params": others, "rate": 1.0})
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=lr)
         best = _Best(model, optimizer, score)
-        loss_of = _Loss(model, teacher, forward)
-        for epoch in range(epochs):
-            bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
-            total, seen = 0.0, 0
-            steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-            for step, batch in enumerate(bar):
-                share = step / steps if steps else 0.5
-                _set_rate(optimizer, lr, (epoch + share) / epochs)
-                loss = loss_of(mixed(batch, mix, generator))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total, seen = total + loss.item(), seen + 1
-                bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
-            if not seen:
-                raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
-            history.append(total / seen)
-            best.update()
-        best.restore()
+        loss_of = _Loss(model, teacher, forward, labels, label_weight)
+        with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
+            for epoch in range(epochs):
+                bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
+                steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+                total, seen = 0.0, 0
+                for step, batch in enumerate(bar):
+                    share = step / steps if steps else 0.5
+                    _set_rate(optimizer, lr, (epoch + share) / epochs)
+                    total, seen = total + _step(optimizer, loss_of(batch, mix, generator)), seen + 1
+                    bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
+                if not seen:
+                    raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
+                history.append(total / seen)
+                best.update()
+        if score is not None:
+            best.restore()
     return history
 
 
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 class _Best:
-    """The best state of what is trained, if there is a score."""
+    """The best state of what is trained; without a score, the first."""
 
     def __init__(
         self,
@@ -134,42 +167,128 @@ class _Best:
     @torch.no_grad()
     def update(self) -> None:
         """Keep the state if it is the best so far."""
-        if self.score is None:
-            return
-        value = float(self.score(self.model))
-        self.model.eval()  # a score may have left the model in another mode
-        if math.isnan(value):
-            raise ValueError("score returned NaN, expected a number that is larger for the better")
-        if value > self.value:
-            self.value, self.state = value, [p.clone() for p in self.trained]
+        value = self.value
+        if self.score is not None:
+            value = float(self.score(self.model))
+            self.model.eval()  # a score may have left the model in another mode
+            if math.isnan(value):
+                raise ValueError(
+                    "score returned NaN, expected a number that is larger for the better"
+                )
+        if value > self.value or not self.state:
+            self.value, self.state = value, [p.detach().clone() for p in self.trained]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the best state back."""
-        for param, value in zip(self.trained, self.state, strict=False):
+        for param, value in zip(self.trained, self.state, strict=True):
             param.copy_(value)
 
 
 class _Loss:
-    """Cross entropy of the student against the teacher, in logits or probabilities."""
+    """Cross entropy of the student against the teacher and labels, in logits or probabilities."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, forward: Forward) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        forward: Forward,
+        labels: Labels | None,
+        label_weight: float,
+    ) -> None:
         self.model, self.teacher, self.forward = model, teacher, forward
+        self.labels, self.label_weight = labels, label_weight
         self.probabilities: bool | None = None
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Any, mix: float, generator: torch.Generator) -> Tensor:
+        inputs = mixed(batch, mix, generator)
         with torch.no_grad():
-            target = prediction(self.forward(self.teacher, batch))
-        output = prediction(self.forward(self.model, batch))
+            target = prediction(self.forward(self.teacher, inputs))
+        output = prediction(self.forward(self.model, inputs))
         if self.probabilities is None:
             # Logits of a batch that all lie in [0, 1] would mean a model that knows nothing.
             self.probabilities = bool(((target >= 0) & (target <= 1)).all())
             logger.info(
                 "distill: outputs are %s", "probabilities" if self.probabilities else "logits"
             )
+        target = target if self.probabilities else target.sigmoid()
+        if self.labels is not None:
+            # Rows that were mixed are other examples than those that the labels are of.
+            whole = int(mix * len(target))
+            own = _labels_of(self.labels(batch), target)
+            target = torch.cat(
+                [target[:whole], target[whole:].lerp(own[whole:], self.label_weight)]
+            )
         if self.probabilities:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
-        return F.binary_cross_entropy_with_logits(output, target.sigmoid())
+        return F.binary_cross_entropy_with_logits(output, target)
+
+
+def _check_options(mix: float, labels: Any, label_weight: float, network: str) -> None:
+    if network not in get_args(Network):
+        raise ValueError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
+    for name, value in (("mix", mix), ("label_weight", label_weight)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be 0 to 1, got {value}")
+    if labels is None:
+        return
+    if not callable(labels):
+        raise TypeError(
+            f"labels must be a function that gives the labels of a batch, such as "
+            f"lambda batch: batch[1], got {type(labels).__name__}"
+        )
+    if mix == 1:
+        raise ValueError("mix=1 leaves no row whose label holds; give a smaller mix, or no labels")
+
+
+def _labels_of(found: Any, target: Tensor) -> Tensor:
+    """Labels (batch,) like the predictions ``target``, checked."""
+    if not isinstance(found, Tensor):
+        raise TypeError(f"labels returned a {type(found).__name__}, expected a tensor (batch,)")
+    labels = found.reshape(-1).to(target)
+    if labels.shape != target.shape:
+        raise ValueError(
+            f"labels returned {tuple(found.shape)}, expected one for each of {len(target)} "
+            "predictions"
+        )
+    if not bool(((labels >= 0) & (labels <= 1)).all()):
+        raise ValueError(
+            f"labels lie between {labels.min():g} and {labels.max():g}, expected 0 to 1"
+        )
+    return labels
+
+
+@contextmanager
+def _drawn_anew(model: nn.Module, seed: int, best: _Best) -> Iterator[None]:
+    """Initial values outside the tables; an error puts the best state back.
+
+    Drawn are modules with a ``reset_parameters()`` whose own parameters are all trainable. Their
+    buffers, such as the statistics of a batch norm, stay: the network runs in eval mode.
+    """
+    tables = (nn.Embedding, nn.EmbeddingBag, DecodedTable)
+    kept = {id(p) for m in model.modules() if isinstance(m, tables) for p in m.parameters()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            torch.manual_seed(seed)
+            for module in model.modules():
+                own = list(module.parameters(recurse=False))
+                reset = getattr(module, "reset_parameters", None)
+                if not own or not callable(reset):
+                    continue
+                if all(p.requires_grad and id(p) not in kept for p in own):
+                    _reset(module)
+        yield
+    except BaseException:
+        best.restore()
+        raise
+
+
+def _reset(module: nn.Module) -> None:
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+    module.reset_parameters()  # type: ignore[operator]
+    for buffer, value in buffers:
+        buffer.copy_(value)
 
 
 def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -124,11 +125,11 @@ def test_logits_are_recognised(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("network", [True, False])
-def test_only_codebooks_and_network_move(dtype: str | None, network: bool) -> None:
+@pytest.mark.parametrize("network", ["trained", "fresh", "fixed"])
+def test_only_codebooks_and_network_move(dtype: str | None, network: str) -> None:
     model, teacher = _pair(dtype)
     before, of_teacher = _state(model), _state(teacher)
-    _distill(model, teacher, epochs=2, train_network=network)
+    _distill(model, teacher, epochs=2, network=network)
     assert all(torch.equal(value, of_teacher[key]) for key, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     after = model.state_dict()
@@ -145,7 +146,7 @@ def test_only_codebooks_and_network_move(dtype: str | None, network: bool) -> No
         elif key.endswith(("codes", "running_mean", "running_var", "num_batches_tracked")):
             assert not moved, key
         elif key.startswith("mlp") and key != "mlp.0.bias":
-            assert moved is network, key
+            assert moved is (network != "fixed"), key
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -299,7 +300,7 @@ def test_an_output_that_is_no_tensor(output: Any) -> None:
 def test_no_epochs_leave_everything_as_it_was() -> None:
     model, teacher = _pair("int8")
     before = _state(model)
-    assert _distill(model, teacher, epochs=0) == []
+    assert _distill(model, teacher, epochs=0, network="fresh") == []
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -500,4 +501,158 @@ def test_a_score_of_nan_is_refused_and_nothing_changes() -> None:
     before = _state(model)
     with pytest.raises(ValueError, match="score returned NaN"):
         _distill(model, teacher, score=lambda one: float("nan"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_target_is_the_teacher_and_a_part_of_the_labels(
+    probabilities: bool, weight: float
+) -> None:
+    model, teacher = _pair(probabilities=probabilities)
+    ids, labels = _batches(1)[0], torch.rand(128, 1)
+    with torch.no_grad():
+        target, output = teacher(ids).reshape(-1), model(ids).reshape(-1)
+    if not probabilities:
+        target, output = target.sigmoid(), output.sigmoid()
+    target = (1 - weight) * target + weight * labels[:, 0]
+    options = {"labels": lambda batch: batch[1], "label_weight": weight, "epochs": 1, "mix": 0}
+    [loss] = _distill(model, teacher, [(ids, labels)], **options)
+    assert loss == pytest.approx(float(F.binary_cross_entropy(output, target)), rel=1e-4)
+
+
+def test_rows_that_were_mixed_keep_the_teacher_alone() -> None:
+    model, teacher = _pair()
+    ids = _batches(1)[0]
+    options = {"label_weight": 1.0, "epochs": 1, "mix": 0.5}
+    losses = []
+    for changed in (slice(0, 64), slice(64, 128)):
+        labels = torch.zeros(128)
+        labels[changed] = 1.0
+        student = copy.deepcopy(model)
+        losses += _distill(student, teacher, [ids], labels=lambda batch, y=labels: y, **options)
+    zeros = _distill(
+        copy.deepcopy(model), teacher, [ids], labels=lambda batch: torch.zeros(128), **options
+    )
+    assert losses[0] == zeros[0] and losses[1] != zeros[0]
+
+
+def test_labels_teach_what_the_teacher_does_not_know() -> None:
+    model, teacher = _pair()
+    batches = [(ids, (ids[:, 0] % 2).long()) for ids in _batches()]
+    held = batches[-1]
+
+    def loss_of(one: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.binary_cross_entropy_with_logits(one(held[0]), held[1].float()))
+
+    other = copy.deepcopy(model)
+    _distill(model, teacher, batches, epochs=8)
+    _distill(other, teacher, batches, epochs=8, labels=lambda batch: batch[1], label_weight=0.8)
+    assert loss_of(other) < loss_of(model) - 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"labels": lambda batch: None},
+            TypeError,
+            "labels returned a NoneType, expected a tensor",
+        ),
+        (
+            {"labels": lambda batch: torch.zeros(3)},
+            ValueError,
+            r"\(3,\), expected one for each of 128",
+        ),
+        (
+            {"labels": lambda batch: torch.full((128,), 5)},
+            ValueError,
+            "between 5 and 5, expected 0",
+        ),
+        ({"labels": lambda batch: torch.full((128,), math.nan)}, ValueError, "expected 0 to 1"),
+        ({"labels": torch.zeros(128)}, TypeError, "labels must be a function .* got Tensor"),
+        ({"labels": len, "mix": 1}, ValueError, "mix=1 leaves no row"),
+        ({"label_weight": 1.5}, ValueError, "label_weight must be 0 to 1, got 1.5"),
+        ({"mix": -1}, ValueError, "mix must be 0 to 1, got -1"),
+        ({"network": "new"}, ValueError, "network must be one of trained, fresh, fixed, got 'new'"),
+    ],
+)
+@pytest.mark.parametrize("network", ["trained", "fresh"])
+def test_bad_options_and_labels_change_nothing(
+    options: dict[str, Any], error: type[Exception], message: str, network: str
+) -> None:
+    model, teacher = _pair("int8")
+    before = _state(model)
+    with pytest.raises(error, match=message):
+        _distill(model, teacher, **{"network": network, **options})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# --- a fresh network ----------------------------------------------------------------------------
+
+
+def test_a_fresh_network_forgets_what_it_was() -> None:
+    model, teacher = _pair()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for param in other.mlp.parameters():
+            param.add_(7)
+    state = torch.get_rng_state()
+    for one in (model, other):
+        _distill(one, teacher, network="fresh", epochs=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    third = copy.deepcopy(other)
+    _distill(third, teacher, network="fresh", epochs=1, seed=1)
+    assert not torch.equal(third.mlp[0].weight, other.mlp[0].weight)
+
+
+def test_a_fresh_network_learns_the_teacher() -> None:
+    model, teacher = _pair()
+    with torch.no_grad():
+        for param in model.mlp.parameters():
+            param.add_(1)
+    _distill(model, teacher, network="fresh", epochs=1)
+    first = _divergence(model, teacher)
+    _distill(model, teacher, network="fresh", epochs=12)
+    assert _divergence(model, teacher) < 0.85 * first
+
+
+def test_what_is_drawn_anew_and_what_is_not() -> None:
+    model, teacher = _pair()
+    model.dense = nn.Embedding(5, 4)  # a table that was left as it is
+    model.frozen = nn.Linear(2, 2).requires_grad_(False)
+    before = _state(model)
+    _distill(model, teacher, network="fresh", epochs=1, lr=0.0)
+    after = model.state_dict()
+    drawn = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    # The weight and bias of the batch norm are at their initial values already.
+    assert drawn == {"mlp.0.weight", "mlp.0.bias", "mlp.4.weight", "mlp.4.bias"}
+
+
+@pytest.mark.parametrize("score", [None, lambda one: 1.0])
+def test_an_error_brings_the_network_back(score: Any) -> None:
+    model, teacher = _pair("int8")
+    before, calls = _state(model), iter(range(100))
+
+    def labels(batch: Tensor) -> Tensor:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return torch.zeros(len(batch))
+
+    with pytest.raises(KeyboardInterrupt):
+        _distill(model, teacher, network="fresh", labels=labels, score=score)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_fresh_network_that_is_no_better_is_not_kept() -> None:
+    model, teacher = _pair("int8")
+    before, scores = _state(model), iter([1.0, 0.0, 0.5])
+    _distill(model, teacher, network="fresh", epochs=2, score=lambda one: next(scores))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
