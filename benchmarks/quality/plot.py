@@ -20,7 +20,7 @@ from benchmarks import lines
 Panel = tuple[str, str, str]
 #: Colours are for methods of interest; the others share grey.
 COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
-STAGES = ("right after", "tuned")
+STAGES = ("right after", "tuned", "labels")
 
 
 def main() -> None:
@@ -50,13 +50,12 @@ def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float
         if row["method"] == "uncompressed" or row["stage"] == "impossible":
             continue
         panel = _panel(row)
-        # Trained methods have no state before training: both stages are the trained one.
-        stages = {"compressed": STAGES[:1], "tuned": STAGES[1:], "trained": STAGES[:1]}
+        # What a trained method has right after is the trained model.
+        stage = STAGES[0] if row["stage"] in ("compressed", "trained") else row["stage"]
         cell = found[panel][row["method"]].setdefault(float(row["ratio"]), defaultdict(list))
         cell["bytes"].append(int(row["bytes"]))
         cell["ratio"].append(int(row["bytes_before"]) / int(row["bytes"]))
-        for stage in stages[row["stage"]]:
-            cell[stage].append(float(row[metric]) - base[panel, row["seed"], row["processor"]])
+        cell[stage].append(float(row[metric]) - base[panel, row["seed"], row["processor"]])
     return found
 
 
@@ -65,7 +64,7 @@ def _panel(row: dict[str, str]) -> Panel:
 
 
 def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
-    """Markdown: one line a method, one column a ratio, "right after / tuned"."""
+    """Markdown: one line a method, one column a ratio, "right after / tuned / with labels"."""
     ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
     text = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
     text += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
@@ -95,8 +94,13 @@ def _cell(cell: dict[str, list[float]] | None) -> str:
     if cell is None:
         return "-"
     seeds = len(cell[STAGES[0]])
-    values = " / ".join(f"{mean(cell[stage]):+.4f}" for stage in STAGES if cell[stage])
-    return values if seeds == 1 else f"{values} ({seeds} seeds)"
+    stages = [cell[stage] for stage in STAGES if cell[stage]]
+    # A stage of fewer seeds than the first says so.
+    values = [
+        f"{mean(stage):+.4f}" + (f" ({len(stage)})" if len(stage) != seeds else "")
+        for stage in stages
+    ]
+    return " / ".join(values) + (f" ({seeds} seeds)" if seeds > 1 else "")
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:

@@ -45,9 +45,13 @@ UNSEEN = 0.1
 ROW_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
-def thaw(model: nn.Module) -> None:
-    """Turn the fp16 parameters of the tables into fp32 ones to train; build optimizers after."""
-    _cast(model, torch.float16, torch.float32)
+def thaw(model: nn.Module) -> bool:
+    """Turn the fp16 parameters of the tables into fp32 ones to train; build optimizers after.
+
+    Returns:
+        Whether there were any.
+    """
+    return _cast(model, torch.float16, torch.float32)
 
 
 def freeze(model: nn.Module) -> None:
@@ -55,12 +59,15 @@ def freeze(model: nn.Module) -> None:
     _cast(model, torch.float32, torch.float16)
 
 
-def _cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
+def _cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> bool:
+    found = False
     parts = [getattr(model, part) for part in PARTS if getattr(model, part, None)]
     for owner in [module for part in parts for module in part.modules()]:
         for name, value in list(owner.named_parameters(recurse=False)):
             if value.dtype is old:
                 setattr(owner, name, nn.Parameter(value.detach().to(new), value.requires_grad))
+                found = True
+    return found
 
 
 def _dense(base: Base) -> Iterator[Tensor]:
@@ -528,6 +535,7 @@ def _checked(method: Method) -> Method:
 POSTHOC: dict[str, Method] = {
     name: _checked(method)
     for name, method in {
+        "fp32": lambda base, ratio: base.copy(),
         **{name: partial(row_quantized, bits=bits) for name, bits in ROW_BITS.items()},
         "svd": svd,
         "pq": partial(product_codes, rotated=False),

@@ -40,12 +40,14 @@ METHODS: dict[str, Method] = {**OURS, **POSTHOC, **TRAINED, **ABLATION}
 #: What runs where no method is named.
 USUAL = [*OURS, *POSTHOC, *TRAINED]
 #: Methods of one size; they run once, at whatever ratio that is.
-ONE_SIZE = ("fp16", "int8", "int4", "int2")
+ONE_SIZE = ("fp32", "fp16", "int8", "int4", "int2")
 KEY = ("data", "model", "dim", "seed", "method", "ratio")
 COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
+#: The stage of models tuned with labels mixed into the targets.
+LABELS = "labels"
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -53,7 +55,7 @@ _SAME_AUC = 2e-5
 def main() -> None:
     """Parse the command line and run."""
     options = _parse()
-    done = read_keys(options.out)
+    done = read_keys(options.out, options.labels)
     jobs = list(_jobs(options))
     with tqdm(jobs, unit="run") as bar:
         for (name, model, seed), group in itertools.groupby(bar, key=lambda job: job[:3]):
@@ -77,6 +79,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=USUAL, choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-tuning", action="store_true", help="only right after compressing")
+    parser.add_argument(
+        "--labels", action="store_true", help="only tuning with labels, a stage of its own"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
     parser.add_argument("--fuxictr-root", type=Path, help="folder of Criteo_x1, Avazu_x1, ...")
     parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
@@ -101,9 +106,13 @@ def _key(job: tuple[str, str, int, str, float], options: argparse.Namespace) -> 
     return tuple(map(str, (name, model, dim, seed, method, ratio)))
 
 
-def read_keys(file: Path) -> set[tuple[str, ...]]:
-    """The runs that a result file already holds."""
-    return {tuple(row[name] for name in KEY) for row in lines.read(file)}
+def read_keys(file: Path, labels: bool = False) -> set[tuple[str, ...]]:
+    """The runs that a result file already holds, those with labels or the others."""
+    return {
+        tuple(row[name] for name in KEY)
+        for row in lines.read(file)
+        if row["stage"] == "impossible" or (row["stage"] == LABELS) == labels
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,7 +176,7 @@ def _record_base(file: Path, base: Base, label: dict[str, Any]) -> None:
 def _run(
     options: argparse.Namespace, base: Base, label: dict[str, Any], method: str, ratio: float
 ) -> None:
-    """One method at one ratio: right after compressing, and tuned."""
+    """One method at one ratio: right after compressing and tuned, or tuned with labels."""
     torch.manual_seed(base.seed)
     started = time.perf_counter()
     model = METHODS[method](base, ratio or 1.0)
@@ -178,14 +187,16 @@ def _run(
         return
     if ratio and embedding_bytes(model) > base.budget(ratio):
         raise RuntimeError(f"{method} takes more than its budget at {ratio:g}x")
-    stage = "trained" if method in TRAINED else "compressed"
-    record(options.out, base, label, method, ratio, stage, model, seconds)
+    if not options.labels:
+        stage = "trained" if method in TRAINED else "compressed"
+        record(options.out, base, label, method, ratio, stage, model, seconds)
     if options.no_tuning:
         return
     started = time.perf_counter()
-    tuned = tune(model, base)
+    tuned = tune(model, base, labels=options.labels)
     seconds = time.perf_counter() - started
-    record(options.out, base, label, method, ratio, "tuned", tuned, seconds)
+    stage = LABELS if options.labels else "tuned"
+    record(options.out, base, label, method, ratio, stage, tuned, seconds)
 
 
 def record(

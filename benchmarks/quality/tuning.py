@@ -4,57 +4,117 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.quality.common import Base
+from benchmarks.quality.common import PARTS, Base
 from benchmarks.quality.posthoc import freeze, thaw
 from examples.ctr.training import evaluate
 from mec_embed import CompressedEmbedding, distill
 from mec_embed.distill import mixed
 
+Batches = list[tuple[Tensor, Tensor]]
+
 #: Learning rates that a baseline may choose from, by validation; ours has one.
 RATES = (3e-4, 2e-3)
+#: Of :func:`mec_embed.distill`: part of a batch that is mixed, part of a label in a target.
+MIX, LABEL_WEIGHT = 0.5, 0.1
+#: Epochs with labels: a fresh network needs some.
+LABEL_EPOCHS = 4
 
 
-def tune(model: nn.Module, base: Base) -> nn.Module:
-    """The best, by validation AUC, of the model as it is and the tuned one."""
+def tune(model: nn.Module, base: Base, *, labels: bool = False) -> nn.Module:
+    """The best, by validation AUC, of the model as it is and of tuned ones.
+
+    Args:
+        model: not changed.
+        base: its teacher.
+        labels: labels are mixed into the targets, and a fresh network is tried as well.
+    """
     batches = list(base.batches(base.seed + 1))
-    if any(isinstance(module, CompressedEmbedding) for module in model.modules()):
+    is_ours = any(isinstance(module, CompressedEmbedding) for module in model.modules())
+    tuned = (
+        _ours(model, base, batches, labels) if is_ours else _others(model, base, batches, labels)
+    )
+    return max([model, *tuned], key=lambda one: evaluate(one, base.data, "valid").auc)
+
+
+def _ours(model: nn.Module, base: Base, batches: Batches, labels: bool) -> Iterator[nn.Module]:
+    for network in ("trained", "fresh") if labels else ("trained",):
         tuned = copy.deepcopy(model)
         distill(
             tuned,
             base.model,
             batches,
-            epochs=base.settings.distill_epochs,
+            epochs=LABEL_EPOCHS if labels else base.settings.distill_epochs,
+            mix=MIX,
+            labels=(lambda batch: batch[1]) if labels else None,
+            label_weight=LABEL_WEIGHT,
+            network=network,  # type: ignore[arg-type]
             score=lambda one: evaluate(one, base.data, "valid").auc,
             seed=base.seed,
             progress=False,
         )
-        return tuned
-    candidates = [model]
-    candidates += [_distilled(copy.deepcopy(model), base, batches, rate) for rate in RATES]
-    return max(candidates, key=lambda one: evaluate(one, base.data, "valid").auc)
+        yield tuned
 
 
-def _distilled(model: nn.Module, base: Base, batches: list, rate: float) -> nn.Module:
+def _others(model: nn.Module, base: Base, batches: Batches, labels: bool) -> Iterator[nn.Module]:
+    for rate in RATES:
+        yield _distilled(copy.deepcopy(model), base, batches, rate, labels)
+    if labels:
+        fresh = copy.deepcopy(model)
+        _draw_anew(fresh, base.seed)
+        yield _distilled(fresh, base, batches, RATES[-1], labels)
+
+
+def _draw_anew(model: nn.Module, seed: int) -> None:
+    """Initial values for the layers outside the tables."""
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        if name.partition(".")[0] not in PARTS and isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+
+def _distilled(
+    model: nn.Module, base: Base, batches: Batches, rate: float, labels: bool
+) -> nn.Module:
     """Plain distillation: the loss, batches and schedule of :func:`mec_embed.distill`."""
-    thaw(model)
+    is_half = thaw(model)
     model.eval()
-    teacher = base.model.eval()
     generator = torch.Generator().manual_seed(base.seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
-    steps = base.settings.distill_epochs * len(batches)
+    epochs = LABEL_EPOCHS if labels else base.settings.distill_epochs
+    steps = epochs * len(batches)
+    best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
     for step in range(steps):
-        ids, _ = mixed(batches[step % len(batches)], 0.5, generator)
+        batch = batches[step % len(batches)]
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            target = teacher(ids).sigmoid()
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(model(ids), target).backward()
+        _loss(model, base, batch, generator, LABEL_WEIGHT if labels else 0.0).backward()
         optimizer.step()
-    freeze(model)
+        if labels and (step + 1) % len(batches) == 0:
+            # Ours keeps its best epoch.
+            score = evaluate(model, base.data, "valid").auc
+            if score > best[0]:
+                best = score, copy.deepcopy(model.state_dict())
+    if best[1]:
+        model.load_state_dict(best[1])
+    if is_half:
+        freeze(model)
     return model
+
+
+def _loss(
+    model: nn.Module, base: Base, batch: tuple[Tensor, Tensor], generator: torch.Generator,
+    label_weight: float,
+) -> Tensor:  # fmt: skip
+    ids, own = mixed(batch, MIX, generator)
+    with torch.no_grad():
+        target = base.model.eval()(ids).sigmoid()
+    whole = int(MIX * len(target))
+    target[whole:] = target[whole:].lerp(own[whole:], label_weight)
+    return F.binary_cross_entropy_with_logits(model(ids), target)

@@ -64,6 +64,32 @@ def test_study_writes_both_stages_within_budget_and_resumes(run, monkeypatch, tm
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
 
+def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, capsys):
+    methods = ["--methods", "mec_embed", "hashing", "fp32", "--ratios", "8"]
+    first = run(*methods, "--no-tuning")
+    lines = run(*methods, "--labels")
+    assert lines[: len(first)] == first
+    assert [(line["method"], line["stage"]) for line in lines[len(first) :]] == [
+        (method, "labels") for method in ("mec_embed", "hashing", "fp32")
+    ]
+    auc = {(line["method"], line["stage"]): float(line["valid_auc"]) for line in lines}
+    for method, stage in (("mec_embed", "compressed"), ("hashing", "trained")):
+        assert auc[method, "labels"] >= auc[method, stage]
+    sizes = [line["bytes"] for line in lines if line["method"] == "mec_embed"]
+    assert len(set(sizes)) == 1
+    assert run(*methods, "--labels") == lines
+
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv")])
+    plot.main()
+    [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
+    assert ours.count("/") == 1  # right after and with labels
+
+
+def test_a_stage_of_fewer_seeds_says_so():
+    cell = {"right after": [0.1, 0.3], "tuned": [0.2, 0.4], "labels": [0.5]}
+    assert plot._cell(cell) == "+0.2000 / +0.3000 / +0.5000 (1) (2 seeds)"
+
+
 def test_another_base_than_that_of_the_results_is_refused(run, tmp_path):
     run("--methods", "pq", "--ratios", "8", "--no-tuning")
     file = next((tmp_path / "bases").iterdir())
