@@ -21,6 +21,17 @@ Panel = tuple[str, str, str]
 #: Colours are for methods of interest; the others share grey.
 COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
 STAGES = ("right after", "tuned", "labels")
+#: Columns and lines of the short table.
+SHORT: tuple[tuple[Panel, float], ...] = (
+    (("criteo_dac80k", "DeepFM", "40"), 25.0),
+    (("criteo_dac80k", "DeepFM", "40"), 100.0),
+    (("ml1m_ge4", "DeepFM", "40"), 25.0),
+    (("amazonbook_kgat", "DNN", "40"), 50.0),
+)
+SHORT_METHODS = (
+    "mec_embed", "pq", "opq", "mec_described", "mec_released", "dpq", "mgqe", "cce", "hashing",
+    "svd",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -29,9 +40,13 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     parser.add_argument("--metric", default="test_auc", help="a column of the results")
+    parser.add_argument("--short", action="store_true", help="the table of the README")
     options = parser.parse_args()
     results = read(options.files, options.metric)
-    print("\n\n".join(table(panel, methods) for panel, methods in results.items()))
+    if options.short:
+        print(short_table(results))
+    else:
+        print("\n\n".join(table(panel, methods) for panel, methods in results.items()))
     if options.plot:
         draw(results, options.plot, options.metric)
 
@@ -78,6 +93,16 @@ def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
         else:
             found = [_cell(cells.get(ratio)) for ratio in ratios]
         text.append(_line([method, *found]))
+    return "\n".join(text)
+
+
+def short_table(results: dict[Panel, dict[str, dict[float, Any]]]) -> str:
+    """Markdown: one line a method of interest, one column a data set and ratio."""
+    text = [_line(["method", *(f"{panel[0]} {ratio:g}x" for panel, ratio in SHORT)])]
+    text += [_line(["---"] * (1 + len(SHORT)))]
+    for method in SHORT_METHODS:
+        cells = [results.get(panel, {}).get(method, {}).get(ratio) for panel, ratio in SHORT]
+        text.append(_line([method, *map(_cell, cells)]))
     return "\n".join(text)
 
 

@@ -85,6 +85,19 @@ def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, ca
     assert ours.count("/") == 1  # right after and with labels
 
 
+def test_the_short_table(run, monkeypatch, tmp_path, capsys):
+    run("--methods", "pq", "--ratios", "8", "--no-tuning")
+    monkeypatch.setattr(
+        plot, "SHORT", ((("generator", "DeepFM", "8"), 8.0), (("a", "b", "c"), 2.0))
+    )
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv"), "--short"])
+    plot.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| method | generator 8x | a 2x |" and len(lines) == 12
+    assert lines[2] == "| mec_embed | - | - |"
+    assert lines[3].startswith(("| pq | -0.", "| pq | +0.")) and lines[3].endswith("| - |")
+
+
 def test_a_stage_of_fewer_seeds_says_so():
     cell = {"right after": [0.1, 0.3], "tuned": [0.2, 0.4], "labels": [0.5]}
     assert plot._cell(cell) == "+0.2000 / +0.3000 / +0.5000 (1) (2 seeds)"
