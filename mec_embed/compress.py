@@ -34,6 +34,7 @@ from .modules import (
     DecodedTable,
 )
 from .ranks import ALONE, Ranks
+from .replicas import is_of_dtensors
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
 from .shards import check_sum
@@ -248,12 +249,20 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
         Number of tables put back.
 
     Raises:
-        ValueError: the model holds no compressed table.
+        ValueError: the model holds no compressed table, or one with hooks of
+            ``parallelize_module``, which give it ids that a dense table does not take.
     """
     check_model(model)
     found = list(find_replacements(model))
     if not found:
         raise ValueError("the model holds no compressed table; nothing to decompress")
+    for old, aliases in found:
+        if any(is_of_dtensors(hook) for hook in old._forward_pre_hooks.values()):
+            raise ValueError(
+                f"table {aliases[0].name!r} has a hook of parallelize_module, which gives it ids as "
+                "DTensors; a dense table is to be a plain one: load() or compress() a model that "
+                "parallelize_module has not changed, decompress that, and parallelize it then"
+            )
     replace_modules(model, [(aliases, old, _dense(old)) for old, aliases in found], optimizer)
     return len(found)
 

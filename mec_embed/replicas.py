@@ -18,6 +18,11 @@ def any_dtensor(*values: Any) -> bool:
     return False
 
 
+def is_of_dtensors(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of ``parallelize_module``."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
+
+
 def on_replicas(look_up: Callable[..., Tensor], name: str, *values: Any) -> Tensor:
     """What ``look_up`` gives for values of which some are DTensors.
 

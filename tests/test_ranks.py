@@ -35,7 +35,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import mec_embed
-from mec_embed import CompressionConfig, FrequencyStats
+from mec_embed import CompressionConfig, FrequencyStats, decompress
 from mec_embed.learning import fit
 from mec_embed.ranks import ALONE, Ranks
 
@@ -356,6 +356,13 @@ def parallel_on_ranks():
             expected = part(alone.items(IDS), rank)
             found[f"{kind}, watched by nothing"] = model.items(IDS), expected
             found[f"{kind}, compiled"] = compiled(IDS), expected
+        state = copy.deepcopy(dict(model.state_dict()))
+        message = raised(lambda model=model: decompress(model))
+        found[f"{kind}, decompress is refused"] = (
+            torch.tensor("'users' has a hook of parallelize_module" in message),
+            torch.tensor(True),
+        )
+        found[f"{kind}, and nothing changed"] = copy.deepcopy(dict(model.state_dict())), state
         whole, parts = trained(alone, one), trained(model, optimizer)
         for name in PARALLEL:
             found[f"{kind}, rows of {name}"] = parts.pop(name), part(whole.pop(name), rank)
