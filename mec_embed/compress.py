@@ -259,7 +259,7 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     for old, aliases in found:
         if any(is_of_dtensors(hook) for hook in old._forward_pre_hooks.values()):
             raise ValueError(
-                f"table {aliases[0].name!r} has a hook of parallelize_module, which gives it ids as "
+                f"table {aliases[0].name!r} has a hook of parallelize_module that makes ids "
                 "DTensors; a dense table is to be a plain one: load() or compress() a model that "
                 "parallelize_module has not changed, decompress that, and parallelize it then"
             )
