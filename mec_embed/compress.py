@@ -37,7 +37,7 @@ from .ranks import ALONE, Ranks
 from .replicas import is_of_dtensors
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
-from .shards import check_sum
+from .shards import check_sum, is_dtensor, part_of_dtensor, shards
 from .swap import Optimizers, all_optimizers, check_held, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
@@ -355,20 +355,33 @@ def _draft(
         tables, skipped = earlier.choose(tables, skipped)
     measure = None
     if batches is not None:
-        _check_unsharded(tables)
-        measure = partial(fisher_matrices, model, tables, batches, forward)
+        others = _sharded_among(model, skipped, standing)
+        measure = partial(fisher_matrices, model, tables, batches, forward, others)
     return draft_tables(
         model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
     )
 
 
-def _check_unsharded(tables: Sequence[Table]) -> None:
-    for table in tables:
-        if table.shard is not None:
-            raise ValueError(
-                f"batches= needs tables that are whole on every rank, but {table.name!r} is "
-                "sharded; compress without batches="
-            )
+def _sharded_among(
+    model: nn.Module, skipped: Sequence[SkippedTable], standing: Standing
+) -> list[Table]:
+    """Sharded tables that stay as they are, and have to be looked up in where the model is run."""
+    ranks, names = standing.ranks, {table.name for table in skipped}
+    found = [
+        Table(module, aliases, ranks=ranks, shard=standing.shards.get(module))
+        for module, aliases in find_modules(model, EMBEDDINGS)
+        if aliases[0].name in names and isinstance(getattr(module, "weight", None), Tensor)
+    ]
+    # With hooks of parallelize_module they are given ids that they take.
+    placed = {
+        table.name: part_of_dtensor(table.name, table.weight, ranks)
+        for table in found
+        if is_dtensor(table.weight)
+        and not any(is_of_dtensors(hook) for hook in table.module._forward_pre_hooks.values())
+    }
+    held = shards(placed, ranks)
+    found = [replace(t, shard=held[t.name]) if t.name in held else t for t in found]
+    return [table for table in found if table.shard is not None]
 
 
 def draft_tables(

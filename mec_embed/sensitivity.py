@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import Forward, check_batches, eval_mode, prediction
+from .measuring import asking_forward, in_step, scale_of_bags
 from .tables import Table
 
 #: Batches read, at most: the mean over these is precise enough.
@@ -27,7 +29,11 @@ _LEAST = 0.05
 
 
 def fisher_matrices(
-    model: nn.Module, tables: Sequence[Table], batches: Iterable[Any], forward: Forward
+    model: nn.Module,
+    tables: Sequence[Table],
+    batches: Iterable[Any],
+    forward: Forward,
+    others: Sequence[Table] = (),
 ) -> list[np.ndarray | None]:
     """The Fisher matrix (dim, dim) float64 of one lookup of each table; None where none was seen.
 
@@ -35,20 +41,26 @@ def fisher_matrices(
         model: returns logits or probabilities (batch,) or (batch, tasks); it runs in eval mode,
             its weights, gradients, modes and attributes are left as they were.
         tables: of the model.
-        batches: what ``forward`` takes; the first 64 are read. Each rank reads its own.
+        batches: what ``forward`` takes; the first 64 are read. Each rank reads its own, and where
+            tables are sharded, as many as every rank has.
         forward: how to call the model on a batch.
+        others: sharded tables to look up in as well, without a matrix.
 
     Raises:
         ValueError: batches is empty, or a gradient is NaN or infinite.
         TypeError: batches cannot be gone through.
     """
     check_batches(batches)
-    totals = {table: np.zeros((table.dim, table.dim)) for table in tables}
-    lookups = dict.fromkeys(tables, 0)
+    totals = {table: np.zeros((table.dim, table.dim)) for table in [*tables, *others]}
+    lookups = dict.fromkeys(totals, 0)
     seen: list[tuple[Table, Tensor, float]] = []
     read = 0
     generator = torch.Generator().manual_seed(0)
-    with eval_mode(model), _attributes_kept(model), torch.enable_grad(), _watched(tables, seen):
+    sharded = [table for table in totals if table.shard is not None]
+    if sharded:
+        # Lookups are exchanges then.
+        batches = in_step(batches, sharded[0].ranks)
+    with eval_mode(model), _attributes_kept(model), torch.enable_grad(), _watched([*totals], seen):
         for batch in batches:
             seen.clear()
             logits = _fisher_logits(prediction(forward(model, batch)), generator)
@@ -133,25 +145,37 @@ def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, float]]) -
     """While open, every lookup adds (table, its output as a leaf, scale of gradients)."""
     handles = []
     for table in tables:
-        hook = _watcher(table, seen)
-        handles.append(table.module.register_forward_hook(hook, with_kwargs=True))
+        if table.shard is None:
+            hook = _watcher(table, seen)
+            handles.append(table.module.register_forward_hook(hook, with_kwargs=True))
+        else:
+            forward = asking_forward(table, partial(_leaf, table, seen))
+            table.module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for table in tables:
+            if table.shard is not None:
+                vars(table.module).pop("forward", None)
+
+
+def _leaf(
+    table: Table, seen: list[tuple[Table, Tensor, float]], output: Tensor, scale: float
+) -> Tensor:
+    """``output`` for the model to go on with; its gradient is noted."""
+    leaf = table.repaired(output.detach().float()).requires_grad_()
+    seen.append((table, leaf, scale))
+    # A copy: what comes next may work in place, which a leaf refuses.
+    return leaf.to(output.dtype, copy=True)
 
 
 def _watcher(table: Table, seen: list[tuple[Table, Tensor, float]]) -> Any:
     def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        leaf = table.repaired(output.detach().float()).requires_grad_()
         scale = 1.0
-        if isinstance(module, nn.EmbeddingBag) and module.mode == "mean":
-            ids = args[0] if args else kwargs["input"]
-            # One id moves the mean of its bag by its share.
-            scale = len(output) / max(1, ids.numel())
-        seen.append((table, leaf, scale))
-        # A copy: what comes next may work in place, which a leaf refuses.
-        return leaf.to(output.dtype, copy=True)
+        if isinstance(module, nn.EmbeddingBag):
+            scale = scale_of_bags(module, output, args[0] if args else kwargs["input"])
+        return _leaf(table, seen, output, scale)
 
     return watch

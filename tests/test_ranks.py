@@ -153,8 +153,17 @@ def compress_on_ranks():
     part = FrequencyStats({name: np.floor(c / size) for name, c in counts().items()})
     planned = mec_embed.plan(sharded(Model()), counts(), CONFIG, process_group=world)
     own = batches()[rank::size]
+    found["batches"] = outcome(Model(), process_group=world, batches=own)
+    # The first rank has one more than it is asked for.
+    more = [*own, batches()[0]] if rank == 0 else own
+    model = sharded(Model())
+    found["batches, sharded"] = outcome(model, process_group=world, batches=more)
+    # A table that stays as it is has to be looked up in, sharded as it is.
+    most, config = [], replace(FAST, exclude=("users",))
+    for model in (Model(), sharded(Model())):
+        most.append(outcome(model, config, process_group=world, batches=own)[1:])
+    found["one stays"] = most
     return found, {
-        "batches": outcome(Model(), process_group=world, batches=own)[1:],
         "planned": planned.bytes_after,
         "added": {name: part.all_reduce(world)[name] for name in part},
     }
@@ -166,7 +175,7 @@ def of_one():
         kind: outcome(make(), config, stats()) for kind, (make, config, stats) in CASES.items()
     }
     found["again"] = again()
-    return found, outcome(Model(), batches=batches())[1:]
+    return found, outcome(Model(), batches=batches())
 
 
 def check_equal(outcomes: list[tuple], expected: tuple) -> None:
@@ -192,10 +201,16 @@ def test_several_processes_give_what_one_gives(size, tmp_path, of_one):
         assert kind == "again" or any(kind in layout for layout, _ in layouts.values()), layouts
         for name in (kind, f"{kind}, sharded"):
             check_equal([of_rank[name] for of_rank, _ in ranks], (state, layouts, errors))
+    # Gradients get other random signs on other ranks.
+    whole, parted = ([of_rank[k] for of_rank, _ in ranks] for k in ("batches", "batches, sharded"))
+    check_equal(parted, whole[0])
+    for of_rank, _ in ranks:
+        (layouts, errors), (other, others) = of_rank["one stays"]
+        assert layouts == other and errors == pytest.approx(others)
+    for _, layouts, errors in whole:
+        assert layouts == of_one[1][1]
+        assert errors == pytest.approx(of_one[1][2], rel=1e-3)
     for _, told in ranks:
-        layouts, errors = told["batches"]
-        assert layouts == of_one[1][0]
-        assert errors == pytest.approx(of_one[1][1], rel=1e-3)
         assert told["planned"] == sum(nbytes for _, nbytes in of_one[0]["| one row"][1].values())
         for name, each in counts().items():
             np.testing.assert_array_equal(told["added"][name], np.floor(each / size) * size)
@@ -338,6 +353,11 @@ PARALLEL = ("users", "items")
 IDS = torch.arange(60).view(10, 6)
 
 
+def squares(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch,) that depend on two tables."""
+    return sum(model.get_submodule(name)(ids).square().sum((1, 2)) for name in PARALLEL) / 500
+
+
 def parallel_on_ranks():
     """What tables give that were parallel, and what they are to give, by kind of output."""
     mesh, rank, found = init_device_mesh("cpu", (2,)), dist.get_rank(), {}
@@ -347,9 +367,14 @@ def parallel_on_ranks():
         stats = FrequencyStats.from_batches(model, [IDS], forward=lambda m, ids: m.items(ids))
         found[f"{kind}, counted"] = stats["items"].sum(), 60.0
         optimizer, alone = torch.optim.Adam(model.parameters()), Model()
-        run(model, optimizer=optimizer, process_group=dist.group.WORLD)
+        options = {}
+        if kind == "whole":  # with parts of rows, a rank would not make the logits of all
+            options = {"batches": [IDS, IDS[:4]], "forward": squares}
+            # Tables that are sharded differently do not share codes.
+            options["config"] = replace(CONFIG, exclude=("first_order",))
+        run(model, optimizer=optimizer, process_group=dist.group.WORLD, **options)
         one = torch.optim.Adam(alone.parameters())
-        run(alone, optimizer=one)
+        run(alone, optimizer=one, **options)
         alone.load_state_dict(model.state_dict())
         compiled = torch.compile(model.items, backend="aot_eager", fullgraph=True)
         with torch.no_grad():
@@ -481,7 +506,11 @@ def errors_on_ranks():
     attempt("NaN", model)
     parted = sharded(small())
     attempt("no group", parted, process_group=None)
-    attempt("batches", parted, batches=[torch.tensor([1])])
+    options = {"forward": lambda model, ids: model["b"](ids).sum(1)}
+    few = [] if rank else [torch.tensor([1])]
+    attempt("no batches", parted, batches=few, **options)
+    bad = torch.tensor([[1, 2], [5, 200]][rank])
+    attempt("ids", parted, batches=[bad], **options)
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     attempt("another group", parted, process_group=alone)
     placed, mesh = small(), init_device_mesh("cpu", (2,))
@@ -517,7 +546,7 @@ ERRORS = {
     "counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has 200",
     "one without counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has none",
     "values": "ValueError: ranks differ in the rows of table 'b'",
-    "batches": "ValueError: batches= needs tables that are whole on every rank, but 'b'",
+    "no batches": "ValueError: batches is empty on rank 1; give every rank some",
     "no group": "ValueError: table 'b' is sharded over 2 processes",
     "another group": "ValueError: table 'b' is sharded over 2 processes",
     "placement": "ValueError: table 'b' is a DTensor placed as (Partial(sum),), expected Shard()",
@@ -527,6 +556,10 @@ ERRORS = {
 TOLD = {
     "unknown counts": ("ValueError: freq_stats names 'c'", "ValueError: rank 1: freq_stats names"),
     "NaN": ("ValueError: table 'b': row 150 holds NaN", "ValueError: rank 1: table 'b': row 150"),
+    "ids": (
+        "IndexError: table 'b': ids lie between 5 and 200, expected 0 to 199",
+        "IndexError: rank 1: table 'b'",
+    ),
     "fit_codes MemoryError": ("MemoryError: no room", "MemoryError: rank 1: no room"),
     "fit_codes KeyboardInterrupt": ("KeyboardInterrupt", "RuntimeError: rank 1: Keyboard"),
     "fit_codes OSError": ("OSError: disk", "RuntimeError: rank 1: disk"),

@@ -380,6 +380,20 @@ def by_columns_on_ranks():
         )
         layouts = [(table.name, table.layout, table.bytes_after) for table in report.tables]
         found[name] = looked_up, dict(model.state_dict()), layouts
+        # Measured through the plain collections, which ask the ranks for rows.
+        measured = []
+        for again in (trained, shard(zoo.build(name, None), kinds, dtensor)):
+            if again is not trained:
+                again.load_state_dict(
+                    as_sharded(zoo.build(name, None).state_dict(), again.state_dict())
+                )
+            plain = getattr(again, "module", again)
+            options = {"process_group": world, "forward": lambda one, batch: one(batch)}
+            part = zoo.batches(name)[rank::2]
+            report = torchrec.compress(plain, part, SHARDED, progress=False, **options)
+            layouts = [(table.layout, table.weighted_error) for table in report.tables]
+            measured.append((layouts, dict(plain.state_dict())))
+        found[f"{name}, measured"] = measured
     return found
 
 
@@ -398,6 +412,10 @@ def test_tables_sharded_by_columns_are_compressed_as_by_one_process(tmp_path):
     for name in SHARDED_MODELS:
         model = zoo.build(name, None)
         report = torchrec.compress(model, zoo.batches(name), SHARDED, progress=False)
+        for rank in found:
+            (layouts, state), (expected_layouts, expected) = rank[f"{name}, measured"]
+            assert [one for one, _ in layouts] == [one for one, _ in expected_layouts]
+            torch.testing.assert_close(state, expected)
         for (looked_up, expected), state, layouts in (rank[name] for rank in found):
             # The blocks are where TorchRec looks them up.
             torch.testing.assert_close(looked_up, expected)

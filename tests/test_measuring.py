@@ -1,0 +1,87 @@
+"""Lookups of sharded tables while gradients are measured: what the plain modules look up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mec_embed.measuring import asking_forward
+from mec_embed.ranks import ALONE
+from mec_embed.shards import Shard
+from mec_embed.tables import Table
+
+
+def _asking(module: nn.Module) -> tuple[Any, list[float]]:
+    """Its lookups as a table of which this one rank holds the only part, and scales seen."""
+    scales: list[float] = []
+
+    def watch(output: Tensor, scale: float) -> Tensor:
+        scales.append(scale)
+        return output
+
+    rows = module.weight.detach()
+    table = Table(module, (), ranks=ALONE, shard=Shard(rows, ((0, len(rows)),)))
+    object.__setattr__(table, "aliases", (_Named(),))
+    return asking_forward(table, watch), scales
+
+
+class _Named:
+    name = "items"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 5), (2, 0), ()])
+def test_rows_are_those_of_the_module(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = nn.Embedding(20, 6, padding_idx=3)
+    asking, scales = _asking(module)
+    ids = torch.randint(20, shape).to(dtype)
+    torch.testing.assert_close(asking(ids), module(ids).detach(), rtol=0, atol=0)
+    assert scales == [1.0]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 3, 19])
+@pytest.mark.parametrize("kind", ["matrix", "offsets", "last offset", "empty bags", "no ids"])
+def test_bags_are_those_of_the_module(mode: str, padding_idx: int | None, kind: str) -> None:
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(
+        20, 6, mode=mode, padding_idx=padding_idx, include_last_offset=kind == "last offset"
+    )
+    asking, scales = _asking(module)
+    ids = torch.randint(20, (24,))
+    ids[::4] = 3
+    call: dict[str, tuple[Tensor, ...]] = {
+        "matrix": (ids.view(6, 4),),
+        "offsets": (ids, torch.tensor([0, 3, 10])),
+        "last offset": (ids, torch.tensor([0, 3, 10, 24])),
+        "empty bags": (ids, torch.tensor([0, 0, 10, 24])),
+        "no ids": (ids[:0], torch.tensor([0, 0])),
+    }
+    expected = module(*call[kind]).detach()
+    torch.testing.assert_close(asking(*call[kind]), expected)
+    share = len(expected) / max(1, call[kind][0].numel())
+    assert scales == [share if mode == "mean" else 1.0]
+
+
+def test_weights_of_samples() -> None:
+    module = nn.EmbeddingBag(20, 6, mode="sum")
+    asking, _ = _asking(module)
+    ids, weights = torch.randint(20, (4, 5)), torch.rand(4, 5, requires_grad=True)
+    expected = F.embedding_bag(ids, module.weight, mode="sum", per_sample_weights=weights)
+    found = asking(input=ids, per_sample_weights=weights)
+    torch.testing.assert_close(found, expected.detach())
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("ids", "seen"), [([2, 20], "2 and 20"), ([-1, 5], "-1 and 5")])
+def test_ids_out_of_range(ids: list[int], seen: str) -> None:
+    asking, _ = _asking(nn.Embedding(20, 6))
+    with pytest.raises(
+        IndexError, match=f"table 'items': ids lie between {seen}, expected 0 to 19"
+    ):
+        asking(torch.tensor(ids))
