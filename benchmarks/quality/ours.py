@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 from benchmarks.quality.common import Base, Method, tables
-from mec_embed import CompressionConfig, compress
+from mec_embed import CompressionConfig, budget, compress
 
 
 def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> nn.Module | None:
@@ -31,6 +32,12 @@ def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> 
     return model
 
 
+def _apart(base: Base, ratio: float, part: str, instead: Any) -> nn.Module | None:
+    """With a function of the planner that always answers ``instead``."""
+    with mock.patch.object(budget, part, lambda *arguments: instead):
+        return ours(base, ratio)
+
+
 OURS: dict[str, Method] = {
     "mec_embed": ours,
     "mec_embed without batches": partial(ours, measured=False),
@@ -40,6 +47,8 @@ ABLATION: dict[str, Method] = {
     "product codes": partial(ours, codes="product"),
     "uniform weights": partial(ours, popularity="none"),
     "square-root weights": partial(ours, popularity="sqrt"),
+    "no shared codes": partial(_apart, part="_partners", instead={}),
+    "no shared codebooks": partial(_apart, part="sharings", instead=[None]),
     "no tiers": partial(ours, tiers=False),
     "log weights": partial(ours, popularity="log"),
     "no MEC epochs": partial(ours, epochs=0),
