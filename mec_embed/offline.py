@@ -395,10 +395,13 @@ class Partial:
 
     def __exit__(self, *exception: object) -> None:
         """Let the folder go; one without finished groups is of no use."""
-        self._lock.__exit__(None, None, None)
-        if self._published or not self.nbytes:
-            # Systems that keep mapped files leave them to the next run.
-            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if self._published or not self.nbytes:
+                # While it is locked: once it is not, another run may have begun in it. Systems that
+                # keep open files leave them to the next run.
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            self._lock.__exit__(None, None, None)
 
     @property
     def nbytes(self) -> int:

@@ -886,6 +886,23 @@ def test_a_folder_of_someone_else_is_left_alone(files: Path, capsys) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+def test_the_folder_is_gone_before_another_run_can_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = offline.Partial(tmp_path / "small.safetensors", "", True, offline.Progress())
+    seen = []
+    with partial:
+        inner = partial._lock
+
+        class Lock:
+            def __exit__(self, *exception: object) -> None:
+                seen.append(partial.folder.exists())
+                inner.__exit__(None, None, None)
+
+        monkeypatch.setattr(partial, "_lock", Lock())
+    assert seen == [False] and not partial.folder.exists()
+
+
 def test_two_runs_with_one_output_are_refused(files: Path, capsys) -> None:
     pytest.importorskip("fcntl")
     with offline.Partial(files / "small.safetensors", "", True, offline.Progress()):
