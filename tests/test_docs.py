@@ -137,7 +137,11 @@ def _fuxictr() -> dict[str, Any]:
     pytest.importorskip("fuxictr")
     import fuxictr_zoo as zoo
 
-    return {"model": zoo.build("DeepFM", Path()), "train_gen": zoo.loader("DeepFM", Path())}
+    from mec_embed.integrations import fuxictr
+
+    loader = zoo.loader("DeepFM", Path())
+    names = {"model": zoo.build("DeepFM", Path()), "train_gen": loader, "valid_gen": loader}
+    return names | {"fuxictr": fuxictr}
 
 
 def _deepctr() -> dict[str, Any]:
