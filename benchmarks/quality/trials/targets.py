@@ -1,0 +1,79 @@
+"""Trial: what is distilled from: labels beside the teacher, mixed columns, a fresh network.
+
+``python -m benchmarks.quality.trials.targets --data ml1m_ge4 --ratio 25 --network fresh --mix 0.5 0.8``
+prints, for each combination of the options, the best epoch by validation AUC and every epoch: change of
+test AUC and log loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.common import Base
+from benchmarks.quality.ours import ours
+from benchmarks.quality.study import _base
+from examples.ctr.training import evaluate
+from mec_embed import distill
+
+
+def main() -> None:
+    """Parse the command line and print one line an epoch."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="criteo_dac80k")
+    parser.add_argument("--model", default="DeepFM")
+    parser.add_argument("--dim", type=int, default=40)
+    parser.add_argument("--ratio", type=float, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--label-weight", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--mix", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--network", nargs="+", default=["trained"])
+    parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
+    parser.add_argument("--fuxictr-root", type=Path)
+    options = parser.parse_args()
+    base = _base(options.data, options.model, options, options.seed)
+    model = ours(base, options.ratio)
+    if model is None:
+        raise SystemExit("the ratio cannot be reached")
+    for weight, mix, network in itertools.product(
+        options.label_weight, options.mix, options.network
+    ):
+        print(f"label weight {weight}, mix {mix}, network {network}", flush=True)
+        _distill(copy.deepcopy(model), base, options.epochs, weight, mix, network)
+
+
+def _distill(
+    model: torch.nn.Module, base: Base, epochs: int, weight: float, mix: float, network: str
+) -> None:
+    uncompressed = evaluate(base.model, base.data, "test")
+
+    def score(one: torch.nn.Module) -> float:
+        valid, test = evaluate(one, base.data, "valid"), evaluate(one, base.data, "test")
+        change = test.auc - uncompressed.auc, test.logloss - uncompressed.logloss
+        print("  valid {:.5f}, test {:+.5f} / {:+.5f}".format(valid.auc, *change), flush=True)
+        return valid.auc
+
+    batches = list(base.batches(base.seed + 1))
+    labels = (lambda batch: batch[1]) if weight else None
+    choice = {"mix": mix, "network": network, "labels": labels, "label_weight": weight}
+    distill(
+        model,
+        base.model,
+        batches,
+        epochs=epochs,
+        score=score,
+        seed=base.seed,
+        progress=False,
+        **choice,  # type: ignore[arg-type]
+    )
+    print("  the best epoch:")
+    score(model)
+
+
+if __name__ == "__main__":
+    main()
