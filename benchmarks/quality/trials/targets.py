@@ -1,8 +1,8 @@
 """Trial: what is distilled from: labels beside the teacher, mixed columns, a fresh network.
 
-``python -m benchmarks.quality.trials.targets --data ml1m_ge4 --ratio 25 --network fresh --mix 0.5 0.8``
-prints, for each combination of the options, the best epoch by validation AUC and every epoch: change of
-test AUC and log loss.
+``python -m benchmarks.quality.trials.targets --data ml1m_ge4 --network fresh --mix 0.5 1`` prints,
+for each combination of the options, every epoch and at last the best one: its validation AUC, and
+the change of test AUC and log loss.
 """
 
 from __future__ import annotations
