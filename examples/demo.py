@@ -83,7 +83,15 @@ def run_once(
     stages.append(_stage("compressed", model, data, seconds))
 
     _, seconds = _timed(
-        lambda: distill(model, teacher, batches, epochs=settings.distill_epochs, seed=seed)
+        lambda: distill(
+            model,
+            teacher,
+            batches,
+            epochs=settings.distill_epochs,
+            labels=lambda batch: batch[1],
+            score=lambda student: evaluate(student, data, "valid").auc,
+            seed=seed,
+        )
     )
     save(model, small_file)
     stages.append(_stage("distilled", model, data, seconds, small_file))
