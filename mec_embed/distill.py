@@ -214,10 +214,10 @@ class _Loss:
         target = target if self.probabilities else target.sigmoid()
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
-            whole = int(mix * len(target))
+            changed = _rows_mixed(batch, mix, len(target))
             own = _labels_of(self.labels(batch), target)
             target = torch.cat(
-                [target[:whole], target[whole:].lerp(own[whole:], self.label_weight)]
+                [target[:changed], target[changed:].lerp(own[changed:], self.label_weight)]
             )
         if self.probabilities:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
@@ -296,22 +296,47 @@ def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
     if isinstance(batch, (tuple, list)) and batch:
         items = [mixed(batch[0], part, generator), *batch[1:]]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    columns = _columns(batch)
+    if not columns or part <= 0:
+        return batch
+    shuffled = _shuffled(list(columns.values()), part, generator)
+    if isinstance(batch, Tensor):
+        return torch.stack(shuffled, 1)
+    return {**batch, **dict(zip(columns, shuffled, strict=True))}
+
+
+def _columns(batch: Any) -> dict[Any, Tensor]:
+    """The columns of a tensor or mapping that can be shuffled between rows: none, or several."""
+    columns: dict[Any, Tensor] = {}
     if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
-        columns = list(batch.unbind(1))
-        return torch.stack(_shuffled(columns, part, generator), 1)
-    if isinstance(batch, Mapping):
-        names = [n for n, value in batch.items() if isinstance(value, Tensor) and value.dim()]
+        columns = dict(enumerate(batch.unbind(1)))
+    elif isinstance(batch, Mapping):
+        columns = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.dim()}
         # Entries of another length, such as offsets of bags, are no columns.
-        names = [n for n in names if len(batch[n]) == len(batch[names[0]])]
-        shuffled = _shuffled([batch[name] for name in names], part, generator)
-        return {**batch, **dict(zip(names, shuffled, strict=True))}
-    return batch
+        rows = len(next(iter(columns.values()), ()))
+        columns = {name: value for name, value in columns.items() if len(value) == rows}
+    return columns if len(columns) > 1 else {}
+
+
+def _rows_mixed(batch: Any, part: float, predictions: int) -> int:
+    """How many of the predictions for ``batch``, the first ones, are not of its own rows."""
+    while isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    columns = _columns(batch)
+    if not columns or part <= 0:
+        return 0
+    rows = len(next(iter(columns.values())))
+    # Each row may have several predictions, of several tasks.
+    if rows and predictions % rows:
+        raise ValueError(
+            f"the columns that mix shuffles have {rows} rows for {predictions} predictions, "
+            "expected one for each: which labels hold is not known; pass mix=0, or no labels"
+        )
+    return int(part * predictions) if rows else 0
 
 
 def _shuffled(columns: list[Tensor], part: float, generator: torch.Generator) -> list[Tensor]:
     """Columns with one in ten, at least one, permuted over the first ``part`` of the rows."""
-    if len(columns) < 2 or part <= 0:
-        return columns
     columns = list(columns)
     rows = int(part * len(columns[0]))
     count = max(1, len(columns) // 10)

@@ -540,6 +540,58 @@ def test_rows_that_were_mixed_keep_the_teacher_alone() -> None:
     assert losses[0] == zeros[0] and losses[1] != zeros[0]
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda ids: {"row": {"ids": ids}}, lambda ids: ids.float(), lambda ids: {"ids": ids}],
+    ids=["nested", "floats", "one entry"],
+)
+def test_batches_that_are_not_mixed_have_labels_for_all_rows(wrap: Any) -> None:
+    def read(some: nn.Module, batch: Any) -> Tensor:
+        while isinstance(batch, dict):
+            [batch] = batch.values()
+        return some(batch.long())
+
+    model, teacher = _pair()
+    ids, labels = _batches(1)[0], torch.rand(128)
+    options = {"forward": read, "labels": lambda batch: labels, "label_weight": 1.0, "epochs": 1}
+    with torch.no_grad():
+        expected = float(F.binary_cross_entropy_with_logits(model(ids), labels))
+    assert _distill(model, teacher, [wrap(ids)], **options) == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_labels_of_rows_that_are_not_those_of_the_columns() -> None:
+    model, teacher = _pair()
+    before = _state(model)
+    values = torch.randint(300, (256,))
+    batch = {"values": values, "weights": torch.rand(256), "offsets": torch.arange(0, 256, 2)}
+    options = {
+        "forward": lambda some, batch: some(batch["values"].view(128, 2)),
+        "labels": lambda batch: torch.zeros(128),
+        "epochs": 1,
+    }
+    with pytest.raises(ValueError, match=r"mix shuffles have 256 rows for 128 .* pass mix=0"):
+        _distill(model, teacher, [batch], **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(_distill(model, teacher, [batch], mix=0, **options)) == 1
+
+
+def test_labels_of_several_tasks() -> None:
+    model, teacher = _pair()
+    ids = _batches(1, 5)[0]
+    options = {
+        "forward": lambda some, ids: some(ids)[:, None].expand(-1, 2),
+        "label_weight": 1.0,
+        "epochs": 1,
+    }
+    losses = []
+    for changed in (slice(0, 0), slice(0, 2), slice(3, 5)):
+        labels = torch.zeros(5, 2)
+        labels[changed] = 1.0
+        student = copy.deepcopy(model)
+        losses += _distill(student, teacher, [ids], labels=lambda batch, y=labels: y, **options)
+    assert losses[1] == losses[0] and losses[2] != losses[0]
+
+
 def test_labels_teach_what_the_teacher_does_not_know() -> None:
     model, teacher = _pair()
     batches = [(ids, (ids[:, 0] % 2).long()) for ids in _batches()]
