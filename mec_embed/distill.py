@@ -79,8 +79,9 @@ def distill(
         label_weight: part of the label in a target, 0 to 1.
         network: what is done with the trainable parameters outside the tables. ``"trained"``: they
             are trained on. ``"fresh"``: they are drawn anew first, by the ``reset_parameters()`` of
-            each module that has one, then trained; with a ``score``, what was there stays
-            where that was better. ``"fixed"``: codebooks alone are trained.
+            each module that has one, then trained (others start as they are, and so do the weights
+            behind a weight norm); with a ``score``, what was there stays where that was better.
+            ``"fixed"``: codebooks alone are trained.
         forward: how to call a model on a batch, see :meth:`FrequencyStats.from_batches`. It
             returns logits or probabilities (batch,) or (batch, 1).
         score: says how good the model is, larger is better, such as its validation AUC. It is
@@ -93,8 +94,9 @@ def distill(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: the model holds no compressed table, there are no batches, an argument is out of
-            range, or labels are of another length than the predictions or outside 0 to 1.
+        ValueError: the model holds no compressed table or nothing to train, there are no batches,
+            an argument is out of range, labels are of another length than the predictions or
+            outside 0 to 1, or a module cannot be drawn anew.
         TypeError: a forward that returns no tensor, or labels that are none.
 
     Example:
@@ -109,18 +111,13 @@ def distill(
         ... )
     """
     check_batches(batches)
-    _check_options(mix, labels, label_weight, network)
+    _check_options(epochs, mix, labels, label_weight, network)
     books = _codebook_sets(model)
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
     modes = eval_mode(model), eval_mode(teacher), _dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
-        groups = [{"params": [book], "rate": _codebook_rate(book)} for book in codebooks]
-        if network != "fixed":
-            held = {id(book) for book in codebooks}
-            others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-            groups.append({"params": others, "rate": 1.0})
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=lr)
+        optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
         best = _Best(model, optimizer, score)
         loss_of = _Loss(model, teacher, forward, labels, label_weight)
         with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
@@ -140,6 +137,21 @@ def distill(
         if score is not None:
             best.restore()
     return history
+
+
+def _groups(model: nn.Module, codebooks: list[nn.Parameter], network: str) -> list[dict[str, Any]]:
+    """Groups of an optimizer: what is trained, and at which rate."""
+    groups = [{"params": [book], "rate": _codebook_rate(book)} for book in codebooks]
+    if network != "fixed":
+        held = {id(book) for book in codebooks}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        groups += [{"params": others, "rate": 1.0}] if others else []
+    if not groups:
+        raise ValueError(
+            f"nothing to train: all compressed tables are frozen, and with network={network!r} so "
+            "is all else; compress a model whose tables require gradients"
+        )
+    return groups
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
@@ -224,7 +236,9 @@ class _Loss:
         return F.binary_cross_entropy_with_logits(output, target)
 
 
-def _check_options(mix: float, labels: Any, label_weight: float, network: str) -> None:
+def _check_options(epochs: int, mix: float, labels: Any, label_weight: float, network: str) -> None:
+    if epochs < 0:
+        raise ValueError(f"epochs must be 0 or more, got {epochs}")
     if network not in get_args(Network):
         raise ValueError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
     for name, value in (("mix", mix), ("label_weight", label_weight)):
@@ -270,25 +284,54 @@ def _drawn_anew(model: nn.Module, seed: int, best: _Best) -> Iterator[None]:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(sorted(devices)):
-            torch.manual_seed(seed)
-            for module in model.modules():
+            # Not torch.manual_seed, which also seeds devices that are not forked here.
+            for generator in _generators(sorted(devices)):
+                generator.manual_seed(seed)
+            for name, module in model.named_modules():
                 own = list(module.parameters(recurse=False))
-                reset = getattr(module, "reset_parameters", None)
-                if not own or not callable(reset):
+                if not own or not callable(getattr(module, "reset_parameters", None)):
                     continue
                 if all(p.requires_grad and id(p) not in kept for p in own):
-                    _reset(module)
+                    _reset(name, module, kept)
         yield
     except BaseException:
         best.restore()
         raise
 
 
-def _reset(module: nn.Module) -> None:
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
-    module.reset_parameters()  # type: ignore[operator]
-    for buffer, value in buffers:
-        buffer.copy_(value)
+def _generators(devices: list[int]) -> list[torch.Generator]:
+    """That of the CPU, and those of CUDA devices."""
+    return [torch.default_generator, *(torch.cuda.default_generators[n] for n in devices)]
+
+
+@torch.no_grad()
+def _reset(name: str, module: nn.Module, kept: set[int]) -> None:
+    """Call ``reset_parameters()``; buffers, frozen parameters and those ``kept`` stay.
+
+    It may reach into submodules, and may put new tensors in the place of those that are trained.
+    """
+    held = [(part, {**part._parameters}, {**part._buffers}) for part in module.modules()]
+    stay = [p for p in module.parameters() if not p.requires_grad or id(p) in kept]
+    values = [(tensor, tensor.clone()) for tensor in (*stay, *module.buffers())]
+    try:
+        module.reset_parameters()  # type: ignore[operator]
+        for part, parameters, _ in held:
+            for key, old in parameters.items():
+                new = part._parameters.get(key)
+                if old is not None and new is not None and new is not old:
+                    old.copy_(new)
+    except Exception as error:
+        raise ValueError(
+            f"network='fresh' cannot draw module {name!r} ({type(module).__name__}) anew: its "
+            f"reset_parameters() raises {type(error).__name__} ({error}), expected a method to "
+            "call without arguments; initialise the network yourself and pass network='trained'"
+        ) from error
+    finally:
+        for part, parameters, buffers in held:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+        for tensor, value in values:
+            tensor.copy_(value)
 
 
 def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:

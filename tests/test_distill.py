@@ -629,6 +629,7 @@ def test_labels_teach_what_the_teacher_does_not_know() -> None:
         ({"labels": torch.zeros(128)}, TypeError, "labels must be a function .* got Tensor"),
         ({"labels": len, "mix": 1}, ValueError, "mix=1 leaves no row"),
         ({"label_weight": 1.5}, ValueError, "label_weight must be 0 to 1, got 1.5"),
+        ({"epochs": -1}, ValueError, "epochs must be 0 or more, got -1"),
         ({"mix": -1}, ValueError, "mix must be 0 to 1, got -1"),
         ({"network": "new"}, ValueError, "network must be one of trained, fresh, fixed, got 'new'"),
     ],
@@ -708,3 +709,80 @@ def test_a_fresh_network_that_is_no_better_is_not_kept() -> None:
     before, scores = _state(model), iter([1.0, 0.0, 0.5])
     _distill(model, teacher, network="fresh", epochs=2, score=lambda one: next(scores))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Reaching(Clicks):
+    """Its ``reset_parameters()`` reaches into submodules and makes new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Embedding(5, 4)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.bias = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.ones(3))
+        self.raises: BaseException | None = None
+
+    def forward(self, ids: Any) -> Any:
+        """With a bias."""
+        return super().forward(ids) + self.bias
+
+    def reset_parameters(self) -> None:
+        """All of them."""
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.frozen.weight)
+        self.mlp[1].reset_parameters()
+        self.bias, self.seen = nn.Parameter(torch.zeros(1)), torch.zeros(3)
+        if self.raises is not None:
+            raise self.raises
+
+
+def _reaching() -> tuple[Reaching, Reaching]:
+    torch.manual_seed(0)
+    teacher = Reaching().eval()
+    teacher.mlp[1].running_mean.normal_()
+    model = copy.deepcopy(teacher)
+    config = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
+    compress(model, None, config, progress=False)
+    return model, teacher
+
+
+def test_a_module_that_draws_its_submodules_too() -> None:
+    model, teacher = _reaching()
+    before, bias = _state(model), model.bias
+    _distill(model, teacher, network="fresh", epochs=1, lr=0.0)
+    after = model.state_dict()
+    drawn = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert drawn == {"bias", "mlp.0.weight", "mlp.0.bias", "mlp.4.weight", "mlp.4.bias"}
+    assert model.bias is bias and float(bias.detach()) == 0
+    _distill(model, teacher, network="fresh", epochs=1)
+    assert float(bias.detach()) != 0, "it is not trained"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyboardInterrupt()])
+def test_a_module_that_cannot_be_drawn(error: BaseException) -> None:
+    model, teacher = _reaching()
+    model.raises = error
+    before = _state(model)
+    expected = ValueError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(expected) as found:
+        _distill(model, teacher, network="fresh")
+    if expected is ValueError:
+        assert "module '' (Reaching) anew: its reset_parameters() raises Zero" in str(found.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_fresh_network_seeds_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, teacher = _pair()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    _distill(model, teacher, network="fresh", epochs=1)
+    assert not seeds
+
+
+@pytest.mark.parametrize("network", ["trained", "fixed"])
+def test_nothing_to_train(network: str) -> None:
+    model, teacher = _pair()
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
+    compress(frozen, None, CompressionConfig(ratio=5, epochs=0), progress=False)
+    with pytest.raises(ValueError, match=f"nothing to train: .* network='{network}'"):
+        _distill(frozen, teacher, network=network)
