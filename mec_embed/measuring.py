@@ -45,12 +45,14 @@ def asking_forward(table: Table, watch: Callable[[Tensor, float], Tensor]) -> Ca
     """
     module = table.module
     name = table.name
+    norm = {"max_norm": module.max_norm, "norm_type": module.norm_type}
 
     def rows_forward(input: Tensor) -> Tensor:
         if any_dtensor(input):
             return on_replicas(rows_forward, name, input)
         rows, places = _rows(table, input)
-        return watch(rows[places], 1.0)
+        # The rows are a copy, whose length max_norm may change.
+        return watch(F.embedding(places, rows, **norm), 1.0)  # type: ignore[arg-type]
 
     def bags_forward(
         input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -72,6 +74,7 @@ def asking_forward(table: Table, watch: Callable[[Tensor, float], Tensor]) -> Ca
             per_sample_weights=None if per_sample_weights is None else per_sample_weights.detach(),
             include_last_offset=module.include_last_offset,  # type: ignore[union-attr,arg-type]
             padding_idx=padding,
+            **norm,  # type: ignore[arg-type]
         )
         return watch(bags, scale_of_bags(module, bags, input))
 

@@ -68,6 +68,19 @@ def test_bags_are_those_of_the_module(mode: str, padding_idx: int | None, kind: 
     assert scales == [share if mode == "mean" else 1.0]
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_are_no_longer_than_max_norm(kind: Any, norm_type: float) -> None:
+    torch.manual_seed(0)
+    module = kind(20, 6, max_norm=1.5, norm_type=norm_type, padding_idx=3)
+    asking, _ = _asking(module)
+    before, ids = module.weight.detach().clone(), torch.randint(20, (4, 5))
+    found = asking(ids)
+    assert torch.equal(module.weight, before)
+    torch.testing.assert_close(found, module(ids).detach())
+    assert not torch.equal(module.weight, before), "no row is too long"
+
+
 def test_weights_of_samples() -> None:
     module = nn.EmbeddingBag(20, 6, mode="sum")
     asking, _ = _asking(module)
