@@ -355,22 +355,40 @@ def _draft(
         tables, skipped = earlier.choose(tables, skipped)
     measure = None
     if batches is not None:
-        others = _sharded_among(model, skipped, standing)
-        measure = partial(fisher_matrices, model, tables, batches, forward, others)
+        others = partial(_sharded_among, model, skipped, standing)
+        measure = partial(_measured, model, tables, batches, forward, others)
     return draft_tables(
         model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
     )
 
 
+def _measured(
+    model: nn.Module,
+    tables: Sequence[Table],
+    batches: Iterable[Any],
+    forward: Forward,
+    others: Callable[[], Sequence[Table]],
+) -> Sequence[Any]:
+    # All ranks look for the others at once: not before they agree on whether there are batches.
+    return fisher_matrices(model, tables, batches, forward, others())
+
+
 def _sharded_among(
     model: nn.Module, skipped: Sequence[SkippedTable], standing: Standing
 ) -> list[Table]:
-    """Sharded tables that stay as they are, and have to be looked up in where the model is run."""
+    """Sharded tables that stay as they are, and have to be looked up in where the model is run.
+
+    Not those with a forward of their own, which does what no other can do for it: a subclass, such
+    as ``fully_shard`` makes, or a forward that has been replaced.
+    """
     ranks, names = standing.ranks, {table.name for table in skipped}
     found = [
         Table(module, aliases, ranks=ranks, shard=standing.shards.get(module))
         for module, aliases in find_modules(model, EMBEDDINGS)
-        if aliases[0].name in names and isinstance(getattr(module, "weight", None), Tensor)
+        if aliases[0].name in names
+        and type(module) in EMBEDDINGS
+        and "forward" not in vars(module)
+        and isinstance(getattr(module, "weight", None), Tensor)
     ]
     # With hooks of parallelize_module they are given ids that they take.
     placed = {

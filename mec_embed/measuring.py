@@ -6,7 +6,7 @@ the measurement it asks the other ranks for the rows of its ids, which all ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .ranks import Ranks
 from .replicas import any_dtensor, on_replicas
+from .shards import is_dtensor
 from .tables import Table
+
+
+def exchanges(model: nn.Module, tables: Sequence[Table]) -> bool:
+    """Whether ranks exchange rows of tables or parts of DTensors when ``model`` runs."""
+    if tables[0].ranks.size == 1:
+        return False
+    sharded = any(table.shard is not None for table in tables)
+    return sharded or any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import Forward, check_batches, eval_mode, prediction
-from .measuring import asking_forward, in_step, scale_of_bags
+from .measuring import asking_forward, exchanges, in_step, scale_of_bags
 from .tables import Table
 
 #: Batches read, at most: the mean over these is precise enough.
@@ -42,7 +42,7 @@ def fisher_matrices(
             its weights, gradients, modes and attributes are left as they were.
         tables: of the model.
         batches: what ``forward`` takes; the first 64 are read. Each rank reads its own, and where
-            tables are sharded, as many as every rank has.
+            anything of the model is sharded, as many as every rank has.
         forward: how to call the model on a batch.
         others: sharded tables to look up in as well, without a matrix.
 
@@ -56,10 +56,8 @@ def fisher_matrices(
     seen: list[tuple[Table, Tensor, float]] = []
     read = 0
     generator = torch.Generator().manual_seed(0)
-    sharded = [table for table in totals if table.shard is not None]
-    if sharded:
-        # Lookups are exchanges then.
-        batches = in_step(batches, sharded[0].ranks)
+    if exchanges(model, [*totals]):
+        batches = in_step(batches, tables[0].ranks)
     with eval_mode(model), _attributes_kept(model), torch.enable_grad(), _watched([*totals], seen):
         for batch in batches:
             seen.clear()

@@ -340,6 +340,84 @@ def test_fully_sharded_tables_are_compressed_in_a_plain_model(tmp_path):
             torch.testing.assert_close(got, expected)
 
 
+# --- what is measured --------------------------------------------------------------------------
+
+
+class Scaled(nn.Embedding):
+    """Looks up ids of any size, and in a DTensor as well."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Other rows than those of the table."""
+        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+        return 3 * nn.functional.embedding(ids % len(weight), weight)
+
+
+def scaled() -> nn.ModuleDict:
+    model = small()
+    model["b"] = Scaled(200, 8, _weight=model["b"].weight.detach())
+    return model
+
+
+def with_a_forward() -> nn.ModuleDict:
+    model = small()
+    model["b"].forward = lambda ids: Scaled.forward(model["b"], ids)
+    return model
+
+
+def by_rows(model: nn.ModuleDict) -> None:
+    """Its table ``b`` is given ids as DTensors."""
+    parallelize_module(
+        model,
+        init_device_mesh("cpu", (2,)),
+        {"b": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())},
+    )
+
+
+#: Models, and ways to shard a table that stays as it is.
+STAYING = {
+    "with a forward": (with_a_forward, sharded),
+    "subclass": (scaled, sharded),
+    "hooks": (small, by_rows),
+    "fully_shard": (small, lambda model: fully_shard(model["b"])),
+}
+
+
+def measured_on_ranks():
+    """Traces of what is measured, with a table that stays, whole and sharded."""
+    found, comparable = {}, COMPRESS.comparable
+    ids = torch.arange(250).view(10, 25)
+    for kind, (make, shard) in STAYING.items():
+        for parted in (False, True):
+            model, own = make(), ids % 200 if make is small else ids
+            if parted:
+                shard(model)
+            # Rank 1 has one more than it is asked for, where ranks run the model at once.
+            some = [own] * (1 + (dist.get_rank() if parted else 0))
+            traces = found.setdefault(kind, [])
+            COMPRESS.comparable = lambda tables, matrices, traces=traces: (
+                traces.extend(matrix.trace() for matrix in matrices) or comparable(tables, matrices)
+            )
+            run(
+                model,
+                replace(FAST, exclude=("b",)),
+                {},
+                process_group=dist.group.WORLD,
+                batches=some,
+                forward=lambda model, ids: (model["a"](ids) * model["b"](ids)).sum((1, 2)) / 9,
+            )
+            assert ("forward" in vars(model["b"])) is (kind == "with a forward")
+    COMPRESS.comparable = comparable
+    return found
+
+
+def test_sharded_tables_with_a_way_of_their_own_keep_it(tmp_path):
+    timeout = timedelta(seconds=30)
+    for found in processes.run(measured_on_ranks, 2, tmp_path, timeout=timeout):
+        assert found.keys() == STAYING.keys()
+        for whole, parted in found.values():
+            assert parted == pytest.approx(whole)
+
+
 # --- ids that come as DTensors -----------------------------------------------------------------
 
 #: How tables are sharded and give rows out, and the part of all rows that a rank then has.
@@ -511,6 +589,8 @@ def errors_on_ranks():
     attempt("no batches", parted, batches=few, **options)
     bad = torch.tensor([[1, 2], [5, 200]][rank])
     attempt("ids", parted, batches=[bad], **options)
+    stays, some = replace(FAST, exclude=("b",)), [torch.tensor([1])] if rank else None
+    attempt("batches of one", sharded(small()), stays, batches=some, **options)
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     attempt("another group", parted, process_group=alone)
     placed, mesh = small(), init_device_mesh("cpu", (2,))
@@ -532,7 +612,7 @@ def errors_on_ranks():
     found["changed"] = [
         name
         for name, model in models.items()
-        if any(type(m) is not nn.Embedding for m in model.values())
+        if any(type(m) is not nn.Embedding or "forward" in vars(m) for m in model.values())
     ]
     # And the ranks can still work together.
     attempt("in the end", small())
@@ -547,6 +627,7 @@ ERRORS = {
     "one without counts": "ValueError: ranks differ in the counts of table 'b': rank 0 has none",
     "values": "ValueError: ranks differ in the rows of table 'b'",
     "no batches": "ValueError: batches is empty on rank 1; give every rank some",
+    "batches of one": "ValueError: ranks differ in whether batches are given: rank 0 has False",
     "no group": "ValueError: table 'b' is sharded over 2 processes",
     "another group": "ValueError: table 'b' is sharded over 2 processes",
     "placement": "ValueError: table 'b' is a DTensor placed as (Partial(sum),), expected Shard()",
