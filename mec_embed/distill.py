@@ -25,6 +25,7 @@ from .modules import (
     CompressedEmbeddingBag,
     DecodedTable,
     check_gathered,
+    quantize_codebooks,
 )
 from .tables import find_modules
 
@@ -85,8 +86,8 @@ def distill(
         forward: how to call a model on a batch, see :meth:`FrequencyStats.from_batches`. It
             returns logits or probabilities (batch,) or (batch, 1).
         score: says how good the model is, larger is better, such as its validation AUC. It is
-            called before the first and after every epoch, in eval mode and without gradients, and
-            the best state is kept. None keeps the last.
+            called before the first and after every epoch, in eval mode, without gradients and with
+            codebooks rounded as they are stored, and the best state is kept. None keeps the last.
         seed: of the shuffling.
         progress: show a progress bar.
 
@@ -113,12 +114,13 @@ def distill(
     check_batches(batches)
     _check_options(epochs, mix, labels, label_weight, network)
     books = _codebook_sets(model)
+    dtypes = [book.codebooks.dtype for book in books]
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
     modes = eval_mode(model), eval_mode(teacher), _dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
-        best = _Best(model, optimizer, score)
+        best = _Best(model, optimizer, score, list(zip(codebooks, dtypes, strict=True)))
         loss_of = _Loss(model, teacher, forward, labels, label_weight)
         with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
             for epoch in range(epochs):
@@ -162,15 +164,17 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
 
 
 class _Best:
-    """The best state of what is trained; without a score, the first."""
+    """The best state of what is trained, as it will be stored; without a score, the first."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         score: Callable[[nn.Module], float] | None,
+        codebooks: list[tuple[nn.Parameter, torch.dtype]],
     ) -> None:
         self.model, self.score = model, score
+        self.codebooks = [pair for pair in codebooks if pair[1] is not pair[0].dtype]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.value = -math.inf
         self.state: list[Tensor] = []
@@ -179,16 +183,29 @@ class _Best:
     @torch.no_grad()
     def update(self) -> None:
         """Keep the state if it is the best so far."""
-        value = self.value
-        if self.score is not None:
-            value = float(self.score(self.model))
+        if self.score is None and self.state:
+            return
+        with self._rounded():
+            value = self.value if self.score is None else float(self.score(self.model))
             self.model.eval()  # a score may have left the model in another mode
             if math.isnan(value):
                 raise ValueError(
                     "score returned NaN, expected a number that is larger for the better"
                 )
-        if value > self.value or not self.state:
-            self.value, self.state = value, [p.detach().clone() for p in self.trained]
+            if value > self.value or not self.state:
+                self.value, self.state = value, [p.detach().clone() for p in self.trained]
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """While open, codebooks are as they are read when they have been stored."""
+        exact = [book.detach().clone() for book, _ in self.codebooks]
+        try:
+            for book, dtype in self.codebooks:
+                book.copy_(_as_stored(book, dtype))
+            yield
+        finally:
+            for (book, _), values in zip(self.codebooks, exact, strict=True):
+                book.copy_(values)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -387,6 +404,14 @@ def _shuffled(columns: list[Tensor], part: float, generator: torch.Generator) ->
         order = torch.randperm(rows, generator=generator).to(columns[column].device)
         columns[column] = torch.cat([columns[column][order], columns[column][rows:]])
     return columns
+
+
+def _as_stored(codebooks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float codebooks (M, K, S) rounded to a dtype; rounding them again changes nothing."""
+    if dtype is torch.int8:
+        steps, scales = quantize_codebooks(codebooks)
+        return steps.float() * scales.float()[:, :, None]
+    return codebooks.to(dtype).float()
 
 
 def _codebook_rate(codebooks: Tensor) -> float:

@@ -496,6 +496,27 @@ def test_the_state_of_the_best_score_is_kept(dtype: str | None, best: int) -> No
         assert not torch.equal(model.state_dict()["mlp.0.weight"], before["mlp.0.weight"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_score_is_of_what_is_kept(dtype: str | None) -> None:
+    model, teacher = _pair(dtype)
+    model.eval()
+    ids, scores, steps = _batches(1)[0], [], []
+
+    def score(one: nn.Module) -> float:
+        scores.append(float(one(ids).sum()))
+        return float(len(scores))
+
+    def labels(batch: Tensor) -> Tensor:
+        steps.append(model.state_dict()["embeddings.f0.codebook_set.codebooks"].clone())
+        return torch.zeros(len(batch))
+
+    _distill(model, teacher, epochs=2, score=score, labels=labels)
+    with torch.no_grad():
+        assert float(model(ids).sum()) == pytest.approx(scores[-1], rel=1e-6)
+    # The training goes on with what was not rounded.
+    assert dtype is None or not torch.equal(steps[12], steps[12].bfloat16().float())
+
+
 def test_a_score_of_nan_is_refused_and_nothing_changes() -> None:
     model, teacher = _pair()
     before = _state(model)
