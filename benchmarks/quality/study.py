@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {**OURS, **POSTHOC, **TRAINED, **ABLATION}
 #: What runs where no method is named.
 USUAL = [*OURS, *POSTHOC, *TRAINED]
 #: Methods of one size; they run once, at whatever ratio that is.
-ONE_SIZE = ("fp32", "fp16", "int8", "int4", "int2")
+ONE_SIZE = ("retrained", "fp32", "fp16", "int8", "int4", "int2")
 KEY = ("data", "model", "dim", "seed", "method", "ratio")
 COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",

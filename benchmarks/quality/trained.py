@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -56,6 +56,12 @@ class Plan(Protocol):
 SomePlan = TypeVar("SomePlan", bound=Plan)
 
 
+def retrained(base: Base, ratio: float) -> nn.Module:
+    """The model trained anew from another start, whole: what a second training alone brings."""
+    other = replace(base, seed=base.seed + 100)
+    return _stored(_train(other, _build(other, Narrow(base.settings.dim))))
+
+
 def smaller_dim(base: Base, ratio: float) -> nn.Module | None:
     """Dense tables of the largest smaller dimension that fits, and a network of that input."""
     plan = _largest(base, ratio, Narrow, 1, base.settings.dim - 1)
@@ -98,6 +104,7 @@ def cce(base: Base, ratio: float) -> nn.Module | None:
 
 
 TRAINED: dict[str, Method] = {
+    "retrained": retrained,
     "smaller_dim": smaller_dim,
     "hashing": hashing,
     "qr": quotient_remainder,
