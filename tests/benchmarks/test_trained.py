@@ -114,7 +114,7 @@ def test_the_base_is_left_as_it_was_and_a_model_without_first_order_will_do(base
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "retrained"])
 def test_nothing_fits_no_budget(base, name):
     assert TRAINED[name](base, 1e6) is None
 
