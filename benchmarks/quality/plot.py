@@ -149,7 +149,8 @@ def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: 
 def _draw_method(axis: Any, method: str, cells: dict[float, Any], number: int) -> None:
     points = []
     for cell in cells.values():
-        values = cell[STAGES[1]] or cell[STAGES[0]]
+        # Tuning alike for all methods, which that with labels is not yet.
+        values = cell[STAGES[1]] or cell[STAGES[0]] or cell[STAGES[2]]
         spread = stdev(values) if len(values) > 1 else 0.0
         points.append((mean(cell["bytes"]), mean(values), spread))
     sizes, means, spreads = zip(*sorted(points), strict=True)
