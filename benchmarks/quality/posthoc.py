@@ -535,7 +535,6 @@ def _checked(method: Method) -> Method:
 POSTHOC: dict[str, Method] = {
     name: _checked(method)
     for name, method in {
-        "fp32": lambda base, ratio: base.copy(),
         **{name: partial(row_quantized, bits=bits) for name, bits in ROW_BITS.items()},
         "svd": svd,
         "pq": partial(product_codes, rotated=False),

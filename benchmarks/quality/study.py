@@ -36,7 +36,9 @@ from examples.ctr.data import ClickData, counts, load_parquet
 from examples.ctr.generator import generate
 from examples.ctr.training import evaluate, train_with
 
-METHODS: dict[str, Method] = {**OURS, **POSTHOC, **TRAINED, **ABLATION}
+#: The uncompressed model itself, to tell what tuning brings.
+WHOLE: dict[str, Method] = {"fp32": lambda base, ratio: base.copy()}
+METHODS: dict[str, Method] = {**OURS, **WHOLE, **POSTHOC, **TRAINED, **ABLATION}
 #: What runs where no method is named.
 USUAL = [*OURS, *POSTHOC, *TRAINED]
 #: Methods of one size; they run once, at whatever ratio that is.
