@@ -16,6 +16,9 @@ PACKED_PADDING = 8
 #: One scale a codeword goes with int8 codebooks; bfloat16 has the range of float32.
 SCALE_DTYPE = torch.bfloat16
 
+#: Largest number in a layout; addresses and counts of entries stay 64-bit integers.
+_MOST = 1 << 48
+
 
 def bits_for(codebook_size: int) -> int:
     """Bits of a code that names one of ``codebook_size`` codewords."""
@@ -71,6 +74,8 @@ class CodeLayout:
             object.__setattr__(self, name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}, got {value}")
         if self.kind == "product" and self.embedding_dim % self.num_subvectors:
             raise ValueError(
                 f"product codes need num_subvectors to divide embedding_dim, got "

@@ -126,3 +126,10 @@ def test_integers_of_other_libraries_become_plain_ones(kind):
 def test_what_is_no_integer_is_refused(name, value):
     with pytest.raises(TypeError, match=f"{name} must be an integer"):
         CodeLayout(**{**GOOD, name: value})
+
+
+@pytest.mark.parametrize("rows", [2**48 + 1, 2**63, 2**64])
+def test_numbers_beyond_64_bits_are_refused(rows: int) -> None:
+    with pytest.raises(ValueError, match="num_embeddings must be at most"):
+        CodeLayout("shared", rows, 8, 1, 1)
+    assert CodeLayout("shared", 2**48, 8, 1, 1).num_embeddings == 2**48
