@@ -34,10 +34,10 @@ from .modules import (
     DecodedTable,
 )
 from .ranks import ALONE, Ranks
-from .replicas import is_of_dtensors
+from .replicas import takes_dtensors
 from .report import CompressionReport, TableReport
 from .sensitivity import comparable, fisher_matrices
-from .shards import check_sum, is_dtensor, part_of_dtensor, shards
+from .shards import check_sum
 from .swap import Optimizers, all_optimizers, check_held, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
@@ -48,6 +48,7 @@ from .tables import (
     find_modules,
     find_tables,
     untouched,
+    with_shards,
 )
 from .tiers import TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 from .unsharding import Standing, unsharded
@@ -257,7 +258,7 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     if not found:
         raise ValueError("the model holds no compressed table; nothing to decompress")
     for old, aliases in found:
-        if any(is_of_dtensors(hook) for hook in old._forward_pre_hooks.values()):
+        if takes_dtensors(old):
             raise ValueError(
                 f"table {aliases[0].name!r} has a hook of parallelize_module that makes ids "
                 "DTensors; a dense table is to be a plain one: load() or compress() a model that "
@@ -379,7 +380,8 @@ def _sharded_among(
     """Sharded tables that stay as they are, and have to be looked up in where the model is run.
 
     Not those with a forward of their own, which does what no other can do for it: a subclass, such
-    as ``fully_shard`` makes, or a forward that has been replaced.
+    as ``fully_shard`` makes, or a forward that has been replaced; nor those that
+    ``parallelize_module`` gives ids that they take.
     """
     ranks, names = standing.ranks, {table.name for table in skipped}
     found = [
@@ -389,17 +391,9 @@ def _sharded_among(
         and type(module) in EMBEDDINGS
         and "forward" not in vars(module)
         and isinstance(getattr(module, "weight", None), Tensor)
+        and not takes_dtensors(module)
     ]
-    # With hooks of parallelize_module they are given ids that they take.
-    placed = {
-        table.name: part_of_dtensor(table.name, table.weight, ranks)
-        for table in found
-        if is_dtensor(table.weight)
-        and not any(is_of_dtensors(hook) for hook in table.module._forward_pre_hooks.values())
-    }
-    held = shards(placed, ranks)
-    found = [replace(t, shard=held[t.name]) if t.name in held else t for t in found]
-    return [table for table in found if table.shard is not None]
+    return [table for table in with_shards(found, ranks) if table.shard is not None]
 
 
 def draft_tables(

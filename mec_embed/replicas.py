@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shards import is_dtensor
 
@@ -18,9 +18,10 @@ def any_dtensor(*values: Any) -> bool:
     return False
 
 
-def is_of_dtensors(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is one of ``parallelize_module``."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
+def takes_dtensors(module: nn.Module) -> bool:
+    """Whether a hook of ``parallelize_module`` makes its ids DTensors."""
+    homes = (getattr(hook, "__module__", "") for hook in module._forward_pre_hooks.values())
+    return any(str(home).startswith("torch.distributed.tensor") for home in homes)
 
 
 def on_replicas(look_up: Callable[..., Tensor], name: str, *values: Any) -> Tensor:

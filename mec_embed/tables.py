@@ -268,10 +268,15 @@ def find_tables(
     facts = {f"table {t.name!r}": _described(t) for t in tables}
     facts |= {f"table {t.name!r}": f"{t.rows} x {t.dim} {t.dtype}, {t.reason}" for t in skipped}
     ranks.agree(facts, "comparing tables")
+    return with_shards(tables, ranks), skipped
+
+
+def with_shards(tables: Sequence[Table], ranks: Ranks) -> list[Table]:
+    """The tables, each that is a DTensor with what this rank holds of it; all ranks call."""
     sharded = [table for table in tables if is_dtensor(table.weight)]
     parts = {table.name: part_of_dtensor(table.name, table.weight, ranks) for table in sharded}
     held = shards_of(parts, ranks)
-    return [replace(t, shard=held[t.name]) if t in sharded else t for t in tables], skipped
+    return [replace(t, shard=held[t.name]) if t in sharded else t for t in tables]
 
 
 def _described(table: Table) -> str:
