@@ -10,16 +10,12 @@ where the model says that they are better than those before.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.quality.common import Base
-from benchmarks.quality.ours import ours
-from benchmarks.quality.study import _base
+from benchmarks.quality.trials import common
 from examples.ctr.training import evaluate
 from mec_embed import CompressedEmbedding, distill
 from mec_embed.distill import mixed
@@ -29,21 +25,13 @@ from mec_embed.packing import pack, unpack
 
 def main() -> None:
     """Parse the command line and print the change of AUC after every step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="amazonbook_kgat")
-    parser.add_argument("--model", default="DNN")
-    parser.add_argument("--dim", type=int, default=40)
-    parser.add_argument("--ratio", type=float, default=100)
+    parser = common.parser(__doc__, data="amazonbook_kgat", model="DNN", ratio=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--damping", type=float, default=1.0, help="lookups added to n")
-    parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
-    parser.add_argument("--fuxictr-root", type=Path)
     options = parser.parse_args()
-    base = _base(options.data, options.model, options, options.seed)
-    model = ours(base, options.ratio)
-    if model is None:
-        raise SystemExit("the ratio cannot be reached")
+    base = common.base_of(options, options.seed)
+    model = common.compressed(base, options.ratio)
     start = evaluate(base.model, base.data, "test").auc
     _tell("compressed", model, base, start)
     for number in range(options.rounds):

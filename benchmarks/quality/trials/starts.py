@@ -7,17 +7,14 @@ library does.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality.ours import ours
-from benchmarks.quality.study import _base
+from benchmarks.quality.trials import common
 from examples.ctr.training import evaluate
 from mec_embed.learning import kmeans
 
@@ -37,24 +34,16 @@ STARTS: dict[str, Start] = {
 
 def main() -> None:
     """Parse the command line and print one line for each start."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="criteo_dac80k")
-    parser.add_argument("--model", default="DeepFM")
-    parser.add_argument("--dim", type=int, default=40)
-    parser.add_argument("--ratio", type=float, default=100)
+    parser = common.parser(__doc__, data="criteo_dac80k", model="DeepFM", ratio=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
-    parser.add_argument("--fuxictr-root", type=Path)
     options = parser.parse_args()
     changes: dict[str, list[float]] = {name: [] for name in STARTS}
     for seed in range(options.seeds):
-        base = _base(options.data, options.model, options, seed)
+        base = common.base_of(options, seed)
         uncompressed = evaluate(base.model, base.data, "test").auc
         for name, start in STARTS.items():
             with mock.patch.object(kmeans, "start_centroids", start):
-                model = ours(base, options.ratio)
-            if model is None:
-                raise SystemExit("the ratio cannot be reached")
+                model = common.compressed(base, options.ratio)
             changes[name].append(evaluate(model, base.data, "test").auc - uncompressed)
     for name, values in changes.items():
         each = " ".join(f"{value:+.5f}" for value in values)

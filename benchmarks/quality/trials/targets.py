@@ -7,39 +7,28 @@ the change of test AUC and log loss.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-from pathlib import Path
 
 import torch
 
 from benchmarks.quality.common import Base
-from benchmarks.quality.ours import ours
-from benchmarks.quality.study import _base
+from benchmarks.quality.trials import common
 from examples.ctr.training import evaluate
 from mec_embed import distill
 
 
 def main() -> None:
     """Parse the command line and print one line an epoch."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="criteo_dac80k")
-    parser.add_argument("--model", default="DeepFM")
-    parser.add_argument("--dim", type=int, default=40)
-    parser.add_argument("--ratio", type=float, default=25)
+    parser = common.parser(__doc__, data="criteo_dac80k", model="DeepFM", ratio=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--label-weight", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--mix", type=float, nargs="+", default=[0.5])
     parser.add_argument("--network", nargs="+", default=["trained"])
-    parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
-    parser.add_argument("--fuxictr-root", type=Path)
     options = parser.parse_args()
-    base = _base(options.data, options.model, options, options.seed)
-    model = ours(base, options.ratio)
-    if model is None:
-        raise SystemExit("the ratio cannot be reached")
+    base = common.base_of(options, options.seed)
+    model = common.compressed(base, options.ratio)
     for weight, mix, network in itertools.product(
         options.label_weight, options.mix, options.network
     ):
