@@ -26,6 +26,8 @@ from mec_embed.packing import pack
 from mec_embed.tiers import TierMap
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+import triton.language as tl  # noqa: E402
+
 from mec_embed.ops import gpu  # noqa: E402
 
 
@@ -41,14 +43,20 @@ def _interpreted() -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
+        module._add_product = triton.jit(_add_product_of_floats)
     return module
+
+
+def _add_product_of_floats(total: Any, one: Any, other: Any) -> Any:
+    """The interpreter would multiply the bits of bfloat16 as integers."""
+    return tl.dot(one.to(tl.float32), other.to(tl.float32), total)
 
 
 kernels: Any = _interpreted()
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 #: Tiles of one line or a few, so that short inputs take several programs, and as they are.
-TILES = [(64, 16), (kernels.TILE, kernels.BAG_TILE)]
+TILES = [(64, 16, 1), (kernels.TILE, kernels.CHUNKS, kernels.BAG_CHUNKS)]
 
 
 class Case:
@@ -137,8 +145,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture(params=TILES, ids=["small tiles", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "TILE", request.param[0])
-    monkeypatch.setattr(kernels, "BAG_TILE", request.param[1])
+    for name, entries in zip(("TILE", "CHUNKS", "BAG_CHUNKS"), request.param, strict=True):
+        monkeypatch.setattr(kernels, name, entries)
 
 
 @pytest.fixture
@@ -225,14 +233,18 @@ def test_bags_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "weights"])
+@pytest.mark.parametrize("kind", ["additive", "product"])
 @pytest.mark.parametrize("shape", [(4, 3), (1, 1), (3, 0), (0, 3)], ids=str)
-def test_bags_of_one_length(shape: Any, mode: str, tiles: None, launched: list[str]) -> None:
-    case = Case(CodeLayout("additive", 9, 12, 3, 5), padding_idx=2)
+def test_bags_of_one_length(
+    shape: Any, kind: str, mode: str, tiles: None, launched: list[str]
+) -> None:
+    case = Case(CodeLayout(kind, 9, 12, 3, 5), padding_idx=2)
     ids = case.ids(*shape)
     weights = torch.rand(shape).half() if mode == "weights" else None
     arguments = case.bag(ids, None, weights, "sum" if weights is not None else mode)
     found = kernels.bag(*arguments)
-    assert launched == ["_bags_kernel"] * min(1, shape[0])
+    counted = kind == "additive" and weights is None
+    assert launched == ["_counted_bags_kernel" if counted else "_bags_kernel"] * min(1, shape[0])
     rows = reference.lookup(*case.lookup(ids)) * ids.ne(2)[..., None]
     if weights is not None:
         rows = rows * weights.float()[..., None]
@@ -240,6 +252,68 @@ def test_bags_of_one_length(shape: Any, mode: str, tiles: None, launched: list[s
     if mode == "mean":
         expected = expected / ids.ne(2).sum(1, keepdim=True).clamp(min=1)
     close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "dtype"),
+    [(2, 2, torch.float32), (3, 4, torch.int8), (5, 7, torch.float16), (13, 12, torch.bfloat16),
+     (32, 16, torch.int8), (8, 32, torch.float32), (9, 25, torch.float32)],
+)  # fmt: skip
+@pytest.mark.parametrize("programs", ["many bags", "few bags"])
+def test_bags_that_count_codewords(
+    count: int,
+    size: int,
+    dtype: torch.dtype,
+    programs: str,
+    launched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of more ids than a count holds: 255."""
+    monkeypatch.setattr(kernels, "COUNTED_LEAST", 1 if programs == "many bags" else 1000)
+    case = Case(CodeLayout("additive", 50, 20, count, size, dtype), padding_idx=3)
+    ids = case.ids(2000)
+    ids[300:600], ids[700:720] = 7, 3
+    offsets = torch.tensor([0, 300, 600, 600, 1201, 1202])
+    for arguments in (case.bag(ids, offsets), case.bag(ids, offsets, mode="mean")):
+        expected = reference.bag(*arguments)
+        torch.testing.assert_close(kernels.bag(*arguments), expected, rtol=1e-5, atol=1e-3)
+    assert launched == ["_counted_bags_kernel"] * 2
+
+
+@pytest.mark.parametrize("layout", [("additive", 13, 30), ("additive", 5, 3), ("product", 5, 300)])
+def test_codes_that_start_at_any_byte(layout: Any, launched: list[str]) -> None:
+    """Whole words cannot be loaded from there; a row is read in two parts where it is long."""
+    case = Case(CodeLayout(layout[0], 40, 20, *layout[1:]), padding_idx=3)
+    codes, ids = case.table.codes, case.ids(31)
+    expected = [
+        reference.lookup(*case.lookup(ids)),
+        reference.bag(*case.bag(ids[None])),
+        reference.lookup_backward(*case.backward(ids, torch.ones(31, 20))),
+    ]
+    for start in range(8):
+        room = torch.full((len(codes) + 16,), 255, dtype=torch.uint8)
+        first = start - room.data_ptr() % 8 + 8
+        case.table.code_table.codes = room[first : first + len(codes)].copy_(codes)
+        assert case.table.codes.data_ptr() % 8 == start
+        assert torch.equal(kernels.lookup(*case.lookup(ids)), expected[0])
+        close(kernels.bag(*case.bag(ids[None])), expected[1])
+        close(kernels.lookup_backward(*case.backward(ids, torch.ones(31, 20))), expected[2])
+    assert len(launched) == 24
+
+
+@pytest.mark.parametrize("given_dtype", FLOATS)
+def test_gradients_are_summed_by_several_programs(
+    given_dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SUM_WORDS", 16), ("SUM_LINES", 16), ("SUM_COLUMNS", 16)):
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "SUM_PROGRAMS", 40)
+    case = Case(CodeLayout("additive", 30, 37, 3, 10), padding_idx=4)
+    grad = (torch.randn(200, 37) * 10 ** torch.randn(200, 1)).to(given_dtype)
+    arguments = case.backward(case.ids(200), grad)
+    found, expected = kernels.lookup_backward(*arguments), reference.lookup_backward(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
+    assert launched == ["_sums_kernel"]
 
 
 def test_a_bag_of_padding_only_is_zero() -> None:
@@ -265,13 +339,14 @@ def test_gradients_are_those_of_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         if copies:
             patch.setattr(kernels, "COPY_LOOKUPS", 1)
-            patch.setattr(kernels, "TILE", 64)
+            patch.setattr(kernels, "CHUNKS", 16)
+            patch.setattr(kernels, "MOST_SUMMED", 0)
         found = kernels.lookup_backward(*arguments)
     close(found, reference.lookup_backward(*arguments))
 
 
 def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(CodeLayout("additive", 30, 6, 2, 3))
+    case = Case(CodeLayout("product", 30, 6, 2, 3))
     copies: list[Tensor] = []
     launch = kernels._launch
 
@@ -281,7 +356,7 @@ def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(kernels, "_launch", record)
     monkeypatch.setattr(kernels, "COPY_LOOKUPS", 5)
-    monkeypatch.setattr(kernels, "TILE", 64)
+    monkeypatch.setattr(kernels, "CHUNKS", 16)
     arguments = case.backward(case.ids(50))
     found = kernels.lookup_backward(*arguments)
     assert len(copies[0]) == 3 and copies[0].flatten(1).ne(0).any(1).all()
@@ -297,17 +372,18 @@ def test_gradient_of_many_lookups_is_summed_in_float32(dtype: torch.dtype) -> No
     assert found.dtype is dtype and found.max().item() == pytest.approx(10_000, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["additive", "product"])
+@pytest.mark.parametrize(("kind", "size"), [("additive", 5), ("additive", 700), ("product", 5)])
 @pytest.mark.parametrize("wide", [False, True])
 def test_deterministic_gradients(
-    kind: str, wide: bool, tiles: None, launched: list[str], deterministic: None
+    kind: str, size: int, wide: bool, tiles: None, launched: list[str], deterministic: None
 ) -> None:
-    """No atomics, whose order would be another each time: one program writes each codeword."""
-    case = Case(CodeLayout(kind, 30, 6, 2, 5), padding_idx=4)
+    """No atomics, whose order would be another each time."""
+    case = Case(CodeLayout(kind, 30, 6, 2, size), padding_idx=4)
     ids = case.ids(50)
     arguments = case.backward(ids if wide else ids.int())
     found = kernels.lookup_backward(*arguments)
-    assert launched == ["_keys_kernel", "_segments_kernel"]
+    sums = ["_sums_kernel"] if (kind, size) == ("additive", 5) else []
+    assert launched == (sums or ["_keys_kernel", "_segments_kernel"])
     close(found, reference.lookup_backward(*arguments))
     assert torch.equal(kernels.lookup_backward(*arguments), found)
 
@@ -512,12 +588,14 @@ def launches(name: str) -> list[tuple[Any, ...]]:
         ids = case.ids(20)
         gpu.lookup(*case.lookup(ids, torch.bfloat16))
         gpu.bag(*case.bag(ids, torch.tensor([0, 4]), torch.rand(20)))
+        gpu.bag(*case.bag(ids, torch.tensor([0, 4])))
         gpu.bag(*case.bag(ids.view(4, 5).int(), mode="mean", dtype=torch.float16))
         if name != "int8":
             arguments = case.backward(ids)
             gpu.lookup_backward(*arguments)
             table = gpu._Table(*arguments[2:6], *arguments[7:10])
             gpu._sum_sorted(table, arguments[0], ids, 3, torch.float32)
+            gpu._sum_atomically(table, arguments[0], ids, 3, torch.float32)
         maps = (torch.arange(300) < 9, torch.arange(300) % 3 == 0)
         for popular in maps if name == "additive" else ():
             tier_map = TierMap.of(popular)

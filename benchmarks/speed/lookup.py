@@ -93,7 +93,7 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
         table, bag = _compressed(rows, dim, dtype)
         methods["rows"][name], methods["bags"][name] = table, bag
         if dtype is torch.int8:
-            methods["rows"]["plain torch"] = _plain_torch(table)
+            methods["rows"]["plain torch"] = plain_torch(table)
     methods["rows"]["copy"] = _copy(dim)
     for name, quantized in (("torch int8", _torch_int8), *_FBGEMM.items()):
         pair = quantized(weight)
@@ -123,7 +123,8 @@ def _random_codes(rows: int, count: int, size: int, bits: int) -> Tensor:
     return packed
 
 
-def _plain_torch(table: CompressedEmbedding) -> Lookup:
+def plain_torch(table: CompressedEmbedding) -> Lookup:
+    """The reference's lookup of rows."""
     layout, books = table.layout, table.codebook_set
 
     def look_up(ids: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ def _measure(
     """Seconds of every repetition of each method."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     stop = time.perf_counter() + LEAST_SECONDS * len(methods)
-    for number, ids in enumerate(_ids(rows, shape, kind)):
+    for number, ids in enumerate(id_batches(rows, shape, kind)):
         for name, method in methods.items():
             started = time.perf_counter()
             method(ids)
@@ -240,15 +241,19 @@ def _measure(
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def _ids(rows: int, shape: tuple[int, ...], kind: str) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def id_batches(
+    rows: int, shape: tuple[int, ...], kind: str, device: str = "cpu"
+) -> Iterator[Tensor]:
+    """Ids (*shape) of a table of ``rows`` rows, again and again others."""
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
     while True:
         if kind == "uniform":
-            yield torch.randint(rows, shape, generator=generator)
+            yield torch.randint(rows, shape, **options)
         else:
             # Zipf with exponent 1: the logarithm of the rank is uniform. Popular ids are spread
             # over the table, as hashes would spread them.
-            ranks = (rows + 1.0) ** torch.rand(shape, generator=generator, dtype=torch.float64)
+            ranks = (rows + 1.0) ** torch.rand(shape, dtype=torch.float64, **options)
             yield (ranks.long() - 1) * 7919 % rows
 
 

@@ -6,8 +6,8 @@ after one call that compiles them. Ids are not checked for their range, as the r
 off the CPU: one out of range decodes as the nearest row of the table, and a damaged code as the
 last codeword, so that no memory outside the table is read.
 
-A kernel works on tiles of lines and columns. A line is what is contiguous in the output: a row of
-additive codes, one codeword of a row of product codes (there are ``PARTS`` of them in a row).
+A line is what is contiguous in the output: a row of additive codes, or one codeword of a row of
+product codes (``PARTS`` of them in a row). Each thread decodes chunks of a line.
 Offsets are int64 throughout: a table may have more than 2**31 bits, bytes or entries.
 """
 
@@ -29,19 +29,35 @@ from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
 from .schema import LIBRARY
 
-# These numbers follow from how GPUs work, not from measurements: there was none to measure on.
-#: Entries of a tile; each of its threads has 8, which hides some of the wait for memory.
+#: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: one for
+#: each thread.
+CHUNKS, CHUNK_WARPS = 128, 4
+#: The same for bags: all bags of a program take as long as the longest, so it is one warp's.
+BAG_CHUNKS, BAG_CHUNK_WARPS = 32, 1
+#: Bags of a program that counts codewords, fewer where there are less than COUNTED_LEAST of them.
+COUNTED_BAGS, FEW_COUNTED_BAGS, COUNTED_LEAST = 64, 16, 1 << 15
+#: Codebooks (as a power of two) times words of counts that such a program has room for.
+MOST_COUNTED = 128
+#: Codewords, lines and columns of a product that sums gradients, and programs that share the lines.
+SUM_WORDS, SUM_LINES, SUM_COLUMNS, SUM_WARPS, SUM_PROGRAMS = 128, 32, 64, 8, 256
+#: Codewords of a table, at most, whose gradients are summed so: the work grows with them.
+MOST_SUMMED = 1024
+#: Entries of a tile of lines and columns, and its warps.
 TILE, TILE_WARPS = 1024, 4
-#: The same for bags: all bags of a tile take as long as the longest, so a tile is one warp's.
-BAG_TILE, BAG_WARPS = 128, 1
 #: Adding to one address happens one by one, so the gradient of a codeword has one copy for so many
 #: lookups of it.
 COPY_LOOKUPS = 1024
 MOST_COPIES = 16
+#: Bits of a row that are read at once: from any bit of a byte, they lie in 8 bytes.
+_MOST_BITS = 57
 _ID_DTYPES = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-#: What Triton compiles for.
-_LEAST_CAPABILITY = (7, 0)
+#: Numbers of bfloat16 (8 bits of mantissa) that add up to any of a dtype; with a scale in bfloat16,
+#: an int8 has 15 bits.
+_TERMS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1, torch.int8: 2}
+#: What the kernels compile for, and by.
+_LEAST_CAPABILITY = (8, 0)
+_LEAST_TRITON = (3, 2)
 
 
 @triton.jit
@@ -52,30 +68,74 @@ def _read_ids(ids: tl.tensor, place: tl.tensor, inside: tl.tensor, rows: tl.tens
 
 
 @triton.jit
-def _read_codes(
+def _stream(
+    codes: tl.tensor,
+    start: tl.tensor,
+    used: tl.tensor,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """``BITS`` bits, 57 at most, of the codes from bit ``start`` on, lowest first; more may follow.
+
+    From there on ``used`` bits are the row's: whole words that hold one of them may be loaded, as
+    the padding of the stream is as long.
+    """
+    if not ALIGNED:
+        place = codes + (start >> 3)
+        found = tl.load(place).to(tl.uint64)
+        for number in tl.static_range(1, (BITS + 14) // 8):
+            found |= tl.load(place + number).to(tl.uint64) << (8 * number)
+        found = found >> (start & 7).to(tl.uint64)
+    elif BITS <= 32:
+        words = codes.to(tl.pointer_type(tl.uint32)) + (start >> 5)
+        first = (start & 31).to(tl.int32)
+        high = tl.load(words + 1, mask=first + used > 32, other=0).to(tl.uint64)
+        both = (high << 32) | tl.load(words).to(tl.uint64)
+        found = (both >> first.to(tl.uint64)).to(tl.uint32)
+    else:
+        words = codes.to(tl.pointer_type(tl.uint64)) + (start >> 6)
+        first = (start & 63).to(tl.int32)
+        high = tl.load(words + 1, mask=first + used > 64, other=0)
+        # In two steps, as a shift by all 64 bits is not defined.
+        high = (high << 1) << (63 - first).to(tl.uint64)
+        found = (tl.load(words) >> first.to(tl.uint64)) | high
+    return found
+
+
+@triton.jit
+def _code(
     codes: tl.tensor,
     ids: tl.tensor,
     book: tl.tensor,
     size: tl.tensor,
     BOOKS: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
 ) -> tl.tensor:
-    """Codes, int64, of the rows ``ids`` in codebook ``book``; below ``size`` even if damaged."""
-    if BITS == 0:
-        code = ids
-    else:
-        position = (ids * BOOKS + book) * BITS
-        start = codes + (position >> 3)
-        # Byte by byte: a wider load would have to be aligned. The padding of the stream makes
-        # the bytes after the last code readable.
-        word = tl.load(start).to(tl.int32)
-        if BYTES > 1:
-            word |= tl.load(start + 1).to(tl.int32) << 8
-        if BYTES > 2:
-            word |= tl.load(start + 2).to(tl.int32) << 16
-        code = ((word >> (position & 7).to(tl.int32)) & ((1 << BITS) - 1)).to(tl.int64)
-    return tl.minimum(code, size - 1)
+    """Codes of the rows ``ids`` in codebook ``book``, int32; below ``size`` even if damaged."""
+    start = (ids * BOOKS + book) * BITS
+    found = _stream(codes, start, BITS, BITS, ALIGNED)
+    code = (found & ((1 << BITS) - 1)).to(tl.int32)
+    return code if EXACT else tl.minimum(code, size.to(tl.int32) - 1)
+
+
+@triton.jit
+def _add_words(
+    total: tl.tensor,
+    books: tl.tensor,
+    scales: tl.tensor,
+    word: tl.tensor,
+    place: tl.tensor,
+    wanted: tl.tensor,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """``total`` (lines, columns) and the entries ``place`` of the codewords ``word`` (lines,)."""
+    entries = books + (word * WIDTH)[:, None] + place
+    value = tl.load(entries, mask=wanted[:, None], other=0).to(tl.float32)
+    if scales is not None:
+        value *= tl.load(scales + word, mask=wanted, other=0).to(tl.float32)[:, None]
+    return total + value
 
 
 @triton.jit
@@ -86,27 +146,43 @@ def _decode(
     ids: tl.tensor,
     part: tl.tensor,
     wanted: tl.tensor,
-    columns: tl.tensor,
+    place: tl.tensor,
     size: tl.tensor,
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ) -> tl.tensor:
-    """A tile in float32: part ``part`` of the rows ``ids``, zero where not ``wanted``."""
-    mask = wanted[:, None] & (columns < WIDTH)[None, :]
-    total = tl.full([LINES, COLUMNS], 0, tl.float32)
-    for number in range(SUMMED):
-        book = part + number
-        word = book * size + _read_codes(codes, ids, book, size, PARTS * SUMMED, BITS, BYTES)
-        entries = books + (word * WIDTH)[:, None] + columns[None, :]
-        value = tl.load(entries, mask=mask, other=0).to(tl.float32)
-        if scales is not None:
-            value *= tl.load(scales + word, mask=wanted, other=0).to(tl.float32)[:, None]
-        total += value
+    """Chunks (CHUNKS, VECTOR) in float32 of the rows ``ids``, zero where not ``wanted``.
+
+    ``GROUP`` codes of a row are read at once. ``place`` are the columns within a codeword.
+    """
+    total = tl.full([CHUNKS, VECTOR], 0, tl.float32)
+    if BITS == 0:
+        total = _add_words(total, books, scales, ids, place, wanted, WIDTH)
+    elif PARTS > 1:
+        code = _code(codes, ids, part, size, PARTS, BITS, ALIGNED, EXACT)
+        total = _add_words(total, books, scales, part * size + code, place, wanted, WIDTH)
+    else:
+        for first in range(0, SUMMED, GROUP):
+            start = (ids * SUMMED + first) * BITS
+            found = _stream(codes, start, (SUMMED - first) * BITS, GROUP * BITS, ALIGNED)
+            for number in tl.static_range(GROUP):
+                code = ((found >> (number * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
+                if not EXACT:
+                    code = tl.minimum(code, size.to(tl.int32) - 1)
+                # Offsets within one codebook are below 2**31, see _takes_books().
+                book = (first + number) * size
+                there = wanted
+                if SUMMED % GROUP:
+                    there = wanted & (first + number < SUMMED)
+                own = None if scales is None else scales + book
+                total = _add_words(total, books + book * WIDTH, own, code, place, there, WIDTH)
     return total
 
 
@@ -124,15 +200,17 @@ def _rows_kernel(
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ) -> None:
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
     inside = line < lines
     row = _read_ids(ids, line // PARTS, inside, rows)
+    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     tile = _decode(
         codes,
         books,
@@ -140,18 +218,28 @@ def _rows_kernel(
         row,
         line % PARTS,
         inside & (row != zero_id),
-        columns,
+        place,
         size,
         PARTS,
         SUMMED,
         BITS,
-        BYTES,
+        GROUP,
+        ALIGNED,
+        EXACT,
         WIDTH,
-        LINES,
-        COLUMNS,
+        CHUNKS,
+        VECTOR,
     )
-    place = out + (line * WIDTH)[:, None] + columns[None, :]
-    tl.store(place, tile, mask=inside[:, None] & (columns < WIDTH)[None, :])
+    tl.store(out + (line * WIDTH)[:, None] + place, tile, mask=inside[:, None])
+
+
+@triton.jit
+def _chunks(IN_LINE: tl.constexpr, CHUNKS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """This program's chunks: the line of each, int64, and its number there, int32."""
+    first = tl.program_id(0).to(tl.int64) * CHUNKS
+    line = first // IN_LINE
+    number = (first - line * IN_LINE).to(tl.int32) + tl.arange(0, CHUNKS)
+    return line + number // IN_LINE, number % IN_LINE
 
 
 @triton.jit
@@ -162,6 +250,27 @@ def _larger(one: tl.tensor, other: tl.tensor) -> tl.tensor:
 @triton.jit
 def _plus(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     return one + other
+
+
+@triton.jit
+def _bounds(
+    bag: tl.tensor,
+    offsets: tl.tensor,
+    bags: tl.tensor,
+    length: tl.tensor,
+    count: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where the ids of bags start and end, int64; both within the ids, also for wrong offsets."""
+    inside = bag < bags
+    if offsets is None:
+        start = bag * length
+        end = start + length
+    else:
+        # The last bag takes all that is left, also where an offset after it says otherwise.
+        start = tl.load(offsets + bag, mask=inside, other=0).to(tl.int64)
+        end = tl.load(offsets + bag + 1, mask=bag + 1 < bags, other=0).to(tl.int64)
+        end = tl.where(bag + 1 < bags, end, count)
+    return tl.maximum(start, 0), tl.where(inside, tl.minimum(end, count), 0)
 
 
 @triton.jit
@@ -183,31 +292,23 @@ def _bags_kernel(
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ) -> None:
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
     bag, part = line // PARTS, line % PARTS
-    inside = bag < bags
-    if offsets is None:
-        start = bag * length
-        end = start + length
-    else:
-        # The last bag takes all that is left, also where an offset after it says otherwise.
-        start = tl.load(offsets + bag, mask=inside, other=0).to(tl.int64)
-        end = tl.load(offsets + bag + 1, mask=bag + 1 < bags, other=0).to(tl.int64)
-        end = tl.where(bag + 1 < bags, end, count)
-    start = tl.maximum(start, 0)
-    end = tl.where(inside, tl.minimum(end, count), 0)
-    total = tl.full([LINES, COLUMNS], 0, tl.float32)
-    members = tl.full([LINES], 0, tl.float32)
-    for step in range(tl.reduce(end - start, 0, _larger)):
-        place = start + step
-        row = _read_ids(ids, place, place < end, rows)
-        wanted = (place < end) & (row != padding)
+    start, end = _bounds(bag, offsets, bags, length, count)
+    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    total = tl.full([CHUNKS, VECTOR], 0, tl.float32)
+    members = tl.full([CHUNKS], 0, tl.float32)
+    for step in tl.range(tl.reduce(end - start, 0, _larger), loop_unroll_factor=2):
+        member = start + step
+        row = _read_ids(ids, member, member < end, rows)
+        wanted = (member < end) & (row != padding)
         tile = _decode(
             codes,
             books,
@@ -215,24 +316,182 @@ def _bags_kernel(
             row,
             part,
             wanted,
-            columns,
+            place,
             size,
             PARTS,
             SUMMED,
             BITS,
-            BYTES,
+            GROUP,
+            ALIGNED,
+            EXACT,
             WIDTH,
-            LINES,
-            COLUMNS,
+            CHUNKS,
+            VECTOR,
         )
         if weights is not None:
-            tile *= tl.load(weights + place, mask=wanted, other=0).to(tl.float32)[:, None]
+            tile *= tl.load(weights + member, mask=wanted, other=0).to(tl.float32)[:, None]
         total += tile
         members += wanted.to(tl.float32)
     if MEAN:
         total /= tl.maximum(members, 1.0)[:, None]
-    place = out + (line * WIDTH)[:, None] + columns[None, :]
-    tl.store(place, total, mask=inside[:, None] & (columns < WIDTH)[None, :])
+    tl.store(out + (line * WIDTH)[:, None] + place, total, mask=(bag < bags)[:, None])
+
+
+@triton.jit
+def _add_product(total: tl.tensor, one: tl.tensor, other: tl.tensor) -> tl.tensor:
+    return tl.dot(one, other, total)
+
+
+@triton.jit
+def _joined(one: tl.tensor, other: tl.tensor) -> tl.tensor:
+    """Two (n, m) as (n, 2 m), by turns."""
+    return tl.reshape(tl.join(one, other), [one.shape[0], 2 * one.shape[1]])
+
+
+@triton.jit
+def _counted_bags_kernel(
+    ids: tl.tensor,
+    offsets: tl.tensor,
+    codes: tl.tensor,
+    books: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    bags: tl.int64,
+    length: tl.int64,
+    count: tl.int64,
+    rows: tl.int64,
+    size: tl.int64,
+    padding: tl.int64,
+    MEAN: tl.constexpr,
+    BOOKS: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    BAGS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Bags by counting how often each codeword occurs in a bag: counts times codebooks.
+
+    A bag reads its codes only; codewords are read once for all bags of a program. Counts are bytes,
+    four of them in each of the ``WORDS`` words of a codebook, so they are used up every 255 ids.
+    They are exact in bfloat16, and codewords are cut into ``TERMS`` numbers that are.
+    """
+    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start, end = _bounds(bag, offsets, bags, length, count)
+    longest = tl.reduce(end - start, 0, _larger)
+    slot = tl.arange(0, SLOTS)[None, :]
+    used = slot < BOOKS
+    flat = tl.arange(0, SLOTS * WORDS)
+    total = tl.full([BAGS, COLUMNS], 0, tl.float32)
+    members = tl.full([BAGS], 0, tl.float32)
+    for first in range(0, longest, 255):
+        none = tl.full([BAGS, SLOTS], 0, tl.uint32)
+        c0, c1, c2, c3, c4, c5, c6, c7 = none, none, none, none, none, none, none, none
+        # Unrolled, so that several ids' codes are on their way at once.
+        for step in tl.range(first, tl.minimum(first + 255, longest), loop_unroll_factor=4):
+            member = start + step
+            row = _read_ids(ids, member, member < end, rows)
+            wanted = (member < end) & (row != padding)
+            members += wanted.to(tl.float32)
+            book = tl.where(used, slot, 0).to(tl.int64)
+            code = _code(codes, row[:, None], book, size, BOOKS, BITS, ALIGNED, EXACT)
+            one = tl.where(wanted[:, None] & used, 1, 0).to(tl.uint32)
+            one = one << ((code & 3) * 8).to(tl.uint32)
+            word = code >> 2
+            c0 += tl.where(word == 0, one, 0)
+            if WORDS > 1:
+                c1 += tl.where(word == 1, one, 0)
+            if WORDS > 2:
+                c2 += tl.where(word == 2, one, 0)
+                c3 += tl.where(word == 3, one, 0)
+            if WORDS > 4:
+                c4 += tl.where(word == 4, one, 0)
+                c5 += tl.where(word == 5, one, 0)
+                c6 += tl.where(word == 6, one, 0)
+                c7 += tl.where(word == 7, one, 0)
+        # In the order of the words: the outermost join is of their lowest bit.
+        if WORDS == 1:
+            counts = c0
+        elif WORDS == 2:
+            counts = _joined(c0, c1)
+        elif WORDS == 4:
+            counts = _joined(_joined(c0, c2), _joined(c1, c3))
+        else:
+            even = _joined(_joined(c0, c4), _joined(c2, c6))
+            counts = _joined(even, _joined(_joined(c1, c5), _joined(c3, c7)))
+        # No static_range: the compiler would load all codewords first, and run out of registers.
+        for byte in range(4):
+            key = flat % WORDS * 4 + byte
+            known = (flat // WORDS < BOOKS) & (key < size)
+            word = (flat // WORDS).to(tl.int64) * size + key
+            entries = books + (word * WIDTH)[:, None] + columns[None, :]
+            mask = known[:, None] & (columns < WIDTH)[None, :]
+            value = tl.load(entries, mask=mask, other=0).to(tl.float32)
+            if scales is not None:
+                value *= tl.load(scales + word, mask=known, other=0).to(tl.float32)[:, None]
+            times = ((counts >> byte * 8) & 255).to(tl.float32).to(tl.bfloat16)
+            for _ in tl.static_range(TERMS):
+                term = value.to(tl.bfloat16)
+                total = _add_product(total, times, term)
+                value -= term.to(tl.float32)
+    if MEAN:
+        total /= tl.maximum(members, 1.0)[:, None]
+    place = out + (bag * WIDTH)[:, None] + columns[None, :]
+    tl.store(place, total, mask=(bag < bags)[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def _sums_kernel(
+    grad: tl.tensor,
+    ids: tl.tensor,
+    codes: tl.tensor,
+    out: tl.tensor,
+    count: tl.int64,
+    rows: tl.int64,
+    size: tl.int64,
+    padding: tl.int64,
+    BOOKS: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """What ``WORDS`` codewords get of every n-th tile of lines: which use them, times gradients.
+
+    ``out`` has a place for each program, so that sums come out the same each time. Gradients are
+    cut into ``TERMS`` numbers that bfloat16 holds exactly.
+    """
+    word = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    known = word < BOOKS * size
+    book = tl.where(known, word // size, 0)
+    key = (word - word // size * size).to(tl.int32)
+    total = tl.full([WORDS, COLUMNS], 0, tl.float32)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    for first in range(program * LINES, count, programs * LINES):
+        line = first + tl.arange(0, LINES)
+        row = _read_ids(ids, line, line < count, rows)
+        wanted = (line < count) & (row != padding)
+        code = _code(codes, row[None, :], book[:, None], size, BOOKS, BITS, ALIGNED, EXACT)
+        chosen = tl.where((code == key[:, None]) & wanted[None, :], 1.0, 0.0).to(tl.bfloat16)
+        mask = wanted[:, None] & (columns < WIDTH)[None, :]
+        entries = grad + (line * WIDTH)[:, None] + columns[None, :]
+        value = tl.load(entries, mask=mask, other=0).to(tl.float32)
+        for _ in tl.static_range(TERMS):
+            term = value.to(tl.bfloat16)
+            total = _add_product(total, chosen, term)
+            value -= term.to(tl.float32)
+    place = out + ((program * BOOKS * size + word) * WIDTH)[:, None] + columns[None, :]
+    tl.store(place, total, mask=known[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
@@ -249,28 +508,29 @@ def _add_kernel(
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0).to(tl.int64)
-    line = program * LINES + tl.arange(0, LINES)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
     inside = line < lines
     row = _read_ids(ids, line // PARTS, inside, rows)
-    mask = (inside & (row != padding))[:, None] & (columns < WIDTH)[None, :]
-    entries = grad + (line * WIDTH)[:, None] + columns[None, :]
-    tile = tl.load(entries, mask=mask, other=0).to(tl.float32)
-    first = program % copies * (PARTS * SUMMED) * size
+    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    wanted = (inside & (row != padding))[:, None]
+    entries = grad + (line * WIDTH)[:, None] + place
+    tile = tl.load(entries, mask=wanted, other=0).to(tl.float32)
+    first = tl.program_id(0) % copies * (PARTS * SUMMED) * size
     for number in range(SUMMED):
-        book = line % PARTS + number
-        code = _read_codes(codes, row, book, size, PARTS * SUMMED, BITS, BYTES)
-        word = first + book * size + code
+        if BITS == 0:
+            word = row
+        else:
+            book = line % PARTS + number
+            code = _code(codes, row, book, size, PARTS * SUMMED, BITS, ALIGNED, EXACT)
+            word = first + book * size + code
         # Relaxed: nobody reads the sums before the kernel ends.
-        tl.atomic_add(
-            total + (word * WIDTH)[:, None] + columns[None, :], tile, mask=mask, sem="relaxed"
-        )
+        tl.atomic_add(total + (word * WIDTH)[:, None] + place, tile, mask=wanted, sem="relaxed")
 
 
 @triton.jit
@@ -284,14 +544,15 @@ def _keys_kernel(
     padding: tl.int64,
     BOOKS: tl.constexpr,
     BITS: tl.constexpr,
-    BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
     place = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     book = tl.program_id(1).to(tl.int64)
     inside = place < count
     row = _read_ids(ids, place, inside, rows)
-    code = _read_codes(codes, row, book, size, BOOKS, BITS, BYTES)
+    code = _code(codes, row, book, size, BOOKS, BITS, ALIGNED, EXACT).to(tl.int64)
     # Padding passes no gradient: it sorts behind all codewords.
     code = tl.where(row == padding, size, code)
     tl.store(keys + book * count + place, code, mask=inside)
@@ -394,6 +655,8 @@ def _serves(device: torch.device) -> bool:
     """Whether Triton can compile for ``device``; it needs a C compiler for the code around."""
     if INTERPRETED:
         return True
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
+        return False
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
     return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
@@ -404,17 +667,27 @@ def available() -> bool:
     return torch.cuda.is_available() and _serves(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
     """Run ``kernel`` on the device of its tensors, which need not be the current one."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants)
 
 
-def _tile(width: int, entries: int, warps: int) -> dict[str, int]:
+def _power(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _tile(width: int) -> dict[str, int]:
     """Lines and columns of a tile: whole codewords if they are no longer than it."""
-    columns = min(1 << (width - 1).bit_length(), entries)
-    return {"LINES": entries // columns, "COLUMNS": columns, "num_warps": warps}
+    columns = min(_power(width), TILE)
+    return {"LINES": TILE // columns, "COLUMNS": columns, "num_warps": TILE_WARPS}
+
+
+def _vector(width: int) -> int:
+    """Columns of a chunk: 16 bytes of float32, or what divides a codeword."""
+    return math.gcd(width, 4)
 
 
 def _blocks(total: int, block: int) -> int:
@@ -452,16 +725,29 @@ class _Table(NamedTuple):
 
     def code_constants(self) -> dict[str, int]:
         """What kernels are compiled for, to read a code."""
-        # A code starts at a multiple of the greatest power of two in ``bits``, and so at most
-        # this many bits into a byte.
-        last_start = 8 - math.gcd(8, self.bits)
-        return {"BITS": self.bits, "BYTES": _blocks(last_start + self.bits, 8)}
+        return {
+            "BITS": self.bits,
+            "ALIGNED": int(self.codes.data_ptr() % 8 == 0),
+            "EXACT": int(self.size == 1 << self.bits),
+        }
+
+    def group(self) -> int:
+        """Codes of a row that are read at once: as few times as possible, and alike."""
+        summed = self.books // self.parts
+        most = max(1, _MOST_BITS // max(1, self.bits))
+        return _blocks(summed, _blocks(summed, most))
 
     def constants(self) -> dict[str, int]:
         """What kernels are compiled for, to read a row."""
         summed = self.books // self.parts
         shape = {"PARTS": self.parts, "SUMMED": summed, "WIDTH": self.width}
         return {**shape, **self.code_constants()}
+
+    def chunks(self, lines: int, chunks: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
+        """The grid for all chunks of ``lines`` codewords, and what says how many a program does."""
+        vector = _vector(self.width)
+        tile = {"CHUNKS": chunks, "VECTOR": vector, "num_warps": warps}
+        return (_blocks(lines * (self.width // vector), chunks),), tile
 
 
 def _takes(table: _Table, *tensors: Tensor | None) -> bool:
@@ -486,7 +772,8 @@ def _takes_books(codebooks: Tensor, scales: Tensor | None, dtype: torch.dtype) -
     else:
         known = codebooks.dtype is torch.int8 and scales.dtype is SCALE_DTYPE
         known = known and scales.is_contiguous() and scales.shape == codebooks.shape[:2]
-    return known and codebooks.is_contiguous() and dtype in _FLOATS
+    narrow = codebooks.shape[0] == 1 or codebooks[0].numel() < 1 << 31
+    return known and narrow and codebooks.is_contiguous() and dtype in _FLOATS
 
 
 def lookup(
@@ -523,11 +810,11 @@ def lookup(
     out = codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
     if not out.numel():
         return out
-    tile = _tile(table.width, TILE, TILE_WARPS)
     lines = input.numel() * table.parts
+    grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
     _launch(
         _rows_kernel,
-        (_blocks(lines, tile["LINES"]), _blocks(table.width, tile["COLUMNS"])),
+        grid,
         input.contiguous(),
         codes,
         codebooks,
@@ -537,6 +824,7 @@ def lookup(
         table.rows,
         table.size,
         padding_idx if zero_padding else -1,
+        GROUP=table.group(),
         **table.constants(),
         **tile,
     )
@@ -588,28 +876,60 @@ def bag(
     out = codebooks.new_empty((bags, embedding_dim), dtype=dtype)
     if not out.numel():
         return out
-    tile = _tile(table.width, BAG_TILE, BAG_WARPS)
+    ends = bags, input.shape[-1], input.numel(), table.rows, table.size, padding_idx
+    ids = input.contiguous()
+    starts = None if offsets is None else offsets.contiguous()
+    tables = codes, codebooks, scales, out
+    mean = int(mode == "mean")
+    if per_sample_weights is None and _counts(table):
+        grid, tile = _counted(table, bags, codebooks.dtype)
+        _launch(_counted_bags_kernel, grid, ids, starts, *tables, *ends, MEAN=mean, **tile)
+        return out
+    weights = None if per_sample_weights is None else per_sample_weights.contiguous()
+    grid, tile = table.chunks(bags * table.parts, BAG_CHUNKS, BAG_CHUNK_WARPS)
     _launch(
         _bags_kernel,
-        (_blocks(bags * table.parts, tile["LINES"]), _blocks(table.width, tile["COLUMNS"])),
-        input.contiguous(),
-        None if offsets is None else offsets.contiguous(),
-        None if per_sample_weights is None else per_sample_weights.contiguous(),
-        codes,
-        codebooks,
-        scales,
-        out,
-        bags,
-        input.shape[-1],
-        input.numel(),
-        table.rows,
-        table.size,
-        padding_idx,
-        MEAN=int(mode == "mean"),
+        grid,
+        ids,
+        starts,
+        weights,
+        *tables,
+        *ends,
+        MEAN=mean,
+        GROUP=table.group(),
         **table.constants(),
         **tile,
     )
     return out
+
+
+def _counts(table: _Table) -> bool:
+    """Whether bags of ``table`` are made by counting codewords."""
+    if not table.bits or table.books == 1 or table.parts > 1 or table.size > 32:
+        return False
+    return _power(table.books) * _blocks(table.size, 4) <= MOST_COUNTED
+
+
+def _counted(
+    table: _Table, bags: int, dtype: torch.dtype
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of the kernel that counts codewords."""
+    words = _power(_blocks(table.size, 4))
+    many = bags >= COUNTED_LEAST
+    columns = min(max(16, _power(table.width)), 128)
+    tile = {
+        "BOOKS": table.books,
+        "WIDTH": table.width,
+        "TERMS": _TERMS[dtype],
+        "BAGS": COUNTED_BAGS if many else FEW_COUNTED_BAGS,
+        # A product of matrices needs 16 columns on its left, at least.
+        "SLOTS": max(_power(table.books), 16 // words),
+        "WORDS": words,
+        "COLUMNS": columns,
+        "num_warps": 8 if columns > 64 else 4,
+        **table.code_constants(),
+    }
+    return (_blocks(bags, tile["BAGS"]), _blocks(table.width, columns)), tile
 
 
 def _takes_bags(
@@ -673,8 +993,46 @@ def lookup_backward(
         )
     if not input.numel():
         return grad.new_zeros(shape, dtype=dtype)
-    add = _sum_sorted if repeatable else _sum_atomically
+    if bits and table.parts == 1 and table.books * table.size <= MOST_SUMMED:
+        add = _sum_products
+    else:
+        add = _sum_sorted if repeatable else _sum_atomically
     return add(table, grad.contiguous(), input.contiguous(), padding_idx, dtype)
+
+
+def _sum_products(
+    table: _Table, grad: Tensor, ids: Tensor, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of few codewords, by products of matrices; always the same sums."""
+    words = table.books * table.size
+    tile = {
+        "WORDS": min(SUM_WORDS, max(16, _power(words))),
+        "LINES": SUM_LINES,
+        "COLUMNS": min(SUM_COLUMNS, max(16, _power(table.width))),
+    }
+    blocks = _blocks(words, tile["WORDS"]), _blocks(table.width, tile["COLUMNS"])
+    programs = min(_blocks(ids.numel(), SUM_LINES), _blocks(SUM_PROGRAMS, blocks[0] * blocks[1]))
+    shape = (programs, table.books, table.size, table.width)
+    parts = grad.new_empty(shape, dtype=torch.float32)
+    _launch(
+        _sums_kernel,
+        (programs, *blocks),
+        grad,
+        ids,
+        table.codes,
+        parts,
+        ids.numel(),
+        table.rows,
+        table.size,
+        padding_idx,
+        BOOKS=table.books,
+        WIDTH=table.width,
+        TERMS=_TERMS[grad.dtype],
+        num_warps=SUM_WARPS,
+        **table.code_constants(),
+        **tile,
+    )
+    return (parts[0] if programs == 1 else parts.sum(0)).to(dtype)
 
 
 def _sum_atomically(
@@ -685,11 +1043,11 @@ def _sum_atomically(
     copies = min(MOST_COPIES, max(1, ids.numel() // (COPY_LOOKUPS * table.size)))
     shape = (copies, table.books, table.size, table.width)
     total = grad.new_zeros(shape, dtype=torch.float32)
-    tile = _tile(table.width, TILE, TILE_WARPS)
     lines = ids.numel() * table.parts
+    grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
     _launch(
         _add_kernel,
-        (_blocks(lines, tile["LINES"]), _blocks(table.width, tile["COLUMNS"])),
+        grid,
         grad,
         ids,
         table.codes,
@@ -729,7 +1087,7 @@ def _sum_sorted(
     edges = torch.arange(table.size + 1, dtype=torch.int32, device=ids.device)
     bounds = torch.searchsorted(keys, edges.repeat(table.books, 1))
     out = grad.new_empty((table.books, table.size, table.width), dtype=dtype)
-    tile = _tile(table.width, TILE, TILE_WARPS)
+    tile = _tile(table.width)
     _launch(
         _segments_kernel,
         (table.books * table.size, _blocks(table.width, tile["COLUMNS"])),

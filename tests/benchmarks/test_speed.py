@@ -27,7 +27,7 @@ def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monke
 @pytest.mark.parametrize("shape", [(64,), (8, 20)])
 def test_methods_agree(shape):
     methods = lookup._methods(500, 16)["bags" if len(shape) > 1 else "rows"]
-    ids = next(lookup._ids(500, shape, "zipf"))
+    ids = next(lookup.id_batches(500, shape, "zipf"))
     assert int(ids.min()) >= 0 and int(ids.max()) < 500 and len(ids.unique()) > 5
     with torch.no_grad():
         outputs = {name: method(ids) for name, method in methods.items() if name != "copy"}
