@@ -178,7 +178,7 @@ class Field:
         device, (first, end) = self.table.device, self.bounds
         read = self.reader(device)
         total = torch.zeros(self.dim, dtype=torch.float64, device=device)
-        for part in self.weights[first:end].split(_MEAN_ROWS):
+        for part in self.weights[first:end].split(self.table.at_once(_MEAN_ROWS)):
             ids = torch.arange(first, first + len(part))
             total += part.to(device).double() @ read(ids).double()
             first += len(part)

@@ -326,6 +326,7 @@ class Draft:
                 field.bounds,
                 field.reader(device),
                 None if start is None else field.earlier_codes,
+                device,
             )
             for field in group.fields
         ]

@@ -236,7 +236,7 @@ def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | No
         return None
     quantizer, books = quantizer_for(parts[0].layout.kind), _codebooks(parts)
     codes = torch.empty(len(rows[0]), len(books), dtype=torch.int64, device=books.device)
-    step = chunk_rows(sum(one.shape[1] for one in rows))
+    step = chunk_rows(sum(one.shape[1] for one in rows), books.device)
     for start in range(0, len(codes), step):
         x = torch.cat([one[start : start + step] for one in rows], dim=1)
         codes[start : start + step] = quantizer.encode(x, books, FINAL_BEAM)

@@ -14,8 +14,12 @@ from .layout import packed_bytes
 
 #: Rows of codes made at once; a multiple of 8, so that every chunk starts on a whole byte.
 CHUNK_ROWS = 1 << 15
+#: The same on other devices than the CPU, at most.
+DEVICE_CHUNK_ROWS = 1 << 20
 #: Rows packed at once: each of their bits is a word of its own on the way.
 PACK_ROWS = 1 << 12
+#: Bytes of these words on other devices than the CPU.
+DEVICE_PACK_BYTES = 64 << 20
 
 
 def empty_packed(rows: int, num_subvectors: int, bits: int) -> Tensor:
@@ -33,8 +37,9 @@ def pack_into(packed: Tensor, first_row: int, codes: Tensor, bits: int) -> None:
     row_bits = codes.shape[1] * bits
     shifts = torch.arange(bits, dtype=torch.int32, device=codes.device)
     powers = 1 << torch.arange(8, dtype=torch.int32, device=codes.device)
-    for start in range(0, codes.shape[0], PACK_ROWS):
-        chunk = codes[start : start + PACK_ROWS].int()
+    step = PACK_ROWS if codes.is_cpu else max(8, DEVICE_PACK_BYTES // (4 * row_bits) // 8 * 8)
+    for start in range(0, codes.shape[0], step):
+        chunk = codes[start : start + step].int()
         stream = ((chunk[:, :, None] >> shifts) & 1).reshape(-1)
         stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8))
         data = (stream.view(-1, 8) * powers).sum(1).to(torch.uint8)

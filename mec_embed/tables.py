@@ -22,6 +22,8 @@ from .shards import shards as shards_of
 CHECK_ROWS = 1 << 14
 #: Largest entry of a row: sums of squares, times counts, must stay within float32.
 LARGEST = 1e15
+#: Bytes of float32 rows that a GPU looks at in one go: the host waits for the answer.
+DEVICE_BYTES = 64 << 20
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -107,9 +109,16 @@ class Table:
             return self.ranks.part(self.rows)
         return self.shard.bounds[self.ranks.rank]
 
+    def at_once(self, size: int) -> int:
+        """Rows to work on in one go: ``size`` on the CPU, more on other devices."""
+        if self.device.type == "cpu":
+            return size
+        return max(size, DEVICE_BYTES // (4 * self.dim))
+
     def parts(self, size: int) -> Iterator[tuple[int, int]]:
-        """``bounds`` in parts of at most ``size`` rows."""
+        """``bounds`` in parts of at most ``size`` rows, or of what a GPU takes in one go."""
         first, end = self.bounds
+        size = self.at_once(size)
         for start in range(first, end, size):
             yield start, min(start + size, end)
 

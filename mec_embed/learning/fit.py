@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import CompressionConfig
 from ..layout import CodeKind, bits_for
 from ..modules import quantize_codebooks
-from ..packing import CHUNK_ROWS, empty_packed, pack_into
+from ..packing import CHUNK_ROWS, DEVICE_CHUNK_ROWS, empty_packed, pack_into
 from ..ranks import ALONE, Ranks
 from .objective import Progress, Weights, train_codebooks
 from .quantizers import Quantizer, flat_codes, quantizer_for, weighted_error
@@ -26,6 +26,8 @@ SAMPLE_BYTES = 12 << 20
 MEC_ROWS = 1 << 15
 #: Bytes of float32 rows that are encoded at once, at most.
 CHUNK_BYTES = 8 << 20
+#: The same on other devices than the CPU, where many rows keep all of it busy.
+DEVICE_CHUNK_BYTES = 128 << 20
 #: Alternations of encoding and least squares, at most; of few rows, more, as long as they encode no
 #: more than ROUND_ROWS rows in all.
 ROUNDS = 10
@@ -92,6 +94,7 @@ class Rows:
         bounds: first row and end of what this rank does; None: all.
         read_own: as ``read``, of rows within ``bounds``; ``read`` is called on all ranks alike.
         codes: row numbers (n,) int64 -> codes (n, M) int64 in an earlier version, if there is one.
+        device: the computing device.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -100,6 +103,7 @@ class Rows:
     bounds: tuple[int, int] | None = None
     read_own: Callable[[Tensor], Tensor] | None = None
     codes: Callable[[Tensor], Tensor] | None = None
+    device: torch.device = torch.device("cpu")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -271,6 +275,8 @@ def read_sample(arrays: Sequence[Rows], shape: CodeShape, config: CompressionCon
     weights = arrays[0].weights
     if len(arrays) > 1:  # a copy of a large table's is not needed
         weights = torch.cat([rows.weights for rows in arrays])
+    if arrays[0].ranks.size == 1:  # sums of other devices may round in another way
+        weights = weights.to(arrays[0].device)
     chosen, mass = weighted_sample(weights, size, generator)
     parts, codes, first = [], [], 0
     for rows in arrays:
@@ -481,7 +487,7 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
     read = rows.read_own or rows.read
     changed, margin = torch.zeros_like(used[:1]), KEEP_MARGIN * learned.error
     start, end = rows.bounds or (0, len(rows))
-    step = chunk_rows(len(units.mean))
+    step = chunk_rows(len(units.mean), units.mean.device)
     while start < end:
         # Chunks end where those of one process do, on whole bytes.
         stop = min(start - start % step + step, end)
@@ -507,8 +513,10 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
     return EncodedRows(packed, _perplexity(used), dead, int(changed))
 
 
-def chunk_rows(columns: int) -> int:
-    """Rows that are encoded at once: several arrays of them live together."""
+def chunk_rows(columns: int, device: torch.device) -> int:
+    """Rows that are encoded at once on a device: several arrays of them live together."""
+    if device.type != "cpu":
+        return max(8, min(DEVICE_CHUNK_ROWS, DEVICE_CHUNK_BYTES // (4 * columns) // 8 * 8))
     most = CHUNK_BYTES // (4 * columns) // 8 * 8
     return max(8, min(CHUNK_ROWS, most))
 

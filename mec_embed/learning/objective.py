@@ -43,7 +43,7 @@ def code_distances(targets: Tensor, codebooks: Tensor) -> Tensor:
     """Squared distances (n, M, K) of targets (n, M, S) to each codeword of their codebook."""
     # |t|^2 - 2 t.c + |c|^2 in one product, and one for its gradient: passes over (n, M, K) cost
     # more than products do.
-    left = torch.stack([targets.square().sum(2), torch.ones(targets.shape[:2])], dim=2)
+    left = torch.stack([targets.square().sum(2), torch.ones_like(targets[:, :, 0])], dim=2)
     left = torch.cat([targets, left.to(targets)], dim=2).transpose(0, 1)
     norms = codebooks.square().sum(2, keepdim=True)
     right = torch.cat([-2 * codebooks, torch.ones_like(norms), norms], dim=2).transpose(1, 2)

@@ -6,7 +6,8 @@ where S = D / M for product codes and S = D for additive ones.
 
 from __future__ import annotations
 
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from torch import Tensor
 from ..ops import cpu
 from .kmeans import weighted_kmeans
 
-#: Bytes of the largest temporary array while encoding.
-_WORK_BYTES = 4 << 20
+#: Bytes of the largest temporary array while encoding; on other devices than the CPU, which have
+#: more to do at once and start slowly, of all that are made of some rows.
+_WORK_BYTES, _DEVICE_WORK_BYTES = 4 << 20, 128 << 20
 #: Rows of a large array that are worked on at once.
 _PART_ROWS = 1 << 14
 
@@ -73,7 +75,7 @@ class ProductQuantizer:
         if _native(x):
             found = [_native_search(parts[:, m], book[None], 1) for m, book in enumerate(codebooks)]
             return torch.cat(found, dim=1)
-        chunk = max(1, _WORK_BYTES // (codebooks.shape[1] * 4))
+        chunk = max(1, _work_bytes(x) // (codebooks.shape[1] * 4))
         codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
         for m, book in enumerate(codebooks):
             norms = book.square().sum(1)
@@ -134,10 +136,14 @@ class AdditiveQuantizer:
         """Beam search over the codebooks in order, ``beam`` partial sums kept for each row."""
         if _native(x):
             return _native_search(x, codebooks, beam)
+        if x.is_cuda and len(codebooks) == 1:
+            return ProductQuantizer().encode(x, codebooks, beam)
+        if _gpu_search is not None and x.is_cuda and _gpu_search.takes(x, codebooks, beam):
+            return _gpu_search.search(x, codebooks, beam)
         size = codebooks.shape[1]
         gram = codebooks.flatten(0, 1) @ codebooks.flatten(0, 1).T
         # Largest are the distances of a row to all codewords, and those of its partial sums.
-        chunk = max(1, _WORK_BYTES // (max(beam, len(codebooks)) * size * 4))
+        chunk = max(1, _work_bytes(x) // (max(beam, len(codebooks)) * size * 4))
         codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
         for i in range(0, len(x), chunk):
             codes[i : i + chunk] = _beam_search(x[i : i + chunk], codebooks, gram, beam)
@@ -198,6 +204,24 @@ def _normal_equations(
                 place = flat[part, m] * words + flat[part, other]
                 normal.view(-1).index_add_(0, place, mass)
     return normal, right
+
+
+def _import_gpu_search() -> ModuleType | None:
+    """The search by a Triton kernel; None where torch has no GPU or no Triton."""
+    if not torch.backends.cuda.is_built():
+        return None
+    try:
+        from . import gpu_search
+    except ImportError:
+        return None
+    return gpu_search
+
+
+_gpu_search: Any = _import_gpu_search()
+
+
+def _work_bytes(x: Tensor) -> int:
+    return _WORK_BYTES if x.is_cpu else _DEVICE_WORK_BYTES
 
 
 def _native(x: Tensor) -> bool:

@@ -24,7 +24,7 @@ def weighted_sample(
         generator: of the draw.
 
     Returns:
-        Row numbers (m,) int64, ascending, and weights (m,).
+        Row numbers (m,) int64, ascending, on the CPU, and weights (m,).
     """
     rows = len(weights)
     if rows <= size:
@@ -42,8 +42,8 @@ def weighted_sample(
         level, before = total / max(1, size - certain), level
     chosen, first = [], 0
     for part in parts:
-        drawn = torch.rand(len(part), generator=generator) < (part / level).clamp(max=1)
-        chosen.append(drawn.nonzero()[:, 0] + first)
+        chance = torch.rand(len(part), generator=generator).to(part.device)
+        chosen.append((chance < (part / level).clamp(max=1)).nonzero()[:, 0] + first)
         first += len(part)
     ids = torch.cat(chosen)
-    return ids, weights[ids].clamp(min=level)
+    return ids.cpu(), weights[ids].clamp(min=level)
