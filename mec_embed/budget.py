@@ -118,10 +118,10 @@ class Field:
                 popular = self.counts[start : start + _PART_ROWS] >= self.cut
                 yield popular if self.tier == "head" else ~popular
 
-    @cached_property
+    @property
     def mass(self) -> float:
         """Number of lookups."""
-        return total_weight(self.weights)
+        return self._sampled[0]
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -153,7 +153,10 @@ class Field:
 
     def read(self, ids: Tensor, device: torch.device) -> Tensor:
         """Rows (n, dim) float32 of any ``ids``, the partner's column last, alike on all ranks."""
-        rows = ids if self.tier is None else self.ids[ids].long()
+        return self._read_any(ids if self.tier is None else self.ids[ids].long(), device)
+
+    def _read_any(self, rows: Tensor, device: torch.device) -> Tensor:
+        """What :meth:`read` returns, by their numbers in the tables."""
         return torch.cat([t.read_any(rows).to(device, torch.float32) for t in self.tables], dim=1)
 
     @property
@@ -185,22 +188,32 @@ class Field:
         total = self.table.ranks.add(total, f"the mean row of table {self.table.name!r}")
         return (total / self.mass).split([table.dim for table in self.tables])
 
-    @cached_property
+    @property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Weighted mean (dim,) and covariance (dim, dim) of the rows, from a sample by weight."""
-        rows = self.rows
-        if rows <= _SAMPLE:
-            ids, mass = torch.arange(rows), self.weights.double()
+        return self._sampled[1:]
+
+    @cached_property
+    def _sampled(self) -> tuple[float, np.ndarray, np.ndarray]:
+        """Mass and moments at once: for a tier of a large table, its ids take longest."""
+        own, weights = None, self.table_weights
+        if self.tier is not None:
+            own = self.ids
+            weights = weights.index_select(0, own)
+        total = total_weight(weights)
+        if len(weights) <= _SAMPLE:
+            ids, mass = torch.arange(len(weights)), weights.double()
         else:
-            ids = _drawn(self.weights, _SAMPLE)
+            ids = _drawn(weights, _SAMPLE, total)
             mass = torch.ones(_SAMPLE, dtype=torch.float64)
-        x = self.read(ids, torch.device("cpu")).double()
+        rows = ids if own is None else own[ids].long()
+        x = self._read_any(rows, torch.device("cpu")).double()
         if not bool((x.abs() <= LARGEST).all()):
             check_finite(self.tables)
         share = (mass / mass.sum())[:, None]
         mean = (share * x).sum(0)
         centred = x - mean
-        return mean.numpy(), (centred.T @ (share * centred)).numpy()
+        return total, mean.numpy(), (centred.T @ (share * centred)).numpy()
 
 
 def _place(table: Table) -> Hashable:
@@ -213,10 +226,10 @@ def total_weight(weights: Tensor) -> float:
     return sum(float(part.double().sum()) for part in weights.split(_PART_ROWS))
 
 
-def _drawn(weights: Tensor, size: int) -> Tensor:
-    """Row numbers (size,) at even steps along the sum of ``weights`` (rows,)."""
+def _drawn(weights: Tensor, size: int, total: float) -> Tensor:
+    """Row numbers (size,) at even steps along ``total``, the sum of ``weights`` (rows,)."""
     steps = torch.arange(size, dtype=torch.float64) + 0.5
-    places = steps / size * total_weight(weights)
+    places = steps / size * total
     drawn, below = [], 0.0
     for number, part in enumerate(weights.split(_PART_ROWS)):
         bounds = part.double().cumsum(0) + below
