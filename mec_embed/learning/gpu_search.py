@@ -2,9 +2,9 @@
 
 Importing this module needs ``triton``. It finds what ``native/encode.c`` finds: the inputs are the
 same, what each codeword adds alone and what each pair of them adds, and so are the candidates and
-their order. A program takes one row; its sums and all candidates of a step stay in registers, so
-that memory sees no more than the inputs. A few numbers that belong to a row are not worth the
-barriers of a larger group: programs of few codewords are one warp.
+their order. A program is one warp, which needs no barriers, and takes one row; its sums and
+candidates stay in registers, so that memory sees no more than the inputs. Of large codebooks, a step finds the
+least total of each group of codewords first, and then looks into the best groups only.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..ops import gpu
 
 #: Bytes of what the codewords add to the rows of a launch, in float64 and in float32.
 WORK_BYTES = 256 << 20
-#: Candidates of a step, at most, that the registers of a program hold.
-MOST_CANDIDATES = 1 << 14
-#: The same for each warp, at best, and warps of a program, at most.
-WARP_CANDIDATES, MOST_WARPS = 512, 32
+#: Codewords whose totals are looked at together.
+GROUP = 32
+#: Groups of all sums of a row, at most, whose least totals the registers of a program hold.
+MOST_GROUPS = 1 << 10
 #: 64-bit words that hold the codes of a sum, at most.
 MOST_STRINGS = 8
 _NEVER = tl.constexpr((1 << 63) - 1)
@@ -65,46 +65,117 @@ def _code(
 
 
 @triton.jit
+def _extended(
+    alone: tl.tensor,
+    gram: tl.tensor,
+    strings: tl.tensor,
+    errors: tl.tensor,
+    book: tl.tensor,
+    own: tl.tensor,
+    words: tl.tensor,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    STRINGS: tl.constexpr,
+) -> tl.tensor:
+    """Totals (BEAM, n) of sums with the codewords ``own`` of ``book``; infinite beyond it."""
+    there, place = own < SIZE, book * SIZE + own
+    totals = errors[:, None] + tl.load(alone + place, mask=there, other=float("inf"))
+    for d in range(book):
+        before = d * SIZE + _code(strings, d, BITS, STRINGS)
+        totals += tl.load(gram + (before * words)[:, None] + place, mask=there, other=0)
+    return totals
+
+
+@triton.jit
+def _best(keys: tl.tensor, wanted: tl.tensor, BEAM: tl.constexpr) -> tl.tensor:
+    """The least ``wanted`` keys, ascending, and zeros up to (BEAM,)."""
+    beam = tl.arange(0, BEAM)
+    best = tl.full([BEAM], 0, tl.int64)
+    for place in range(wanted):
+        least = tl.reduce(keys, None, _least)
+        best = tl.where(beam == place, least, best)
+        keys = tl.where(keys == least, _NEVER, keys)
+    return best
+
+
+@triton.jit
+def _strings_of(strings: tl.tensor, parent: tl.tensor, BEAM: tl.constexpr) -> tl.tensor:
+    """The codes of the sums ``parent`` (BEAM,)."""
+    taken = (parent[:, None] == tl.arange(0, BEAM)[None, :])[:, :, None]
+    return tl.reduce(tl.where(taken, strings[None, :, :], 0), 1, _sum)
+
+
+@triton.jit
+def _errors_of(errors: tl.tensor, parent: tl.tensor, BEAM: tl.constexpr) -> tl.tensor:
+    """The errors of the sums ``parent`` (BEAM,)."""
+    taken = parent[:, None] == tl.arange(0, BEAM)[None, :]
+    return tl.reduce(tl.where(taken, errors[None, :], 0.0), 1, _sum)
+
+
+@triton.jit
 def _search_kernel(
     alone: tl.tensor,
     gram: tl.tensor,
     codes: tl.tensor,
     books: tl.int32,
     SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     BEAM: tl.constexpr,
     BITS: tl.constexpr,
     STRINGS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    beam, word, string = tl.arange(0, BEAM), tl.arange(0, WIDTH), tl.arange(0, STRINGS)
-    inside = word < SIZE
-    candidates = (beam[:, None] * WIDTH + word[None, :]).to(tl.int64)
+    beam, string = tl.arange(0, BEAM), tl.arange(0, STRINGS)
+    word, group = tl.arange(0, GROUP)[None, :], tl.arange(0, GROUPS)[None, :]
     words = books * SIZE
+    width = GROUPS * GROUP
     each = 64 // BITS
+    alone += row * words
     # Of no codewords there is one sum; the others are worse than any until they are filled.
     errors = tl.where(beam == 0, 0.0, float("inf"))
     strings = tl.full([BEAM, STRINGS], 0, tl.int64)
     for m in range(books):
-        own = m * SIZE + word
-        totals = errors[:, None] + tl.load(alone + row * words + own, mask=inside)[None, :]
-        for d in range(m):
-            before = d * SIZE + _code(strings, d, BITS, STRINGS)
-            terms = gram + (before * words)[:, None] + own[None, :]
-            totals += tl.load(terms, mask=inside[None, :])
-        keys = tl.where(inside[None, :], _keys(totals, candidates), _NEVER)
-        best = tl.full([BEAM], 0, tl.int64)
         wanted = tl.where(m == books - 1, 1, BEAM)
-        for place in range(wanted):
-            least = tl.reduce(keys, None, _least)
-            best = tl.where(beam == place, least, best)
-            keys = tl.where(keys == least, _NEVER, keys)
+        if GROUPS == 1:
+            own = word + beam[:, None] * 0
+            before = beam[:, None]
+            there = own < SIZE
+            totals = _extended(alone, gram, strings, errors, m, own, words, SIZE, BITS, STRINGS)
+        else:
+            # The best are in the groups whose least total is among the best: only these are
+            # looked at one by one.
+            lows = tl.full([BEAM, GROUPS], float("inf"), tl.float32)
+            for number in range(GROUPS):
+                own = number * GROUP + word
+                totals = _extended(alone, gram, strings, errors, m, own, words, SIZE, BITS, STRINGS)
+                low = tl.reduce(totals, 1, _least)
+                lows = tl.where(group == number, low[:, None], lows)
+            numbers = (beam[:, None] * GROUPS + group).to(tl.int64)
+            chosen = (_best(_keys(lows, numbers), wanted, BEAM) & 0xFFFFFFFF).to(tl.int32)
+            parent = chosen // GROUPS
+            own = (chosen % GROUPS)[:, None] * GROUP + word
+            before = parent[:, None]
+            # Where one is wanted, the others are groups that nobody asked for.
+            there = (own < SIZE) & (beam < wanted)[:, None]
+            totals = _extended(
+                alone,
+                gram,
+                _strings_of(strings, parent, BEAM),
+                _errors_of(errors, parent, BEAM),
+                m,
+                own,
+                words,
+                SIZE,
+                BITS,
+                STRINGS,
+            )
+        keys = _keys(totals, (before * width + own).to(tl.int64))
+        best = _best(tl.where(there, keys, _NEVER), wanted, BEAM)
         errors = _totals(best)
-        chosen = best & 0xFFFFFFFF
-        parent = chosen // WIDTH
-        taken = (parent[:, None] == beam[None, :])[:, :, None]
-        strings = tl.reduce(tl.where(taken, strings[None, :, :], 0), 1, _sum)
-        code = (chosen % WIDTH) << ((m % each) * BITS)
+        chosen = (best & 0xFFFFFFFF).to(tl.int32)
+        strings = _strings_of(strings, chosen // width, BEAM)
+        code = (chosen % width).to(tl.int64) << ((m % each) * BITS)
         strings |= tl.where(string[None, :] == m // each, code[:, None], 0)
     for m in range(books):
         code = _code(strings, m, BITS, STRINGS)
@@ -118,7 +189,7 @@ def takes(x: Tensor, codebooks: Tensor, beam: int) -> bool:
         x.dtype is torch.float32
         and codebooks.dtype is torch.float32
         and beam & (beam - 1) == 0
-        and beam * _width(size) <= MOST_CANDIDATES
+        and beam * _groups(size) <= MOST_GROUPS
         and _strings(count, size) <= MOST_STRINGS
         and (x.is_cuda or gpu.INTERPRETED)
         and gpu._serves(x.device)
@@ -152,7 +223,6 @@ def launch(alone: Tensor, gram: Tensor, codes: Tensor, size: int, beam: int) -> 
     rows, count = codes.shape
     if not rows:
         return
-    width = _width(size)
     gpu._launch(
         _search_kernel,
         (rows, 1),
@@ -161,17 +231,18 @@ def launch(alone: Tensor, gram: Tensor, codes: Tensor, size: int, beam: int) -> 
         codes,
         count,
         SIZE=size,
-        WIDTH=width,
+        GROUPS=_groups(size),
+        GROUP=min(GROUP, 1 << bits_for(size)),
         BEAM=beam,
         BITS=bits_for(size),
         STRINGS=_strings(count, size),
-        num_warps=max(1, min(MOST_WARPS, beam * width // WARP_CANDIDATES)),
+        num_warps=1,
     )
 
 
-def _width(size: int) -> int:
-    """The power of two that holds ``size`` codewords."""
-    return 1 << bits_for(size)
+def _groups(size: int) -> int:
+    """Groups of a codebook, a power of two."""
+    return max(1, (1 << bits_for(size)) // GROUP)
 
 
 def _strings(count: int, size: int) -> int:

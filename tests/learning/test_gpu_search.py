@@ -35,6 +35,9 @@ CASES = [
     (17, 16, 12, 8),
     (33, 32, 40, 8),
     (2, 300, 9, 16),
+    (3, 40, 9, 16),
+    (4, 128, 12, 8),
+    (3, 512, 12, 16),
 ]
 
 
@@ -100,9 +103,10 @@ def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_search.gpu, "_serves", lambda device: True)
     x, books = _case(4, 32, 8, 3)
     assert gpu_search.takes(x, books, 16) and gpu_search.takes(x, books, 8)
+    assert gpu_search.takes(x, torch.zeros(2, 2048, 8), 16)
     assert not gpu_search.takes(x.double(), books.double(), 16)
     assert not gpu_search.takes(x, books, 12)
-    assert not gpu_search.takes(x, torch.zeros(2, 2048, 8), 16)
+    assert not gpu_search.takes(x, torch.zeros(2, 4096, 8), 16)
     assert not gpu_search.takes(x, torch.zeros(256, 256, 8), 16)
 
 
@@ -113,7 +117,7 @@ def test_a_sum_of_one_codeword_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(AdditiveQuantizer().encode(x, books, 16), nearest)
 
 
-LAUNCHES = [(8, 32, 16), (8, 32, 8), (32, 64, 16), (8, 256, 16), (2, 1024, 16), (11, 20, 16)]
+LAUNCHES = [(8, 32, 16), (8, 32, 8), (32, 64, 16), (8, 256, 16), (4, 512, 16), (11, 20, 16)]
 
 
 @pytest.mark.parametrize(("count", "size", "beam"), LAUNCHES)
@@ -165,7 +169,7 @@ def test_gpu_codes_are_as_good_as_those_of_plain_torch(
 
 @needs_gpu
 def test_gpu_large_codebooks_are_searched_in_plain_torch() -> None:
-    x, books = _case(2, 2048, 8, 300, "cuda")
+    x, books = _case(2, 4096, 8, 300, "cuda")
     assert not gpu_search.takes(x, books, 16)
     codes = AdditiveQuantizer().encode(x, books, 16)
     assert torch.equal(codes.cpu(), AdditiveQuantizer().encode(x.cpu(), books.cpu(), 16))
