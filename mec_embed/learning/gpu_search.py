@@ -3,8 +3,8 @@
 Importing this module needs ``triton``. It finds what ``native/encode.c`` finds: the inputs are the
 same, what each codeword adds alone and what each pair of them adds, and so are the candidates and
 their order. A program is one warp, which needs no barriers, and takes one row; its sums and
-candidates stay in registers, so that memory sees no more than the inputs. Of large codebooks, a step finds the
-least total of each group of codewords first, and then looks into the best groups only.
+candidates stay in registers, so that memory sees no more than the inputs. Of large codebooks, a
+step finds the least total of each group of codewords first, and looks into the best groups only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..layout import bits_for
 from ..ops import gpu
 
 #: Bytes of what the codewords add to the rows of a launch, in float64 and in float32.
-WORK_BYTES = 256 << 20
+WORK_BYTES = 512 << 20
 #: Codewords whose totals are looked at together.
 GROUP = 32
 #: Groups of all sums of a row, at most, whose least totals the registers of a program hold.
