@@ -264,6 +264,19 @@ def test_distill(device: str, dtype: str | None) -> None:
 
 
 @every_device
+def test_distill_with_a_fresh_network(device: str) -> None:
+    model = _compressed(device)[0]
+    batches = [_ids(device, 256, seed) for seed in range(3)]
+    before = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    history = distill(
+        model, _model(device).eval(), batches, epochs=1, network="fresh", progress=False
+    )
+    assert np.isfinite(history).all()
+    after = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    assert torch.equal(before, after)
+
+
+@every_device
 def test_training_goes_on_after_the_swap(device: str) -> None:
     model = _model(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
