@@ -258,17 +258,17 @@ def test_bags_of_one_length(
     [(2, 2, torch.float32), (3, 4, torch.int8), (5, 7, torch.float16), (13, 12, torch.bfloat16),
      (32, 16, torch.int8), (8, 32, torch.float32), (9, 25, torch.float32)],
 )  # fmt: skip
-@pytest.mark.parametrize("programs", ["many bags", "few bags"])
+@pytest.mark.parametrize("together", [128, 16])
 def test_bags_that_count_codewords(
     count: int,
     size: int,
     dtype: torch.dtype,
-    programs: str,
+    together: int,
     launched: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of more ids than a count holds: 255."""
-    monkeypatch.setattr(kernels, "COUNTED_LEAST", 1 if programs == "many bags" else 1000)
+    monkeypatch.setattr(kernels, "COUNTED_BAGS", ((0, together),))
     case = Case(CodeLayout("additive", 50, 20, count, size, dtype), padding_idx=3)
     ids = case.ids(2000)
     ids[300:600], ids[700:720] = 7, 3
@@ -566,6 +566,7 @@ def launches(name: str) -> list[tuple[Any, ...]]:
                 (kernel, arguments, constants)
             ),
         )
+        patch.setattr(gpu, "COUNTED_BAGS", ((3, 128), (0, 32)))
         case = Case(LAYOUTS[name], padding_idx=3)
         ids = case.ids(20)
         gpu.lookup(*case.lookup(ids, torch.bfloat16))

@@ -31,7 +31,7 @@ COLUMNS = (
     "repetitions", "mec_embed", "torch", "triton", "device",
 )  # fmt: skip
 #: Lookups of one measurement, and measurements.
-CALLS, REPETITIONS = 10, 15
+CALLS, REPETITIONS = 5, 11
 #: Lookups of a call, at most: more bags are left out.
 MOST_LOOKUPS = 1 << 23
 DEVICE = "cuda"

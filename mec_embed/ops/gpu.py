@@ -34,9 +34,10 @@ from .schema import LIBRARY
 CHUNKS, CHUNK_WARPS = 256, 4
 #: The same for bags: all bags of a program take as long as the longest, so it is one warp's.
 BAG_CHUNKS, BAG_CHUNK_WARPS = 32, 1
-#: Bags of a program that counts codewords, fewer where there are less than COUNTED_LEAST of them,
-#: its warps, and steps in one turn of its loop.
-COUNTED_BAGS, FEW_COUNTED_BAGS, COUNTED_LEAST = 64, 16, 1 << 15
+#: Bags of a program that counts codewords, by how many there are at least: the more, the less each
+#: pays for reading the codebooks, and the fewer programs there are to run side by side.
+COUNTED_BAGS = ((1 << 15, 128), (1 << 14, 64), (0, 32))
+#: Its warps, and the ids of a bag that it reads in one turn of its loop.
 COUNTED_WARPS, COUNTED_UNROLL = 4, 4
 #: Codebooks (as a power of two) times words of counts that such a program has room for.
 MOST_COUNTED = 128
@@ -838,6 +839,7 @@ def bag(
     starts = None if offsets is None else offsets.contiguous()
     tables = codes, codebooks, scales, out
     mean = int(mode == "mean")
+    grid: tuple[int, ...]
     if counted:
         grid, tile = _counted(table, bags, codebooks.dtype)
         _launch(_counted_bags_kernel, grid, ids, starts, *tables, *ends, MEAN=mean, **tile)
@@ -895,22 +897,28 @@ def _counted(
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and constants of the kernel that counts codewords."""
     words = _power(_blocks(table.size, 4))
-    many = bags >= COUNTED_LEAST
+    together = next(each for least, each in COUNTED_BAGS if bags >= least)
+    terms, unroll = _TERMS[dtype], COUNTED_UNROLL
+    # A thread has 255 registers, and sums, counts and codewords take most of them.
+    if together > 64 and table.width > 64:
+        together = 64
+    elif together > 64 and terms > 2:
+        unroll = 1
     columns = min(max(16, _power(table.width)), 64)
     tile = {
         "BOOKS": table.books,
         "WIDTH": table.width,
-        "TERMS": _TERMS[dtype],
-        "BAGS": COUNTED_BAGS if many else FEW_COUNTED_BAGS,
+        "TERMS": terms,
+        "BAGS": together,
         # A product of matrices needs 16 columns on its left, at least.
         "SLOTS": max(_power(table.books), 16 // words),
         "WORDS": words,
         "COLUMNS": columns,
-        "UNROLL": COUNTED_UNROLL,
+        "UNROLL": unroll,
         "num_warps": COUNTED_WARPS,
         **table.code_constants(),
     }
-    return (_blocks(bags, tile["BAGS"]), _blocks(table.width, columns)), tile
+    return (_blocks(bags, together), _blocks(table.width, columns)), tile
 
 
 def _takes_bags(
