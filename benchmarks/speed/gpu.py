@@ -5,7 +5,8 @@ compressed tables of about 50x, the same by plain torch, and a fill of the outpu
 measurement is of ``CALLS`` lookups of fresh ids, the same for all methods, one method after the
 other. They are timed twice: as a CUDA graph, which is what the GPU takes, and one by one from
 Python, which for small batches is what the processor takes to launch them. ``gradient`` is a lookup
-and the gradient of the table, dense, or of the codebooks.
+and the gradient of the table, dense, or of the codebooks; ``tables`` are lookups in ``TABLES``
+tables, one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +35,9 @@ COLUMNS = (
 CALLS, REPETITIONS = 5, 11
 #: Lookups of a call, at most: more bags are left out.
 MOST_LOOKUPS = 1 << 23
+TABLES = 26
+#: Entries of each of them, at most.
+MOST_ENTRIES = 1 << 24
 DEVICE = "cuda"
 
 Lookup = Callable[[Tensor], object]
@@ -49,7 +53,8 @@ def main() -> None:
                 continue
             methods = _methods(rows, dim)
             for what, kind, batch in itertools.product(options.what, options.ids, options.batches):
-                if batch * (BAG if what == "bags" else 1) > MOST_LOOKUPS:
+                lookups = batch * {"bags": BAG, "tables": TABLES}.get(what, 1)
+                if lookups > MOST_LOOKUPS or what not in methods:
                     continue
                 bar.set_postfix_str(f"{rows:,} x {dim}: {what}, {kind}, batch {batch}")
                 label = {"what": what, "rows": rows, "dim": dim, "batch": batch, "ids": kind}
@@ -69,7 +74,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-WHATS = ("rows", "bags", "gradient")
+WHATS = ("rows", "bags", "gradient", "tables")
 
 
 def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
@@ -88,7 +93,15 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
     methods["rows"]["plain torch"] = plain_torch(table)
     methods["gradient"][name] = _gradient(table, table.codebooks)
     methods["rows"]["fill"] = methods["bags"]["fill"] = _fill(dim)
+    if rows * dim <= MOST_ENTRIES:
+        many = {"dense": [nn.Embedding(rows, dim, _weight=weight.clone()) for _ in range(TABLES)]}
+        many[name] = [_compressed(rows, dim, dtype)[0] for _ in range(TABLES)]
+        methods["tables"] = {key: _in_turn(tables) for key, tables in many.items()}
     return methods
+
+
+def _in_turn(tables: Sequence[nn.Module]) -> Lookup:
+    return lambda ids: [table(ids) for table in tables]
 
 
 def _compressed(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.lines import read
-from benchmarks.speed import lookup, model, plot
+from benchmarks.speed import gpu, lookup, model, plot
 
 
 def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monkeypatch):
@@ -35,6 +35,25 @@ def test_methods_agree(shape):
     torch.testing.assert_close(outputs["torch int8"], outputs["dense"])
     if len(shape) == 1:
         assert torch.equal(outputs["mec_embed int8"], outputs["plain torch"])
+
+
+def test_methods_on_a_gpu_agree(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    methods = gpu._methods(500, 16)
+    assert set(methods) == set(gpu.WHATS)
+    ids = next(lookup.id_batches(500, (40,), "zipf"))
+    with torch.no_grad():
+        rows = {name: method(ids) for name, method in methods["rows"].items()}
+        bags = {name: method(ids.view(2, 20)) for name, method in methods["bags"].items()}
+        tables = {name: method(ids) for name, method in methods["tables"].items()}
+    assert {tuple(one.shape) for one in rows.values()} == {(40, 16)}
+    assert {tuple(one.shape) for one in bags.values()} == {(2, 16)}
+    assert torch.equal(rows["mec_embed float32"], rows["plain torch"])
+    for name in ("dense", "mec_embed int8", "mec_embed float32"):
+        torch.testing.assert_close(bags[name], rows[name].view(2, 20, 16).sum(1))
+    assert {len(one) for one in tables.values()} == {gpu.TABLES}
+    for method in methods["gradient"].values():
+        method(ids)
 
 
 def test_models_before_and_after(tmp_path, monkeypatch):
