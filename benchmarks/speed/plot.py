@@ -1,8 +1,9 @@
-"""Draw the speed of lookups relative to dense tables, from the CSV file of ``speed.lookup``.
+"""Draw the speed of lookups relative to dense tables, from the CSV file of a speed benchmark.
 
 ``python -m benchmarks.speed.plot benchmarks/results/speed_lookup.csv --what rows --plot
 docs/speed_rows.svg`` draws one panel for each number of rows and dimension (needs matplotlib), and
-prints a Markdown table of the least and the median speed by batch size.
+prints a Markdown table of the least and the median speed by batch size. Of the file of
+``speed.gpu``, ``--timing`` says whether lookups were launched by a CUDA graph or one by one.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--what", default="rows", choices=("rows", "bags"))
     parser.add_argument("--ids", default="uniform")
+    parser.add_argument("--timing", default="graph", choices=("graph", "eager"))
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     options = parser.parse_args()
-    panels = read(options.file, options.what, options.ids)
+    panels = read(options.file, options.what, options.ids, options.timing)
     sys.stdout.write(table(panels) + "\n")
     if options.plot:
         draw(panels, options.plot)
 
 
-def read(file: Path, what: str, ids: str) -> Panels:
-    """The speeds of the file."""
+def read(file: Path, what: str, ids: str, timing: str) -> Panels:
+    """The speeds of the file; on a CPU there is one timing only."""
     panels: Panels = defaultdict(lambda: defaultdict(dict))
     for row in lines.read(file):
-        if (row["what"], row["ids"]) == (what, ids):
+        if (row["what"], row["ids"], row.get("timing", timing)) == (what, ids, timing):
             place = int(row["rows"]), int(row["dim"])
             panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
     return panels
