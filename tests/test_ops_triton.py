@@ -254,29 +254,38 @@ def test_bags_of_one_length(
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "dtype"),
-    [(2, 2, torch.float32), (3, 4, torch.int8), (5, 7, torch.float16), (13, 12, torch.bfloat16),
-     (32, 16, torch.int8), (8, 32, torch.float32), (9, 25, torch.float32)],
+    ("count", "size", "dtype", "mode"),
+    [(2, 2, torch.float32, "mean"), (3, 4, torch.int8, "sum"), (5, 7, torch.float16, "sum"),
+     (13, 12, torch.bfloat16, "sum"), (32, 16, torch.int8, "sum"), (8, 32, torch.float32, "sum"),
+     (9, 25, torch.float32, "mean")],
 )  # fmt: skip
-@pytest.mark.parametrize("together", [128, 16])
 def test_bags_that_count_codewords(
-    count: int,
-    size: int,
-    dtype: torch.dtype,
-    together: int,
-    launched: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    count: int, size: int, dtype: torch.dtype, mode: str, launched: list[str]
 ) -> None:
     """Also of more ids than a count holds: 255."""
-    monkeypatch.setattr(kernels, "COUNTED_BAGS", ((0, together),))
     case = Case(CodeLayout("additive", 50, 20, count, size, dtype), padding_idx=3)
-    ids = case.ids(2000)
-    ids[300:600], ids[700:720] = 7, 3
-    offsets = torch.tensor([0, 300, 600, 600, 1201, 1202])
-    for arguments in (case.bag(ids, offsets), case.bag(ids, offsets, mode="mean")):
-        expected = reference.bag(*arguments)
-        torch.testing.assert_close(kernels.bag(*arguments), expected, rtol=1e-5, atol=1e-3)
-    assert launched == ["_counted_bags_kernel"] * 2
+    ids = case.ids(300)
+    ids[:260], ids[265:270] = 7, 3
+    arguments = case.bag(ids, torch.tensor([0, 262, 262, 299]), mode=mode)
+    expected = reference.bag(*arguments)
+    torch.testing.assert_close(kernels.bag(*arguments), expected, rtol=1e-5, atol=1e-3)
+    assert launched == ["_counted_bags_kernel"]
+
+
+def test_programs_that_count_codewords_take_more_bags_where_there_are_many() -> None:
+    tables = {width: Case(CodeLayout("additive", 50, width, 3, 5)).backward for width in (64, 65)}
+    found = {}
+    for width, arguments in tables.items():
+        table = kernels._Table(*arguments(torch.zeros(1, dtype=torch.long))[2:6], 3, 5, width)
+        for bags in (100, 1 << 14, 1 << 15):
+            for dtype in (torch.float32, torch.int8):
+                grid, tile = kernels._counted(table, bags, dtype)
+                assert grid == (-(-bags // tile["BAGS"]), -(-width // 64))
+                found[width, bags, dtype] = tile["BAGS"], tile["UNROLL"]
+    assert found[64, 100, torch.int8] == (32, 4) and found[64, 1 << 14, torch.int8] == (64, 4)
+    assert found[64, 1 << 15, torch.int8] == (128, 4)
+    assert found[64, 1 << 15, torch.float32] == (128, 1)
+    assert found[65, 1 << 15, torch.float32] == (64, 4)
 
 
 @pytest.mark.parametrize("layout", [("additive", 13, 30), ("additive", 5, 3), ("product", 5, 300)])
