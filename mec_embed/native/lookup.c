@@ -481,6 +481,7 @@ DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end
 #define LINE_LANES 16
 #define MOST_LINES 4
 #define NEAR_BYTES (72 << 10) /* of a block: some more than the nearest cache, for fewer passes */
+#define BAG_BYTES (32 << 10)  /* the same where a pass writes bags only: the nearest cache */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
@@ -779,6 +780,36 @@ INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *
     memcpy(out, all, width * sizeof(float));
 }
 
+/* Add `count` codewords to some columns of a bag. A sum waits for the one before, so that narrow
+ * blocks of columns have several. */
+INLINE void add_words(const uint32_t *word, int64_t count, const char *words, int64_t width,
+                      int lines, int half, float *out) {
+    const int chains = lines > 2 ? 1 : lines > 1 ? 2 : 4;
+    Line total[4][MOST_LINES] = {0};
+    Floats rest[4] = {0};
+    float all[MOST_LINES * LINE_LANES];
+    memcpy(all, out, width * sizeof(float));
+    for (int v = 0; v < lines; v++) memcpy(&total[0][v], all + v * LINE_LANES, sizeof **total);
+    if (half) memcpy(rest, all + lines * LINE_LANES, sizeof *rest);
+    int64_t k = 0;
+    for (; k + chains <= count; k += chains)
+        for (int c = 0; c < chains; c++) {
+            const char *at = words + word[k + c];
+            for (int v = 0; v < lines; v++) total[c][v] += line_at(at, v);
+            if (half) rest[c] += half_line_at(at, lines);
+        }
+    for (; k < count; k++) {
+        for (int v = 0; v < lines; v++) total[0][v] += line_at(words + word[k], v);
+        if (half) rest[0] += half_line_at(words + word[k], lines);
+    }
+    for (int c = 1; c < chains; c++) {
+        for (int v = 0; v < lines; v++) total[0][v] += total[c][v];
+        if (half) rest[0] += rest[c];
+    }
+    put_lines(total[0], rest, lines, half, all);
+    memcpy(out, all, width * sizeof(float));
+}
+
 /* As add_to_bag, with weights. */
 INLINE void weigh_bag(const Job *job, int64_t first, int64_t last, const Line *sums, int64_t width,
                       float *out) {
@@ -809,6 +840,33 @@ INLINE int64_t add_round(const Job *job, const Round *round, int64_t first, int6
             add_to_bag(job, i, stop, sums, width, lines, half, out);
     }
     return bag;
+}
+
+/* As add_round, with no sums of rows between codewords and bags. */
+INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, int64_t last,
+                             int64_t bag, int64_t column, int lines, int half) {
+    const Table *table = job->plan->table;
+    const int64_t dim = job->plan->dim, most = lines * LINE_LANES + half * LANES;
+    const int64_t width = dim - column < most ? dim - column : most, books = table->books;
+    const int64_t block = (books * table->size + 1) * job->lines * LINE;
+    const char *words = (const char *)ADDRESS(table->words) +
+                        column / (job->lines * LINE_LANES) * block;
+    for (int64_t i = first, stop; i < last; i = stop) {
+        while (offset_at(job, bag + 1) <= i) bag++;
+        stop = offset_at(job, bag + 1) < last ? offset_at(job, bag + 1) : last;
+        const uint32_t *word = round->word + (i - first) * books;
+        float *out = job->out + bag * dim + column;
+        if (width == most)
+            add_words(word, (stop - i) * books, words, most, lines, half, out);
+        else
+            add_words(word, (stop - i) * books, words, width, lines, half, out);
+    }
+    return bag;
+}
+
+/* Whether bags are sums of codewords, in whatever order. */
+INLINE int adds_codewords(const Job *job) {
+    return job->plan->tiers == 1 && !job->weights;
 }
 
 /* Divide sums by the numbers of their ids. */
@@ -849,7 +907,12 @@ DISPATCHED static int64_t wide_bags_part(const void *what, int64_t begin, int64_
 #define BAGS(lines, half)                                                                   \
     sum_columns(job, &round, column, lines, half, (float *)round.sums, columns);            \
     latest = add_round(job, &round, i, next, bag, column, lines, half)
-            BY_LINES(halves_of(job, column), BAGS)
+#define SUMS(lines, half) latest = add_codewords(job, &round, i, next, bag, column, lines, half)
+            if (adds_codewords(job)) {
+                BY_LINES(halves_of(job, column), SUMS)
+            } else {
+                BY_LINES(halves_of(job, column), BAGS)
+            }
         }
         bag = latest;
     }
@@ -991,18 +1054,18 @@ static int should_widen(const Job *job) {
 }
 
 /* Lines of a block of columns, so that most of its codewords stay in the nearest cache. */
-static int64_t choose_lines(const Plan *plan) {
+static int64_t choose_lines(const Plan *plan, int64_t near) {
     int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
     for (int64_t t = 0; t < plan->tiers; t++)
         bytes += plan->table[t].books * plan->table[t].size * LINE;
     if (lines > MOST_LINES) lines = MOST_LINES;
-    while (bytes <= NEAR_BYTES && lines > 1 && lines * bytes > NEAR_BYTES) lines--;
+    while (bytes <= near && lines > 1 && lines * bytes > near) lines--;
     return lines;
 }
 
 /* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
-static Memory *widen_plan(Job *job, Plan *plan) {
-    const int64_t lines = choose_lines(plan), columns = lines * LINE_LANES;
+static Memory *widen_plan(Job *job, Plan *plan, int64_t near) {
+    const int64_t lines = choose_lines(plan, near), columns = lines * LINE_LANES;
     const int64_t blocks = (plan->dim + columns - 1) / columns;
     int64_t words = 0;
     for (int64_t t = 0; t < plan->tiers; t++)
@@ -1023,7 +1086,8 @@ static Memory *widen_plan(Job *job, Plan *plan) {
 
 /* Run a job on rows or bags, its codebooks widened where that pays. */
 static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
-    Memory *memory = should_widen(job) ? widen_plan(job, plan) : NULL;
+    const int64_t near = part == bags_part && adds_codewords(job) ? BAG_BYTES : NEAR_BYTES;
+    Memory *memory = should_widen(job) ? widen_plan(job, plan, near) : NULL;
     if (memory) part = part == rows_part ? wide_rows_part : wide_bags_part;
     const int64_t failed = run_parts(part, job, total, step, threads);
     give_memory(memory);
