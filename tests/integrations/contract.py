@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -77,7 +78,11 @@ def held_tensors() -> int:
         # By type first: isinstance() would ask lazy objects of other packages what they are.
         if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            # Exports and compilers keep stand-ins, which have no memory: some are on "meta" below
+            # the device that they tell, others raise where their address is asked for.
+            with suppress(RuntimeError):
+                if storage.device.type != "meta":
+                    storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
