@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -216,9 +217,12 @@ def compress_file(
         )
         tensors, metadata = _file_contents(skeleton, report)
         _check_unchanged(skeleton.checkpoint)
-        with progress.stage("writing", sum(tensor.nbytes for tensor in tensors.values())):
+        with (
+            progress.stage("writing", sum(tensor.nbytes for tensor in tensors.values())),
+            _writing(output),
+        ):
             write_safetensors(work.output, tensors, metadata, progress.advance)
-        work.publish()
+            work.publish()
     return Compressed(report, output, output.stat().st_size, work.resumed)
 
 
@@ -372,7 +376,8 @@ class Partial:
                 f"{self.folder} is a file, expected a folder that a run before has made, or none; "
                 "move it or choose another output"
             )
-        self.folder.mkdir(exist_ok=True)
+        with _writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
         others = [path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)]
         if others:
             raise ValueError(
@@ -422,9 +427,10 @@ class Partial:
                 self.resumed += 1
                 self._progress.advance(group.rows * _row_bytes(group))
                 return found
-        temporary = path.with_suffix(".new")
-        _write_group(temporary, key, fit())
-        temporary.replace(path)
+        temporary, fitted = path.with_suffix(".new"), fit()
+        with _writing(path):
+            _write_group(temporary, key, fitted)
+            temporary.replace(path)
         return _read_group(path, key)
 
     def publish(self) -> None:
@@ -434,6 +440,18 @@ class Partial:
         self.output.replace(self._final)
         _sync_folder(self._final.parent)
         self._published = True
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors name what is written, and are none of a file that is missing: that is an input."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}); make room or choose another "
+            "folder, where files can be made"
+        ) from error
 
 
 def _names(one: Any) -> list[str]:

@@ -720,8 +720,32 @@ def test_a_folder_that_is_read_only(files: Path, capsys, monkeypatch) -> None:
 
         monkeypatch.setattr(Path, "mkdir", refuse)
     assert _run(files, "compress", *FAST, "-o", folder / "s") == 3
-    assert f"{folder / 's.partial'}: Permission denied" in _said(capsys)
+    said = _said(capsys)
+    assert f"{folder / 's.partial'} cannot be written (Permission denied)" in said
+    assert "choose another folder" in said
     assert not [*folder.iterdir()]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_folder_in_which_no_file_can_be_made(files: Path, capsys) -> None:
+    assert _run(files, "compress", *FAST, "-o", "/proc/s") == 3
+    said = _said(capsys)
+    assert "error: /proc/s.partial cannot be written (No such file" in said
+    assert "choose another folder" in said
+
+
+def test_a_folder_that_goes_away_meanwhile(files: Path, capsys, monkeypatch) -> None:
+    folder, learn = files / "s.partial", offline.learn
+
+    def cleaned(*args: object) -> object:
+        outcome = learn(*args)
+        shutil.rmtree(folder)
+        return outcome
+
+    monkeypatch.setattr(offline, "learn", cleaned)
+    assert _run(files, "compress", *FAST, "-o", files / "s") == 3
+    assert f"error: {files / 's'} cannot be written (No such file" in _said(capsys)
+    assert _left(files) == set()
 
 
 UNPRIVILEGED = """
@@ -775,7 +799,8 @@ def test_a_folder_that_may_not_be_written(open_files: Path) -> None:
     output = open_files / "locked" / "s"
     run = _as_a_user(open_files, output)
     assert run.returncode == 3
-    assert run.stderr == f"mec-embed compress: error: {output}.partial: Permission denied\n"
+    assert f"error: {output}.partial cannot be written (Permission denied); " in run.stderr
+    assert run.stderr.count("\n") == 1
     assert not [*output.parent.iterdir()]
 
 
@@ -993,6 +1018,18 @@ def test_only_what_is_kept_goes_on_after_ctrl_c(files: Path, monkeypatch, capsys
     monkeypatch.setattr(Job, "draft", Mock(side_effect=KeyboardInterrupt))
     assert _run(files, "plan") == 130
     assert _said(capsys) == "mec-embed plan: error: interrupted\n"
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, mec_embed_command as m; sys.exit(m.main())"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert run.returncode == 130 and run.stderr == "mec-embed: error: interrupted\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
