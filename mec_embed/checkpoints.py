@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import pickle
+import re
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -167,12 +168,19 @@ class _File:
         weakref.finalize(self, self._file.close)
 
     def read(self, start: int, size: int) -> bytearray:
-        """Bytes ``start`` to ``start + size``; ValueError where the file ends before."""
+        """Bytes ``start`` to ``start + size``; ValueError where it does not give them."""
         buffer = bytearray(size)
         view, done = memoryview(buffer), 0
         self._file.seek(start)
         while done < size:
-            count = self._file.readinto(view[done:])
+            try:
+                count = self._file.readinto(view[done:])
+            except OSError as error:
+                # Not an OSError: what is written meanwhile would be blamed for it.
+                raise ValueError(
+                    f"{self.path} cannot be read at byte {start + done:,} ({error.strerror}); copy "
+                    "it again"
+                ) from error
             if not count:
                 raise ValueError(
                     f"{self.path} has {self.path.stat().st_size:,} bytes, expected at least "
@@ -279,6 +287,11 @@ def _open_sharded(path: Path) -> Checkpoint:
                 f"{path}: {key!r} is said to be in {name!r}, which is no file of tensors"
             )
         if name not in shards:
+            if not (path.parent / name).exists():
+                raise ValueError(
+                    f"{path}: {key!r} is said to be in {name}, which is not there; put all files "
+                    "of the checkpoint beside the index"
+                )
             shards[name] = open_checkpoint(path.parent / name)
             whole.identity += shards[name].identity
             whole.files += shards[name].files
@@ -364,9 +377,8 @@ def _open_torch(path: Path) -> Checkpoint:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _LOAD_ERRORS as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{path} cannot be loaded as plain tensors ({reason}); make it again with "
+            f"{path} cannot be loaded as plain tensors ({_refused(error)}); make it again with "
             "torch.save(model.state_dict(), path), by torch 1.6 or later"
         ) from error
     for name in _NESTED:
@@ -384,6 +396,16 @@ def _open_torch(path: Path) -> Checkpoint:
     for key, value in loaded.items():
         _add(checkpoint, str(key), value, seen)
     return checkpoint
+
+
+def _refused(error: Exception) -> str:
+    """Why torch.load() took no file, without its advice to let the code in it run."""
+    text = str(error).strip()
+    if not text.startswith("Weights only load failed"):
+        return text.partition("\n")[0]
+    found = re.search(r"GLOBAL:? ([\w.]+)", text)
+    held = f"{found[1]}, which is" if found else "what is"
+    return f"it holds {held} no tensor and might run code"
 
 
 def _add(checkpoint: Checkpoint, key: str, value: Any, seen: dict[tuple[Any, ...], str]) -> None:
