@@ -234,6 +234,12 @@ def _teller(progress: Progress, group: Group) -> Callable[[str, float], None]:
 def _check_output(output: Path, inputs: Sequence[Path]) -> None:
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{output!a} is not UTF-8, and safetensors opens no such file; choose another name"
+        ) from error
     if output.is_dir():
         raise ValueError(f"{output} is a folder, expected the name of a file to write")
     if output.exists() and not output.is_file():

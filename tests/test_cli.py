@@ -707,6 +707,9 @@ def test_outputs_that_cannot_be_written(files: Path, capsys) -> None:
     assert "there is no folder" in _said(capsys)
     assert _run(files, "compress", *FAST, "-o", files) == 2
     assert "is a folder" in _said(capsys)
+    # As Python reads a name of bytes that are not UTF-8.
+    assert _run(files, "compress", *FAST, "-o", files / "\udcff") == 2
+    assert "is not UTF-8, and safetensors opens no such file; choose" in _said(capsys)
 
 
 def test_a_folder_that_is_read_only(files: Path, capsys, monkeypatch) -> None:
