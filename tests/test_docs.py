@@ -5,14 +5,21 @@ block, which pages do not show, says what it needs:
 
 - ``<!-- set-up: NAME -->``: start anew with the names that a function of ``SET_UPS`` gives;
 - ``<!-- goes on from: PAGE -->``: start anew with what the blocks of another page leave;
+- ``<!-- slow: REASON -->``: goes on, in a test that is marked as slow;
 - ``<!-- not run: REASON -->``: this block cannot run here. ``NOT_RUN`` counts them.
+
+Set-ups of ``ON_RANKS`` start anew in two processes, by torchrun, which runs this file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +28,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from click_model import ClickModel
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import mec_embed
 from mec_embed.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Blocks of each page that are marked as not run.
-NOT_RUN = {"README.md": 2, "docs/distributed.md": 3, "docs/index.md": 1, "docs/serving.md": 1}
+#: Blocks of each page that are marked as not run. `pip install` would change the environment that
+#: the tests run in (both pages), and `make demo` and `make test` (README.md) would create another
+#: and run these tests in it; that what they name exists is tested.
+NOT_RUN = {"README.md": 2, "docs/index.md": 1}
 #: Optional packages that a page uses.
 NEEDS = {
     "README.md": ("matplotlib",),
@@ -43,7 +55,7 @@ RUN = ("python", "sh")
 OTHER = ("json", "diff", "")
 
 _BLOCK = re.compile(
-    r"^(?:<!-- (?P<mark>set-up|goes on from|not run): (?P<what>[^\n]+?) -->\n)?"
+    r"^(?:<!-- (?P<mark>set-up|goes on from|slow|not run): (?P<what>[^\n]+?) -->\n)?"
     r"^ *```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -96,7 +108,7 @@ def runs_of(page: Path) -> list[list[Block]]:
     runs: list[list[Block]] = []
     for block in blocks_of(page):
         if block.language in RUN and block.mark != "not run":
-            if block.mark or not runs:
+            if block.mark in ("set-up", "goes on from") or not runs:
                 runs.append([])
             runs[-1].append(block)
     return runs
@@ -168,7 +180,34 @@ def _torchrec() -> dict[str, Any]:
     return {"model": model, "batches": zoo.batches("DLRM"), "optimizer": zoo.optimizer(model)}
 
 
+def _parts() -> dict[str, Any]:
+    """Each rank has some of the batches."""
+    names = _clicks()
+    return names | {"part_of_this_rank": names["train_batches"][int(os.environ["RANK"]) :: 2]}
+
+
+def _compressed() -> dict[str, Any]:
+    names = _clicks()
+    mec_embed.compress(names["model"], names["stats"], progress=False)
+    dist.init_process_group("gloo")
+    return names | {"dist": dist}
+
+
+def _fully_sharded() -> dict[str, Any]:
+    names = _clicks()
+    dist.init_process_group("gloo")
+    fully_shard(names["model"])
+    names["sharded"] = names.pop("model")
+    return names | {"dist": dist, "fully_shard": fully_shard, "nn": nn, "torch": torch}
+
+
+ON_RANKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "parts of ranks": _parts,
+    "compressed on ranks": _compressed,
+    "fully sharded": _fully_sharded,
+}
 SET_UPS: dict[str, Callable[[], dict[str, Any]]] = {
+    **ON_RANKS,
     "clicks": _clicks,
     "checkpoint": _checkpoint,
     "fuxictr": _fuxictr,
@@ -189,26 +228,70 @@ def names_for(block: Block) -> dict[str, Any]:
     return names
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler here"
+)
+
+
 # --- tests --------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: str(run[0]))
-def test_blocks_run(run: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in NEEDS.get(run[0].page_name, ()):
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "tests" / "integrations")
+def run_blocks(run: list[Block]) -> None:
+    """In the current folder."""
     names = names_for(run[0])
     for block in run:
         block.run(names)
 
 
+def run_on_ranks(run: list[Block], folder: Path) -> None:
+    """In two processes, as torchrun starts them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(Path(__file__).resolve()), str(RUNS.index(run))]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def run_as_rank(number: int) -> None:
+    """What one of these processes does; the end is that of ``processes.run``."""
+    run_blocks(RUNS[number])
+    dist.barrier()
+    os._exit(0)
+
+
+def kinds_of(run: list[Block]) -> Iterator[Any]:
+    """A run without its slow blocks, and one with them; on ranks all are slow."""
+    quick = [block for block in run if block.mark != "slow"]
+    on_ranks = run[0].mark == "set-up" and run[0].what in ON_RANKS
+    yield pytest.param(quick, id=str(run[0]), marks=[pytest.mark.slow] * on_ranks)
+    if quick != run:
+        yield pytest.param(run, id=f"{run[0]} whole", marks=[pytest.mark.slow, needs_compiler])
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+@pytest.mark.parametrize("run", [kind for run in RUNS for kind in kinds_of(run)])
+def test_blocks_run(run: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(run[0].page_name, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "integrations")
+    if run[0].mark == "set-up" and run[0].what in ON_RANKS:
+        run_on_ranks(run, tmp_path)
+    else:
+        run_blocks(run)
+
+
 @pytest.mark.parametrize("block", MARKED, ids=str)
-def test_marked_blocks_are_shown_as_skipped(block: Block) -> None:
-    if block.language == "python":
-        compile(block.code, str(block), "exec")
-    pytest.skip(f"{block}: {block.what}")
+def test_marked_blocks_name_what_exists(block: Block) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in block.code.splitlines():
+        program, what, *rest = shlex.split(line, comments=True)
+        if program == "make":
+            assert not rest and re.search(rf"^{what}:", makefile, re.MULTILINE), line
+        else:
+            assert (program, what) == ("pip", "install"), line
+            extra = re.fullmatch(r"mec-embed\[(\w+)\]", rest[0])
+            assert extra and re.search(rf"^{extra[1]} = \[", project, re.MULTILINE), line
 
 
 def test_no_block_is_left_out() -> None:
@@ -220,7 +303,7 @@ def test_no_block_is_left_out() -> None:
         text = page.read_text(encoding="utf-8")
         found = list(blocks_of(page))
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(found)
-        marks = re.findall("<!-- (?:set-up|goes on from|not run)", text)
+        marks = re.findall("<!-- (?:set-up|goes on from|slow|not run)", text)
         assert len(marks) == sum(block.mark is not None for block in found)
 
 
@@ -246,3 +329,7 @@ def test_pages_are_in_the_site() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", readme):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+if __name__ == "__main__":
+    run_as_rank(int(sys.argv[1]))
