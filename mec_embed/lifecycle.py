@@ -8,6 +8,7 @@ both.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -150,12 +151,14 @@ def drift(
         tolerance: how many times the expected error is still no drift.
 
     Raises:
-        ValueError, TypeError: as :func:`extend`.
+        ValueError, TypeError: as :func:`extend`; rows that are all equal, an expected error that
+            is no number.
 
     Example:
         >>> drift(model.item, sample, report.tables[0].weighted_error).drifted  # doctest: +SKIP
     """
     held, given = _matched(table, rows)
+    _check_expected(held[0], expected)
     parts = _tier_of(held, True)
     codes, x = _encode(parts, given), given[0].double()
     share = torch.ones(len(x)) if weights is None else weights
@@ -167,14 +170,29 @@ def drift(
     decoded = x if codes is None else _decode(parts, codes).double()
     error = float(share @ (x - decoded).square().sum(1))
     variance = float(share @ (x - share @ x).square().sum(1))
+    some = x[share > 0]
+    if error and bool((some == some[0]).all()):
+        raise ValueError(
+            f"table {table.name!r}: the rows are all equal, so that they have no variance to "
+            "compare the error with; give a sample of different rows"
+        )
     relative = error / max(variance, 1e-300)
     return Drift(relative, expected, relative > tolerance * expected)
+
+
+def _check_expected(table: DecodedTable, expected: object) -> None:
+    """ValueError unless it is the error of a report; those of tables left as they are have none."""
+    if not isinstance(expected, (int, float)) or not 0 <= expected < math.inf:
+        raise ValueError(
+            f"table {table.name!r}: the expected error is {expected}, expected a finite number of "
+            "at least 0; take weighted_error from the report of its compression"
+        )
 
 
 def _matched(tables: Tables, rows: Rows) -> tuple[list[DecodedTable], list[Tensor]]:
     """Tables and their rows as lists, checked."""
     held = [tables] if isinstance(tables, torch.nn.Module) else list(tables)
-    given = [rows] if isinstance(rows, Tensor) else list(rows)
+    given = list(rows) if isinstance(rows, Sequence) else [rows]
     for table in held:
         if not isinstance(table, DecodedTable):
             raise TypeError(
@@ -185,13 +203,13 @@ def _matched(tables: Tables, rows: Rows) -> tuple[list[DecodedTable], list[Tenso
     if not held or len(held) != len(given):
         raise ValueError(f"{len(held)} tables need as many arrays of rows, got {len(given)}")
     for table, one in zip(held, given, strict=True):
+        table._check_tensor("rows", one)
         if one.dim() != 2 or one.shape[1] != table.embedding_dim or len(one) != len(given[0]):
             raise ValueError(
                 f"table {table.name!r}: rows have the shape {tuple(one.shape)}, expected "
                 f"({len(given[0])}, {table.embedding_dim})"
             )
-        if not one.is_floating_point() or not bool(one.isfinite().all()):
-            raise ValueError(f"table {table.name!r}: rows must be finite floating numbers")
+        _check_numbers(table, one)
     if len({id(code) for table in held for code in _code_tables(table)}) > len(
         _code_tables(held[0])
     ):
@@ -201,6 +219,18 @@ def _matched(tables: Tables, rows: Rows) -> tuple[list[DecodedTable], list[Tenso
         )
     device = held[0]._like().device
     return held, [one.detach().to(device, torch.float32) for one in given]
+
+
+def _check_numbers(table: DecodedTable, rows: Tensor) -> None:
+    """ValueError unless all are floating and finite."""
+    if not rows.is_floating_point():
+        raise ValueError(f"table {table.name!r}: rows are {rows.dtype}, expected floating numbers")
+    wrong = ~rows.isfinite().all(1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"table {table.name!r}: row {int(wrong.nonzero()[0])} of those given holds NaN or "
+            "infinity, expected finite values; leave it out or repair it"
+        )
 
 
 def _code_tables(table: DecodedTable) -> list[torch.nn.Module]:
@@ -310,6 +340,7 @@ def _write_codewords(books: CodebookSet, places: Tensor, rows: Tensor) -> None:
 
 
 def _checked_ids(table: DecodedTable, ids: Tensor, rows: Tensor) -> Tensor:
+    table._check_tensor("ids", ids)
     if ids.dim() != 1 or len(ids) != len(rows) or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"table {table.name!r}: ids must be int32 or int64 of the shape ({len(rows)},), got "
@@ -320,8 +351,12 @@ def _checked_ids(table: DecodedTable, ids: Tensor, rows: Tensor) -> Tensor:
             f"table {table.name!r}: ids must be in 0..{table.num_embeddings - 1}, got "
             f"{int(ids.min())}..{int(ids.max())}; append rows with extend()"
         )
-    if len(ids.unique()) < len(ids):
-        raise ValueError(f"table {table.name!r}: every id may be given once only")
+    different, times = ids.unique(return_counts=True)
+    if len(different) < len(ids):
+        raise ValueError(
+            f"table {table.name!r}: id {int(different[times > 1][0])} is given "
+            f"{int(times.max())} times, expected each once only; keep one row of each"
+        )
     return ids.long().to(rows.device)
 
 

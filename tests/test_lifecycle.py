@@ -213,16 +213,36 @@ BAD: dict[str, tuple[Any, str]] = {
         "table, got Embedding",
     ),
     "columns": (lambda t: extend(t, torch.zeros(1, 11)), r"'t': rows have the shape \(1, 11\)"),
-    "nan": (lambda t: extend(t, torch.full((1, 12), torch.nan)), "'t': rows must be finite"),
-    "integers": (lambda t: extend(t, torch.zeros(1, 12, dtype=torch.int64)), "must be finite"),
+    "nan": (
+        lambda t: extend(t, torch.tensor([[0.0], [torch.nan]]).repeat(1, 12)),
+        "'t': row 1 of those given holds NaN or infinity, expected finite values; leave it out",
+    ),
+    "integers": (
+        lambda t: extend(t, torch.zeros(1, 12, dtype=torch.int64)),
+        "'t': rows are torch.int64, expected floating",
+    ),
+    "array": (lambda t: extend(t, np.zeros((5, 12))), "'t': rows must be a tensor, got ndarray"),
+    "list of ids": (
+        lambda t: update(t, [1, 2], torch.zeros(2, 12)),
+        "'t': ids must be a tensor, got list",
+    ),
     "counts": (lambda t: extend([t], [torch.zeros(1, 12)] * 2), "1 tables need as many arrays"),
     "others": (lambda t: extend([t, _table(t.layout)], [torch.zeros(1, 12)] * 2), "do not share"),
     "ids": (lambda t: update(t, torch.tensor([50]), torch.zeros(1, 12)), r"0\.\.49, got 50\.\.50"),
-    "twice": (lambda t: update(t, torch.tensor([3, 3]), torch.zeros(2, 12)), "once only"),
+    "twice": (
+        lambda t: update(t, torch.tensor([3, 3]), torch.zeros(2, 12)),
+        "id 3 is given 2 times",
+    ),
     "float ids": (lambda t: update(t, torch.tensor([3.0]), torch.zeros(1, 12)), "int32 or int64"),
     "weights": (
         lambda t: drift(t, torch.randn(9, 12), 0.1, torch.zeros(9)),
         "weights must be 9 numbers",
+    ),
+    "one row": (lambda t: drift(t, torch.randn(1, 12), 0.1), "'t': the rows are all equal"),
+    "no error": (lambda t: drift(t, torch.randn(9, 12), None), "'t': the expected error is None"),
+    "nan error": (
+        lambda t: drift(t, torch.randn(9, 12), torch.nan),
+        "'t': the expected error is nan, expected a finite number of at least 0; take weighted",
     ),
 }
 
