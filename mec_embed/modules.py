@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -170,12 +171,17 @@ class DecodedTable(nn.Module, ABC):
 
     @oov_row.setter
     def oov_row(self, row: int | None) -> None:
-        if row is not None and not 0 <= row < self.num_embeddings:
+        try:
+            # Of numpy or torch as well; the manifest of a file takes Python's only.
+            number = None if row is None else operator.index(row)
+        except TypeError:
+            number = -1
+        if number is not None and not 0 <= number < self.num_embeddings:
             raise ValueError(
                 f"table {self.name!r}: oov_row must be in 0..{self.num_embeddings - 1} or None, "
-                f"got {row}"
+                f"got {row!r}"
             )
-        self._oov_row = row
+        self._oov_row = number
 
     def _known(self, ids: Tensor) -> Tensor:
         """``ids``, those out of range replaced if there is a row for them."""

@@ -567,6 +567,9 @@ def test_ids_out_of_range_read_the_row_that_is_named(cls, grad):
         assert torch.equal(table(ids), table(known))
         with pytest.raises(ValueError, match=r"oov_row must be in 0\.\.19 or None, got 20"):
             table.oov_row = 20
+        for wrong in (1.5, "a", -1):
+            with pytest.raises(ValueError, match=f"or None, got {wrong!r}"):
+                table.oov_row = wrong
         assert copy.deepcopy(table).oov_row == 7
 
 

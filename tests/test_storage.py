@@ -1051,7 +1051,7 @@ def test_any_change_of_a_manifest_with_tiers_is_refused_or_harmless(
 def test_the_row_of_unknown_ids_is_kept(saved_tiers: tuple[Shop, Path], tmp_path: Path) -> None:
     model = copy.deepcopy(saved_tiers[0])
     assert all("oov_row" not in entry for entry in _manifest(saved_tiers[1])["tables"])
-    model.sorted.oov_row = 4
+    model.sorted.oov_row = np.int64(4)
     save(model, tmp_path / "m.safetensors")
     again = load(Shop(), tmp_path / "m.safetensors")
     assert (again.sorted.oov_row, again.shuffled.oov_row) == (4, None)
