@@ -168,12 +168,12 @@ class Bars(Progress):
         if self._bar is not None:
             due = time.monotonic() > self._said + self._interval
             self._said = time.monotonic() if due else self._said
-            self._bar.set_postfix_str(text, refresh=due)
+            self._bar.set_postfix_str(_shown(text), refresh=due)
 
     def note(self, text: str) -> None:
         """See :class:`Progress`."""
         if not self._quiet:
-            tqdm.write(f"note: {text}", file=sys.stderr)
+            tqdm.write(f"note: {_shown(text)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,11 +218,17 @@ def _open_streams() -> None:
 
 
 def _failed(options: argparse.Namespace, text: str, code: int) -> int:
-    sys.stderr.write(f"mec-embed {options.command}: error: {text}\n")
+    sys.stderr.write(f"mec-embed {options.command}: error: {_shown(text)}\n")
     return code
 
 
+def _shown(text: str) -> str:
+    """Text on one line that cannot steer a terminal: names of tables come from others' files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _out(text: str) -> None:
+    text = "\n".join(map(_shown, text.split("\n")))
     # A terminal that cannot show a table's name shows its number; JSON is ASCII.
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -269,7 +275,7 @@ def _inspect(options: argparse.Namespace) -> int:
         f"{len(about['tables'])} tables + {about['other_tensor_bytes']:,} in other tensors + "
         f"{about['header_bytes']:,} of header"
     ]
-    lines += [f"{name}: {text}" for name, text in about["metadata"].items()]
+    lines += [_shown(f"{name}: {text}") for name, text in about["metadata"].items()]
     _out("\n".join([*lines, *_listed("left alone", about.get("left_alone", {}))]))
     return FINE
 
@@ -354,7 +360,7 @@ def _verify(options: argparse.Namespace) -> int:
         ]
         lines = _columns([header, *body])
         lines += [f"note: {note}" for note in found.notes]
-        lines += [f"different: {difference}" for difference in found.differences]
+        lines += [_shown(f"different: {difference}") for difference in found.differences]
         _out("\n".join([*lines, "the files differ" if found.differences else "all is well"]))
     return DIFFERENT if found.differences else FINE
 
@@ -365,6 +371,7 @@ def _number(value: float | None) -> str:
 
 def _columns(lines: list[list[str]]) -> list[str]:
     """Lines as text, the first column to the left and the others to the right."""
+    lines = [[*map(_shown, line)] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -376,7 +383,7 @@ def _columns(lines: list[list[str]]) -> list[str]:
 
 
 def _listed(what: str, reasons: dict[str, str]) -> list[str]:
-    lines = [f"{what}: {key}: {reason}" for key, reason in reasons.items()]
+    lines = [_shown(f"{what}: {key}: {reason}") for key, reason in reasons.items()]
     more = [f"{what}: {len(lines) - _LISTED} more (--json lists them)"]
     return lines[:_LISTED] + (more if len(lines) > _LISTED else [])
 

@@ -1061,6 +1061,24 @@ def test_names_that_the_terminal_cannot_show(json_wanted: bool, files: Path) -> 
         assert b"embedding.gr\\xf6\\xdfe 1" in run.stdout
 
 
+def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys) -> None:
+    path, small = tmp_path / "m.safetensors", tmp_path / "s"
+    names = ("a\x1b[2J\nall is well", "\u202eb", "c")
+    tensors = {f"{name}.weight": torch.randn(1200, 8) for name in names}
+    save_file(tensors | {"\x1b.weight": torch.ones(9, 8)}, path, {"by\x07": "me\nsafe: yes"})
+    assert main(["compress", str(path), "-o", str(small), "--epochs", "0", "--ratio", "10"]) == 0
+    assert main(["verify", str(small), str(path)]) == 0
+    tensors = {f"{name}.weight": torch.zeros(1200, 8) for name in names}
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert main(["verify", str(small), str(tmp_path / "other.safetensors")]) == 1
+    for command in ("inspect", "plan"):
+        assert main([command, str(path)]) == 0
+    assert main(["inspect", "\x1bnone"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "\\x1b[2J\\nall is well" in said and "by\\x07: me\\nsafe: yes" in said
+    assert not {*"\x1b\u202e\x07"} & {*said}
+
+
 def test_faiss_that_is_missing_is_said(files: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(RuntimeError):
