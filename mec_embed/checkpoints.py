@@ -413,6 +413,11 @@ def _add(checkpoint: Checkpoint, key: str, value: Any, seen: dict[tuple[Any, ...
     if not isinstance(value, Tensor):
         checkpoint.extra[key] = value
         return
+    if value.is_meta:
+        raise ValueError(
+            f"{checkpoint.path}: {key!r} is on the meta device, where it has no values; save the "
+            "model with its values"
+        )
     if value.layout is not torch.strided or value.dtype not in _NAME_OF:
         raise ValueError(
             f"{checkpoint.path}: {key!r} is a {value.layout} tensor of {value.dtype}, expected a "

@@ -138,6 +138,12 @@ def test_a_pickle_of_objects_is_refused(tmp_path: Path) -> None:
     assert "weights_only" not in str(caught.value)
 
 
+def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.empty(3, 2, device="meta")}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="'a.weight' is on the meta device.*save the model"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
 def test_old_and_other_torch_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(_tensors(), path, _use_new_zipfile_serialization=False)
