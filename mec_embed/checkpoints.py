@@ -47,6 +47,7 @@ _LOAD_ERRORS = (
     TypeError,
     AttributeError,
     EOFError,
+    OSError,
 )
 #: Where training scripts put the state_dict.
 _NESTED = ("state_dict", "model_state_dict", "model")
@@ -377,6 +378,8 @@ def _open_torch(path: Path) -> Checkpoint:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _LOAD_ERRORS as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of the system; torch's own, of files that are cut short, name none
         raise ValueError(
             f"{path} cannot be loaded as plain tensors ({_refused(error)}); make it again with "
             "torch.save(model.state_dict(), path), by torch 1.6 or later"
@@ -404,8 +407,9 @@ def _refused(error: Exception) -> str:
     if not text.startswith("Weights only load failed"):
         return text.partition("\n")[0]
     found = re.search(r"GLOBAL:? ([\w.]+)", text)
-    held = f"{found[1]}, which is" if found else "what is"
-    return f"it holds {held} no tensor and might run code"
+    if found is None:
+        return "it is damaged, or holds more than tensors"
+    return f"it holds {found[1]}, which is no tensor and might run code"
 
 
 def _add(checkpoint: Checkpoint, key: str, value: Any, seen: dict[tuple[Any, ...], str]) -> None:

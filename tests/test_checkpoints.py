@@ -138,6 +138,15 @@ def test_a_pickle_of_objects_is_refused(tmp_path: Path) -> None:
     assert "weights_only" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kept", [-1, 8000, 100, 9])
+def test_torch_files_that_are_cut_short_are_refused(kept: int, tmp_path: Path) -> None:
+    path = _saved("torch", tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="cannot be loaded as plain tensors") as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
 def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.empty(3, 2, device="meta")}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="'a.weight' is on the meta device.*save the model"):
