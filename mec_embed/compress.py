@@ -119,10 +119,10 @@ def compress(
             docs/distributed.md.
         progress: show a progress bar (of rank 0).
         start_from: the compressed model of an earlier version, to change few of its codes. Tables,
-            layouts, tiers and kinds of codes are as there, whatever ``config`` says; codebooks are
-            refitted from there on, and a row gets other codes only where they lower its error
-            clearly. The report counts these rows. Rows that were appended since need codes first,
-            see :func:`mec_embed.extend`.
+            layouts, tiers and kinds of codes are as there, whatever ``config`` says, and so are
+            rows for unknown ids (``oov_row``); codebooks are refitted from there on, and a row gets
+            other codes only where they lower its error clearly. The report counts these rows. Rows
+            that were appended since need codes first, see :func:`mec_embed.extend`.
 
     Returns:
         Every table with its bytes and errors.
@@ -295,6 +295,7 @@ class Draft:
     assignment: Assignment
     notes: list[str]
     ranks: Ranks = ALONE
+    earlier: Earlier | None = None
 
     def report(self) -> CompressionReport:
         """What would be done."""
@@ -463,6 +464,7 @@ def draft_tables(
         assignment,
         _notes(freq_stats, missing, unused),
         ranks,
+        earlier,
     )
 
 
@@ -766,6 +768,8 @@ class Outcome:
         for table, tiers in self.learned.items():
             parts: list[Any] = self._by_tier(tiers)
             whole = parts[0] if len(parts) == 1 else _tiered(table, self.maps[table][0], *parts)
+            if self.draft.earlier is not None:
+                whole.oov_row = self.draft.earlier.oov_row(table)
             self.modules[table] = whole
             told = self._summary(table)
             error = weighted_error(whole, table, weights[table])

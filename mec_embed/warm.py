@@ -94,6 +94,10 @@ class Earlier:
             )
         return [*self._of], left
 
+    def oov_row(self, table: Table) -> int | None:
+        """The row of unknown ids that a table had."""
+        return self._of[table].oov_row
+
     def facts(self) -> dict[str, str]:
         """What several ranks must agree on: name -> check sums of all tensors."""
         return {

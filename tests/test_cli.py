@@ -130,6 +130,9 @@ def _next_night(files: Path) -> Model:
 
 def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> None:
     model = _next_night(files)
+    yesterday = load(_model(), files / "yesterday.safetensors")
+    yesterday.first.oov_row = 3
+    save(yesterday, files / "yesterday.safetensors")
     after = [
         "--freq",
         str(files / "counts.npz"),
@@ -145,9 +148,9 @@ def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> 
     assert planned["bytes_after"] == report["bytes_after"]
     assert any(table["changed_rows"] for table in report["tables"])
     counts = {name.removesuffix(".weight"): values for name, values in COUNTS.items()}
-    yesterday = load(_model(), files / "yesterday.safetensors")
     compress(model, counts, progress=False, start_from=yesterday)
     loaded = load(_model(1), files / "small.safetensors")
+    assert loaded.first.oov_row == model.first.oov_row == 3
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
 

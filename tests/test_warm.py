@@ -61,6 +61,7 @@ def _warm(model: nn.Module, frequency: Any, old: nn.Module, **options: Any) -> A
 @pytest.mark.parametrize(("dtype", "ratio"), [(None, 40), (None, 20), ("int8", 30)])
 def test_the_plan_is_that_of_the_earlier_version(dtype: str | None, ratio: float) -> None:
     dense, old, before = shop(dtype, ratio)
+    [*find_replacements(old)][0][0].oov_row = 7
     model, kept = _drifted(dense, 0.1, counts()), copy.deepcopy(old)
     planned = plan(model, counts(), start_from=old)
     assert planned.bytes_after == before.bytes_after and planned.seconds is None
@@ -74,6 +75,10 @@ def test_the_plan_is_that_of_the_earlier_version(dtype: str | None, ratio: float
         assert one.shares_codes_with == other.shares_codes_with
         assert one.shares_codebooks_with == other.shares_codebooks_with
     assert repr(model) == repr(old)
+    # What is served for unknown ids does not change overnight.
+    assert [m.oov_row for m, _ in find_replacements(model)] == [
+        m.oov_row for m, _ in find_replacements(old)
+    ]
     maps = [m.state_dict() for m, _ in find_replacements(old)], find_replacements(model)
     for state, (module, _) in zip(*maps, strict=True):
         for key, value in module.state_dict().items():
