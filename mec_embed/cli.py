@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ._version import __version__
 from .checkpoints import Checkpoint, open_checkpoint
+from .compress import check_device
 from .config import CompressionConfig
 from .offline import Job, compress_file, plan_file
 from .skeleton import (
@@ -438,14 +438,18 @@ def _config(options: argparse.Namespace) -> CompressionConfig:
         raise ValueError(f"{options.config or 'the options'}: {error}") from error
 
 
-def _json_of(path: Path) -> Any:
-    """What a file holds as JSON; ValueError where it holds none."""
+def _json_of(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; ValueError where it holds none."""
+    advice = "write one with CompressionConfig.to_json()"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); {advice}") from error
+    if not isinstance(values, dict):
         raise ValueError(
-            f"{path} is no JSON ({error}); write one with CompressionConfig.to_json()"
-        ) from error
+            f"{path} holds a {type(values).__name__}, expected an object of settings; {advice}"
+        )
+    return values
 
 
 def _counts(options: argparse.Namespace) -> tuple[Path | None, dict[str, str]]:
@@ -482,11 +486,9 @@ def _bag(text: str) -> tuple[str, tuple[str, bool]]:
 
 def _device(text: str) -> str:
     try:
-        kind = torch.device(text).type
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"no device is called {text!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this torch or machine has no CUDA")
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -146,7 +146,7 @@ def compress(
     """
     started = time.perf_counter()
     with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
-        _check_device(device)
+        check_device(device)
         draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing, start_from)
         require_faiss()
         draft.notes.extend(check_finite(draft.tables))
@@ -201,10 +201,10 @@ def _unsharded(
     return unsharded(model, ranks, all_optimizers(model, optimizer))
 
 
-def _check_device(device: torch.device | str | None) -> None:
+def check_device(device: torch.device | str | None) -> None:
     """ValueError for a device that is not there to learn on."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # of "meta", nothing comes back
     except (RuntimeError, AssertionError, TypeError) as error:
         # torch itself raises an AssertionError where it was built without CUDA.
         reason = str(error).partition("\n")[0]

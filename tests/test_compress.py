@@ -498,7 +498,7 @@ def test_an_optimizer_of_other_parameters_of_the_model_is_fine():
     assert_unchanged(before, model.mlp, optimizer)
 
 
-@pytest.mark.parametrize("device", ["nothing", "cuda:99", 3.5])
+@pytest.mark.parametrize("device", ["nothing", "cuda:99", "meta", 3.5])
 def test_a_device_that_is_not_there_is_named(device):
     model = small()
     before = snapshot(model)
