@@ -42,7 +42,7 @@ from .learning.kmeans import require_faiss
 from .modules import DecodedTable
 from .report import CompressionReport
 from .skeleton import Progress, Roles, Skeleton, choose_tables, is_compressed, nothing_chosen
-from .storage import KEY, build_tables, contents, json_able, read_manifest
+from .storage import KEY, build_tables, check_name, contents, json_able, read_manifest
 from .swap import replace_modules
 from .tables import Table, check_finite
 from .warm import Earlier
@@ -234,12 +234,7 @@ def _teller(progress: Progress, group: Group) -> Callable[[str, float], None]:
 def _check_output(output: Path, inputs: Sequence[Path]) -> None:
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
-    try:
-        str(output).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{output!a} is not UTF-8, and safetensors opens no such file; choose another name"
-        ) from error
+    check_name(output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder, expected the name of a file to write")
     if output.exists() and not output.is_file():

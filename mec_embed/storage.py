@@ -277,12 +277,23 @@ def _describe_codes(module: Any, numbers: _Numbers) -> dict[str, Any]:
     }
 
 
+def check_name(path: Path) -> None:
+    """ValueError for the name of a file that could be written, but not be opened again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{str(path)!a} is not UTF-8, and safetensors opens no such file; choose another name"
+        ) from error
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[str]:
     """A temporary file beside ``path`` that takes its place when all went well."""
     if not path.parent.is_dir():
         text = "there is no such folder to save in; make it first"
         raise FileNotFoundError(errno.ENOENT, text, str(path.parent))
+    check_name(path)
     if path.exists() and not path.is_file():
         text = "is there and no file, expected the name of a file to write"
         raise FileExistsError(errno.EEXIST, text, str(path))

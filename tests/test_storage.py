@@ -513,6 +513,11 @@ def test_saving_into_no_folder_is_an_os_error(saved: tuple[Rich, Path], tmp_path
     assert caught.value.filename == str(tmp_path / "nowhere")
 
 
+def test_a_name_that_could_not_be_opened_again_is_refused(saved: tuple[Rich, Path]) -> None:
+    with pytest.raises(ValueError, match=r"'\\udcff' is not UTF-8.*choose another name"):
+        save(saved[0], "\udcff")  # as Python reads a name of other bytes
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_what_is_no_file_is_never_replaced(saved: tuple[Rich, Path], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
