@@ -62,7 +62,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        ValueError: the model holds no compressed table, or extra state that JSON cannot hold.
+        ValueError: the model holds no compressed table, or extra state that JSON cannot hold; a
+            name that load() could not open.
         OSError: the file cannot be written (no space, no permission).
 
     Example:
