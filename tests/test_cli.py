@@ -1039,6 +1039,8 @@ def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
     )
     assert run.returncode == 130 and run.stderr == "mec-embed: error: interrupted\n"
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'mec-embed = "mec_embed_command:main"' in project
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
