@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -128,7 +129,7 @@ _VERIFY = f"""\
 Compare a compressed file with the checkpoint that it was made from: checksums of all its tensors,
 other tensors bit by bit, and the error of each table (squared, relative to the variance of its
 rows), decoded in pieces. With counts, errors are weighted as when it was compressed and must be
-those that the file notes.
+those that the file notes; without, nothing but --max-error judges them.
 
 examples:
   mec-embed verify small.safetensors model.safetensors
@@ -389,7 +390,16 @@ def _listed(what: str, reasons: dict[str, str]) -> list[str]:
 
 
 def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2)
+    return json.dumps(_known(values), indent=2)
+
+
+def _known(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _known(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- options -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,12 @@ class TableErrors:
         """What is not as it should be."""
         error = self.unweighted if self.weighted is None else self.weighted
         kind = "unweighted" if self.weighted is None else "weighted"
+        if not math.isfinite(error):
+            yield (
+                f"table {self.name!r}: {kind} error {error}, expected a finite one; the checkpoint "
+                "holds NaN or infinity in it"
+            )
+            return
         if max_error is not None and not error <= max_error:
             yield (
                 f"table {self.name!r}: {kind} error {error:.6g} is above --max-error {max_error:g}"

@@ -391,6 +391,23 @@ def test_metadata_that_lie_are_refused(key: str, value: str, files: Path, capsys
         assert code == 2 and f"small.safetensors: its metadata '{key}' are damaged" in captured.err
 
 
+def test_json_has_no_numbers_that_are_not_finite(files: Path, capsys) -> None:
+    assert _compress(files) == 0
+    tensors = _model().state_dict()
+    tensors["first.weight"][7] = torch.nan
+    save_file(tensors, files / "model.safetensors")
+    capsys.readouterr()
+    both = [str(files / "small.safetensors"), str(files / "model.safetensors")]
+    assert main(["verify", *both, "--json", "--quiet"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {t["name"]: t["unweighted"] for t in found["tables"]}["first"] is None
+    # Without counts, too, this is no checkpoint that the file was made from.
+    assert found["differences"] == [
+        "table 'first': unweighted error nan, expected a finite one; the checkpoint holds NaN or "
+        "infinity in it"
+    ]
+
+
 def test_verify_exits_1_for_what_differs(files: Path, capsys) -> None:
     assert _compress(files) == 0
     both, counts = _both(files), ["--freq", str(files / "counts.npz"), "--quiet"]
