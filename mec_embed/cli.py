@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         more = "; the same command goes on from here" if options.command == "compress" else ""
         return _failed(options, f"interrupted{more}", INTERRUPTED)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return _failed(options, f"{error.filename}: no such file", WRONG_INPUT)
     except IsADirectoryError as error:
         return _failed(options, f"{error.filename} is a folder, expected a file", WRONG_INPUT)
