@@ -66,6 +66,8 @@ class FrequencyStats:
 
     def __add__(self, other: FrequencyStats) -> FrequencyStats:
         """Counts of both, added; ValueError where two tables of one name differ in rows."""
+        if not isinstance(other, FrequencyStats):
+            return NotImplemented
         total = dict(self._counts)
         for name, counts in other._counts.items():
             if name in total and total[name].shape != counts.shape:

@@ -288,6 +288,8 @@ def test_add():
     assert a["x"].tolist() == [1, 2] and b["x"].tolist() == [10, 0]
     with pytest.raises(ValueError, match="'x'"):
         a + FrequencyStats.from_counts({"x": [1, 2, 3]})
+    with pytest.raises(TypeError, match="'FrequencyStats' and 'int'"):
+        a + 3
 
 
 def test_repr_shows_names_and_totals():
