@@ -29,7 +29,7 @@ test: $(STAMP) ## run the tests, e.g. make test TEST_ARGS="-m 'not slow'"
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy mec_embed
 
 docs: $(STAMP) ## build the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1047,20 +1047,6 @@ def test_only_what_is_kept_goes_on_after_ctrl_c(files: Path, monkeypatch, capsys
     assert _said(capsys) == "mec-embed plan: error: interrupted\n"
 
 
-def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
-    run = subprocess.run(
-        [sys.executable, "-c", "import sys, mec_embed_command as m; sys.exit(m.main())"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert run.returncode == 130 and run.stderr == "mec-embed: error: interrupted\n"
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'mec-embed = "mec_embed_command:main"' in project
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed(closed: str, files: Path) -> None:
