@@ -545,6 +545,31 @@ def test_the_target_is_the_teacher_and_a_part_of_the_labels(
     assert loss == pytest.approx(float(F.binary_cross_entropy(output, target)), rel=1e-4)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_temperature_divides_the_logits_of_the_teacher(probabilities: bool, weight: float) -> None:
+    model, teacher = _pair(probabilities=probabilities)
+    ids, labels = _batches(1)[0], torch.rand(128, 1)
+    with torch.no_grad():
+        target, output = teacher(ids).reshape(-1), model(ids).reshape(-1)
+    logits = target.logit() if probabilities else target
+    output = output if probabilities else output.sigmoid()
+    target = (1 - weight) * (logits / 2.5).sigmoid() + weight * labels[:, 0]
+    options = {"labels": lambda batch: batch[1], "label_weight": weight, "epochs": 1, "mix": 0}
+    [loss] = _distill(model, teacher, [(ids, labels)], temperature=2.5, **options)
+    assert loss == pytest.approx(float(F.binary_cross_entropy(output, target)), rel=1e-4)
+
+
+def test_a_student_of_a_softened_teacher_is_less_sure() -> None:
+    batches, spread = _batches(20), []
+    for temperature in (1.0, 3.0):
+        model, teacher = _pair()
+        _distill(model, teacher, batches, temperature=temperature, epochs=4)
+        with torch.no_grad():
+            spread.append(float(model(batches[0]).std()))
+    assert 0.2 * spread[0] < spread[1] < 0.6 * spread[0]
+
+
 def test_rows_that_were_mixed_keep_the_teacher_alone() -> None:
     model, teacher = _pair()
     ids = _batches(1)[0]
@@ -650,6 +675,8 @@ def test_labels_teach_what_the_teacher_does_not_know() -> None:
         ({"labels": torch.zeros(128)}, TypeError, "labels must be a function .* got Tensor"),
         ({"labels": len, "mix": 1}, ValueError, "mix=1 leaves no row"),
         ({"label_weight": 1.5}, ValueError, "label_weight must be 0 to 1, got 1.5"),
+        ({"temperature": 0.0}, ValueError, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be above 0 and finite, got nan"),
         ({"epochs": -1}, ValueError, "epochs must be 0 or more, got -1"),
         ({"mix": -1}, ValueError, "mix must be 0 to 1, got -1"),
         ({"network": "new"}, ValueError, "network must be one of trained, fresh, fixed, got 'new'"),

@@ -48,8 +48,8 @@ COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
-#: The stage of models tuned with labels mixed into the targets.
-LABELS = "labels"
+#: The stages of models tuned with labels mixed into the targets, and from a softened teacher.
+LABELS, CALIBRATED = "labels", "calibrated"
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -57,7 +57,7 @@ _SAME_AUC = 2e-5
 def main() -> None:
     """Parse the command line and run."""
     options = _parse()
-    done = read_keys(options.out, options.labels)
+    done = read_keys(options.out, _stage(options))
     jobs = list(_jobs(options))
     with tqdm(jobs, unit="run") as bar:
         for (name, model, seed), group in itertools.groupby(bar, key=lambda job: job[:3]):
@@ -81,8 +81,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=USUAL, choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-tuning", action="store_true", help="only right after compressing")
-    parser.add_argument(
+    stages = parser.add_mutually_exclusive_group()
+    stages.add_argument(
         "--labels", action="store_true", help="only tuning with labels, a stage of its own"
+    )
+    stages.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="only tuning from a softened teacher, a stage of its own",
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
     parser.add_argument("--fuxictr-root", type=Path, help="folder of Criteo_x1, Avazu_x1, ...")
@@ -108,12 +114,20 @@ def _key(job: tuple[str, str, int, str, float], options: argparse.Namespace) -> 
     return tuple(map(str, (name, model, dim, seed, method, ratio)))
 
 
-def read_keys(file: Path, labels: bool = False) -> set[tuple[str, ...]]:
-    """The runs that a result file already holds, those with labels or the others."""
+def _stage(options: argparse.Namespace) -> str:
+    """The stage of models that these options tune."""
+    if options.calibrated:
+        return CALIBRATED
+    return LABELS if options.labels else "tuned"
+
+
+def read_keys(file: Path, stage: str = "tuned") -> set[tuple[str, ...]]:
+    """The runs that a result file already holds: of a stage of its own, or those of the usual."""
+    own = {LABELS, CALIBRATED}
     return {
         tuple(row[name] for name in KEY)
         for row in lines.read(file)
-        if row["stage"] == "impossible" or (row["stage"] == LABELS) == labels
+        if row["stage"] in ("impossible", stage) or (stage not in own and row["stage"] not in own)
     }
 
 
@@ -178,7 +192,7 @@ def _record_base(file: Path, base: Base, label: dict[str, Any]) -> None:
 def _run(
     options: argparse.Namespace, base: Base, label: dict[str, Any], method: str, ratio: float
 ) -> None:
-    """One method at one ratio: right after compressing and tuned, or tuned with labels."""
+    """One method at one ratio: right after compressing and tuned, or tuned in another way."""
     torch.manual_seed(base.seed)
     started = time.perf_counter()
     model = METHODS[method](base, ratio or 1.0)
@@ -189,16 +203,15 @@ def _run(
         return
     if ratio and embedding_bytes(model) > base.budget(ratio):
         raise RuntimeError(f"{method} takes more than its budget at {ratio:g}x")
-    if not options.labels:
+    if _stage(options) == "tuned":
         stage = "trained" if method in TRAINED else "compressed"
         record(options.out, base, label, method, ratio, stage, model, seconds)
     if options.no_tuning:
         return
     started = time.perf_counter()
-    tuned = tune(model, base, labels=options.labels)
+    tuned = tune(model, base, labels=options.labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started
-    stage = LABELS if options.labels else "tuned"
-    record(options.out, base, label, method, ratio, stage, tuned, seconds)
+    record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)
 
 
 def record(

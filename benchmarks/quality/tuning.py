@@ -26,23 +26,49 @@ MIX, LABEL_WEIGHT = 0.5, 0.1
 LABEL_EPOCHS = 4
 
 
-def tune(model: nn.Module, base: Base, *, labels: bool = False) -> nn.Module:
+def tune(
+    model: nn.Module, base: Base, *, labels: bool = False, calibrated: bool = False
+) -> nn.Module:
     """The best, by validation AUC, of the model as it is and of tuned ones.
 
     Args:
         model: not changed.
         base: its teacher.
         labels: labels are mixed into the targets, and a fresh network is tried as well.
+        calibrated: the teacher is softened so that its validation log loss is the least, and the
+            best is that of the least validation log loss.
     """
+    temperature = temperature_of(base) if calibrated else 1.0
     batches = list(base.batches(base.seed + 1))
     is_ours = any(isinstance(module, CompressedEmbedding) for module in model.modules())
-    tuned = (
-        _ours(model, base, batches, labels) if is_ours else _others(model, base, batches, labels)
-    )
-    return max([model, *tuned], key=lambda one: evaluate(one, base.data, "valid").auc)
+    tuner = _ours if is_ours else _others
+    metrics = {
+        one: evaluate(one, base.data, "valid")
+        for one in [model, *tuner(model, base, batches, labels, temperature)]
+    }
+    return max(metrics, key=lambda one: -metrics[one].logloss if calibrated else metrics[one].auc)
 
 
-def _ours(model: nn.Module, base: Base, batches: Batches, labels: bool) -> Iterator[nn.Module]:
+def temperature_of(base: Base) -> float:
+    """What the base model's logits are divided by for the least validation log loss."""
+    logits, labels = logits_of(base.model, base, "valid")
+    slope = 1.0
+    for _ in range(20):  # Newton's method
+        chance = (slope * logits).sigmoid()
+        slope -= float((logits @ (chance - labels)) / (logits.square() @ (chance * (1 - chance))))
+    return 1 / slope
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, base: Base, split: str) -> tuple[Tensor, Tensor]:
+    """What a model returns for a split, and the labels there, both float64."""
+    ids, labels = base.data.ids[split], base.data.labels[split].double()
+    return torch.cat([model.eval()(part) for part in ids.split(8192)]).double().flatten(), labels
+
+
+def _ours(
+    model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
+) -> Iterator[nn.Module]:
     for network in ("trained", "fresh") if labels else ("trained",):
         tuned = copy.deepcopy(model)
         distill(
@@ -53,21 +79,25 @@ def _ours(model: nn.Module, base: Base, batches: Batches, labels: bool) -> Itera
             mix=MIX,
             labels=(lambda batch: batch[1]) if labels else None,
             label_weight=LABEL_WEIGHT,
+            temperature=temperature,
             network=network,  # type: ignore[arg-type]
-            score=lambda one: evaluate(one, base.data, "valid").auc,
+            # A softened teacher's AUC is the same from the start on.
+            score=(lambda one: evaluate(one, base.data, "valid").auc) if temperature == 1 else None,
             seed=base.seed,
             progress=False,
         )
         yield tuned
 
 
-def _others(model: nn.Module, base: Base, batches: Batches, labels: bool) -> Iterator[nn.Module]:
+def _others(
+    model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
+) -> Iterator[nn.Module]:
     for rate in RATES:
-        yield _distilled(copy.deepcopy(model), base, batches, rate, labels)
+        yield _distilled(copy.deepcopy(model), base, batches, rate, labels, temperature)
     if labels:
         fresh = copy.deepcopy(model)
         _draw_anew(fresh, base.seed)
-        yield _distilled(fresh, base, batches, RATES[-1], labels)
+        yield _distilled(fresh, base, batches, RATES[-1], labels, temperature)
 
 
 def _draw_anew(model: nn.Module, seed: int) -> None:
@@ -79,7 +109,12 @@ def _draw_anew(model: nn.Module, seed: int) -> None:
 
 
 def _distilled(
-    model: nn.Module, base: Base, batches: Batches, rate: float, labels: bool
+    model: nn.Module,
+    base: Base,
+    batches: Batches,
+    rate: float,
+    labels: bool,
+    temperature: float,
 ) -> nn.Module:
     """Plain distillation: the loss, batches and schedule of :func:`mec_embed.distill`."""
     is_half = thaw(model)
@@ -94,7 +129,8 @@ def _distilled(
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        _loss(model, base, batch, generator, LABEL_WEIGHT if labels else 0.0).backward()
+        weight = LABEL_WEIGHT if labels else 0.0
+        _loss(model, base, batch, generator, weight, temperature).backward()
         optimizer.step()
         if labels and (step + 1) % len(batches) == 0:
             # Ours keeps its best epoch.
@@ -110,11 +146,11 @@ def _distilled(
 
 def _loss(
     model: nn.Module, base: Base, batch: tuple[Tensor, Tensor], generator: torch.Generator,
-    label_weight: float,
+    label_weight: float, temperature: float,
 ) -> Tensor:  # fmt: skip
     ids, own = mixed(batch, MIX, generator)
     with torch.no_grad():
-        target = base.model.eval()(ids).sigmoid()
+        target = (base.model.eval()(ids) / temperature).sigmoid()
     whole = int(MIX * len(target))
     target[whole:] = target[whole:].lerp(own[whole:], label_weight)
     return F.binary_cross_entropy_with_logits(model(ids), target)

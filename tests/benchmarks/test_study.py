@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("matplotlib")
 
 from benchmarks.lines import append, read
-from benchmarks.quality import plot, study
+from benchmarks.quality import plot, study, tuning
 from benchmarks.quality.common import embedding_bytes
 from benchmarks.quality.models import DCNv2, settings_for
 from examples.ctr.generator import generate
@@ -83,6 +84,28 @@ def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, ca
     plot.main()
     [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
     assert ours.count("/") == 1  # right after and with labels
+
+
+def test_tuning_from_a_softened_teacher_is_a_stage_of_its_own(run):
+    methods = ["--methods", "mec_embed", "hashing", "--ratios", "8"]
+    first = run(*methods, "--no-tuning")
+    lines = run(*methods, "--calibrated")
+    assert [(line["method"], line["stage"]) for line in lines[len(first) :]] == [
+        (method, "calibrated") for method in ("mec_embed", "hashing")
+    ]
+    loss = {(line["method"], line["stage"]): float(line["valid_logloss"]) for line in lines}
+    for method, stage in (("mec_embed", "compressed"), ("hashing", "trained")):
+        assert loss[method, "calibrated"] <= loss[method, stage]
+    assert run(*methods, "--calibrated") == run(*methods, "--no-tuning") == lines
+
+
+def test_the_temperature_of_the_least_log_loss():
+    torch.manual_seed(0)
+    logits = torch.randn(20_000).double()
+    labels = torch.bernoulli(logits.sigmoid())
+    data = SimpleNamespace(ids={"valid": 2.5 * logits[:, None]}, labels={"valid": labels})
+    base = SimpleNamespace(model=torch.nn.Flatten(0), data=data)
+    assert tuning.temperature_of(base) == pytest.approx(2.5, rel=0.1)
 
 
 def test_the_short_table(run, monkeypatch, tmp_path, capsys):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.quality.common import Base
 from benchmarks.quality.study import METHODS
 from benchmarks.quality.trials import common
-from benchmarks.quality.tuning import tune
+from benchmarks.quality.tuning import logits_of, tune
 from examples.ctr.training import evaluate
 
 
@@ -37,20 +37,14 @@ def main() -> None:
 
 def _print(seed: int, name: str, model: nn.Module, base: Base) -> None:
     metrics = evaluate(model, base.data, "test")
-    logits, labels = _logits(model, base, "test")
-    slope, offset = _platt(*_logits(model, base, "valid"))
+    logits, labels = logits_of(model, base, "test")
+    slope, offset = _platt(*logits_of(model, base, "valid"))
     scaled = F.binary_cross_entropy_with_logits(slope * logits + offset, labels)
     print(
         f"seed {seed}, {name}: AUC {metrics.auc:.5f}, log loss {metrics.logloss:.5f}, scaled "
         f"{float(scaled):.5f} (slope {slope:.3f}, offset {offset:+.3f})",
         flush=True,
     )
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, base: Base, split: str) -> tuple[Tensor, Tensor]:
-    ids, labels = base.data.ids[split], base.data.labels[split].double()
-    return torch.cat([model.eval()(part) for part in ids.split(8192)]).double().flatten(), labels
 
 
 def _platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
