@@ -560,6 +560,7 @@ LAYOUTS = {
     "product": CodeLayout("product", 300, 40, 5, 300, torch.bfloat16),
     "int8": CodeLayout("product", 300, 129, 3, 300, torch.int8),
     "rows": CodeLayout("rows", 300, 33, 1, 300, torch.float16),
+    "one": CodeLayout("additive", 1, 4, 2, 1),
 }
 
 
@@ -576,12 +577,15 @@ def launches(name: str) -> list[tuple[Any, ...]]:
             ),
         )
         patch.setattr(gpu, "COUNTED_BAGS", ((3, 128), (0, 32)))
-        case = Case(LAYOUTS[name], padding_idx=3)
-        ids = case.ids(20)
+        patch.setattr(gpu, "UNPACK_LOOKUPS", 20)
+        case = Case(LAYOUTS[name], padding_idx=0)
+        ids = case.ids(1 if name == "one" else 20)
+        some = ids.view(1, 1) if name == "one" else ids.view(4, 5)
         gpu.lookup(*case.lookup(ids, torch.bfloat16))
-        gpu.bag(*case.bag(ids, torch.tensor([0, 4]), torch.rand(20)))
-        gpu.bag(*case.bag(ids, torch.tensor([0, 4])))
-        gpu.bag(*case.bag(ids.view(4, 5).int(), mode="mean", dtype=torch.float16))
+        offsets = torch.tensor([0] if name == "one" else [0, 4])
+        gpu.bag(*case.bag(ids, offsets, torch.rand(len(ids))))
+        gpu.bag(*case.bag(ids, offsets))
+        gpu.bag(*case.bag(some.int(), mode="mean", dtype=torch.float16))
         if name != "int8":
             arguments = case.backward(ids)
             gpu.lookup_backward(*arguments)
@@ -608,7 +612,13 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, int],
     for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
         if value is None:
             constants[parameter.name] = None
-        kind = "constexpr" if value is None else parameter.annotation_type or mangle_type(value)
+        # As a launch does with numbers that are 1: the kernel sees no tensor then.
+        if isinstance(value, int) and value == 1:
+            constants[parameter.name] = 1
+        if parameter.name in constants:
+            kind = "constexpr"
+        else:
+            kind = parameter.annotation_type or mangle_type(value)
         signature[parameter.name] = kind
         if isinstance(value, Tensor):
             aligned[(place,)] = [["tt.divisibility", 16]]

@@ -118,7 +118,7 @@ def _code(
     start = (ids * BOOKS + book) * BITS
     found = _stream(codes, start, BITS, BITS, ALIGNED)
     code = (found & ((1 << BITS) - 1)).to(tl.int32)
-    return code if EXACT else tl.minimum(code, size.to(tl.int32) - 1)
+    return code if EXACT else tl.minimum(code, size - 1).to(tl.int32)
 
 
 @triton.jit
@@ -159,7 +159,8 @@ def _decode(
     """Chunks (CHUNKS, VECTOR) of the rows ``ids``, float32; ``GROUP`` codes are read at once."""
     total = tl.full([CHUNKS, VECTOR], 0, tl.float32)
     if EXACT:
-        size = 1 << BITS
+        # Known to the compiler, and still int64: codebooks may have more than 2**31 entries in all.
+        size = size * 0 + (1 << BITS)
     for first in range(0, SUMMED, GROUP):
         if PARTS == 1 and BITS > 0:
             start = (ids * SUMMED + first) * BITS
@@ -174,7 +175,7 @@ def _decode(
             else:
                 word = ((found >> (number * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
                 if not EXACT:
-                    word = tl.minimum(word, size.to(tl.int32) - 1)
+                    word = tl.minimum(word, size - 1).to(tl.int32)
                 book = first + number
                 if SUMMED % GROUP:
                     # Beyond the last codebook is the zero that is added below.
