@@ -51,7 +51,7 @@ def test_faiss_gets_as_many_bits_in_as_few_codes_as_it_may(dim, bits, most, shap
 
 
 def test_the_error_is_the_one_of_the_report():
-    table, counts = fit._table(2000, 8)
+    table, counts = fit._table(2000, 8, "cpu")
     assert int(counts.min()) >= 1 and int(counts.max()) == 20001
     model = nn.ModuleDict({"table": nn.Embedding(2000, 8, _weight=table.clone())})
     report = compress(model, {"table": counts}, CompressionConfig(ratio=8), progress=False)
@@ -61,5 +61,5 @@ def test_the_error_is_the_one_of_the_report():
 
 @pytest.mark.slow
 def test_a_run_has_a_process_of_its_own():
-    run = fit._alone("mec_embed", 3000, 8, 8.0, 1, 8)
+    run = fit._alone("mec_embed", 3000, 8, 8.0, 1, 8, "cpu", False)
     assert run["seconds"] > 0 and run["memory_mb"] >= 0 and 0 < run["weighted_error"] < 1
