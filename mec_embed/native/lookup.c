@@ -780,33 +780,44 @@ INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *
     memcpy(out, all, width * sizeof(float));
 }
 
-/* Add `count` codewords to some columns of a bag. A sum waits for the one before, so that narrow
- * blocks of columns have several. */
-INLINE void add_words(const uint32_t *word, int64_t count, const char *words, int64_t width,
-                      int lines, int half, float *out) {
-    const int chains = lines > 2 ? 1 : lines > 1 ? 2 : 4;
-    Line total[4][MOST_LINES] = {0};
-    Floats rest[4] = {0};
+/* Add the next `rows` rows, each the sum of `books` codewords, to a bag. An addition waits for the
+ * one before: of narrow blocks of columns, several rows are made side by side. */
+INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char *words, int lines,
+                      int half, Line *total, Floats *rest) {
+    Line row[MOST_LINES][MOST_LINES];
+    Floats last[MOST_LINES];
+    for (int r = 0; r < rows; r++) {
+        const char *at = words + word[r * books];
+        for (int v = 0; v < lines; v++) row[r][v] = line_at(at, v);
+        if (half) last[r] = half_line_at(at, lines);
+    }
+    for (int64_t m = 1; m < books; m++)
+        for (int r = 0; r < rows; r++) {
+            const char *at = words + word[r * books + m];
+            for (int v = 0; v < lines; v++) row[r][v] += line_at(at, v);
+            if (half) last[r] += half_line_at(at, lines);
+        }
+    for (int r = 0; r < rows; r++) {
+        for (int v = 0; v < lines; v++) total[v] += row[r][v];
+        if (half) *rest += last[r];
+    }
+}
+
+/* Add `count` rows to some columns of a bag. */
+INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const char *words,
+                     int64_t width, int lines, int half, float *out) {
+    const int once = lines > 2 ? 1 : lines > 1 ? 2 : 4;
+    Line total[MOST_LINES];
+    Floats rest;
     float all[MOST_LINES * LINE_LANES];
     memcpy(all, out, width * sizeof(float));
-    for (int v = 0; v < lines; v++) memcpy(&total[0][v], all + v * LINE_LANES, sizeof **total);
-    if (half) memcpy(rest, all + lines * LINE_LANES, sizeof *rest);
-    int64_t k = 0;
-    for (; k + chains <= count; k += chains)
-        for (int c = 0; c < chains; c++) {
-            const char *at = words + word[k + c];
-            for (int v = 0; v < lines; v++) total[c][v] += line_at(at, v);
-            if (half) rest[c] += half_line_at(at, lines);
-        }
-    for (; k < count; k++) {
-        for (int v = 0; v < lines; v++) total[0][v] += line_at(words + word[k], v);
-        if (half) rest[0] += half_line_at(words + word[k], lines);
-    }
-    for (int c = 1; c < chains; c++) {
-        for (int v = 0; v < lines; v++) total[0][v] += total[c][v];
-        if (half) rest[0] += rest[c];
-    }
-    put_lines(total[0], rest, lines, half, all);
+    for (int v = 0; v < lines; v++) memcpy(&total[v], all + v * LINE_LANES, sizeof *total);
+    if (half) memcpy(&rest, all + lines * LINE_LANES, sizeof rest);
+    for (; count >= once; count -= once, word += once * books)
+        add_words(word, books, once, words, lines, half, total, &rest);
+    for (; count > 0; count--, word += books)
+        add_words(word, books, 1, words, lines, half, total, &rest);
+    put_lines(total, &rest, lines, half, all);
     memcpy(out, all, width * sizeof(float));
 }
 
@@ -842,7 +853,7 @@ INLINE int64_t add_round(const Job *job, const Round *round, int64_t first, int6
     return bag;
 }
 
-/* As add_round, with no sums of rows between codewords and bags. */
+/* As add_round, with sums of rows that stay in registers. */
 INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, int64_t last,
                              int64_t bag, int64_t column, int lines, int half) {
     const Table *table = job->plan->table;
@@ -857,14 +868,14 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
         const uint32_t *word = round->word + (i - first) * books;
         float *out = job->out + bag * dim + column;
         if (width == most)
-            add_words(word, (stop - i) * books, words, most, lines, half, out);
+            add_rows(word, stop - i, books, words, most, lines, half, out);
         else
-            add_words(word, (stop - i) * books, words, width, lines, half, out);
+            add_rows(word, stop - i, books, words, width, lines, half, out);
     }
     return bag;
 }
 
-/* Whether bags are sums of codewords, in whatever order. */
+/* Whether bags are the sums of their rows, whose codewords stand one after the other. */
 INLINE int adds_codewords(const Job *job) {
     return job->plan->tiers == 1 && !job->weights;
 }
