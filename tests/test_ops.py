@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from mec_embed.layout import CodeLayout
 from mec_embed.modules import quantize_codebooks
-from mec_embed.ops import lookup
+from mec_embed.ops import bag, lookup
 from mec_embed.packing import pack
 
 #: kind, rows, dim, M, K
@@ -137,6 +137,18 @@ def test_gradient_of_many_lookups_is_summed_in_float32(dtype):
     ids = torch.zeros(10_000, dtype=torch.long)
     case.lookup(ids).float().sum().backward()
     assert case.books.grad.max().item() == pytest.approx(10_000, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mean_of_a_long_bag_shares_its_gradient_by_all_its_ids(dtype):
+    """A narrow dtype counts to 256 or 2048, and a gradient shared by fewer would be larger."""
+    books = torch.zeros(2, 3, 4, requires_grad=True)
+    codes = pack(torch.randint(3, (50, 2)), 2)
+    ids = torch.arange(1, 3001).view(1, -1) % 50
+    table = (codes, books, None, 50, 4, 2, 0)
+    out = bag(ids, None, None, *table, "mean", False, False, dtype, "t")
+    out.sum().backward()
+    assert books.grad.sum().item() == pytest.approx(8, rel=1e-2)
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.float32, torch.float64])

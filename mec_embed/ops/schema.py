@@ -179,8 +179,11 @@ def _differentiate_bag(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if weights is not None:
             shares = weights.reshape(-1, 1)
         elif mode == "mean":
-            members = grad.new_zeros(bags).index_add(0, owner, flat.ne(padding_idx).to(grad.dtype))
-            shares = members.clamp(min=1).reciprocal()[owner, None]
+            # Half precision does not count that far.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            kept = flat.ne(padding_idx).to(wide)
+            members = grad.new_zeros(bags, dtype=wide).index_add(0, owner, kept)
+            shares = members.clamp(min=1).reciprocal().to(grad.dtype)[owner, None]
         else:
             shares = None
         rows = grad_rows if shares is None else grad_rows * shares
