@@ -448,6 +448,31 @@ def test_codebooks_beyond_two_gigabytes(launched: list[str]) -> None:
     assert launched == ["_rows_kernel"]
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1 << 16, 1 << 15), (1 << 16, (1 << 15) - 1)])
+def test_a_codebook_beyond_the_offsets_within_one_goes_to_the_reference(
+    rows: int, width: int
+) -> None:
+    """Also where it is the only one: places of codewords are int32."""
+    books = torch.empty(1, rows, width, device="meta")
+    assert kernels._takes_books(books, None, torch.float32) == (rows * width < 1 << 31)
+
+
+def test_int8_codebooks_are_made_floats_where_lookups_are_more_than_codewords(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table kept as rows would be written as a whole, four times as large."""
+    monkeypatch.setattr(kernels, "UNPACK_LOOKUPS", 20)
+    for rows, unpacked in ((20, True), (21, False)):
+        case = Case(CodeLayout("rows", rows, 6, 1, rows, torch.int8))
+        for ids, kernel in ((case.ids(20), "_rows_kernel"), (case.ids(4, 5), "_bags_kernel")):
+            arguments = case.lookup(ids) if ids.dim() == 1 else case.bag(ids)
+            operator = "lookup" if ids.dim() == 1 else "bag"
+            launched.clear()
+            found = getattr(kernels, operator)(*arguments)
+            close(found, getattr(reference, operator)(*arguments))
+            assert launched == ["_floats_kernel"] * unpacked + [kernel]
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     rows=st.integers(2, 1000),
@@ -577,10 +602,10 @@ def launches(name: str) -> list[tuple[Any, ...]]:
             ),
         )
         patch.setattr(gpu, "COUNTED_BAGS", ((3, 128), (0, 32)))
-        patch.setattr(gpu, "UNPACK_LOOKUPS", 20)
+        patch.setattr(gpu, "UNPACK_LOOKUPS", 300)
         case = Case(LAYOUTS[name], padding_idx=0)
-        ids = case.ids(1 if name == "one" else 20)
-        some = ids.view(1, 1) if name == "one" else ids.view(4, 5)
+        ids = case.ids(1 if name == "one" else 300)
+        some = ids.view(1, 1) if name == "one" else ids.view(60, 5)
         gpu.lookup(*case.lookup(ids, torch.bfloat16))
         offsets = torch.tensor([0] if name == "one" else [0, 4])
         gpu.bag(*case.bag(ids, offsets, torch.rand(len(ids))))

@@ -727,7 +727,8 @@ def _takes_books(codebooks: Tensor, scales: Tensor | None, dtype: torch.dtype) -
     else:
         known = codebooks.dtype is torch.int8 and scales.dtype is SCALE_DTYPE
         known = known and scales.is_contiguous() and scales.shape == codebooks.shape[:2]
-    narrow = codebooks.shape[0] == 1 or codebooks[0].numel() < 1 << 31
+    # Rows have no codes: their offsets are int64, as ids are.
+    narrow = codebooks.shape[1] > 1 << 16 or codebooks[0].numel() < 1 << 31
     return known and narrow and codebooks.is_contiguous() and dtype in _FLOATS
 
 
@@ -868,9 +869,10 @@ def _unpacked(
 ) -> tuple[Tensor, Tensor | None]:
     """int8 codebooks as float32, where so many lookups take longer than that does.
 
-    A processor converts a quarter as many bytes to floats as it adds floats.
+    A processor converts a quarter as many bytes to floats as it adds floats. A table kept as rows
+    may have far more of them than are looked up.
     """
-    if scales is None or lookups < UNPACK_LOOKUPS:
+    if scales is None or lookups < max(UNPACK_LOOKUPS, codebooks.shape[1]):
         return codebooks, scales
     floats = torch.empty_like(codebooks, dtype=torch.float32)
     _launch(
