@@ -261,11 +261,9 @@ class _Loss:
 
     def _softened(self, target: Tensor) -> Tensor:
         """Probabilities at the temperature, from what the teacher returned."""
-        if self.probabilities:
-            return target if self.temperature == 1 else self._sigmoid(target.logit(1e-7))
-        return self._sigmoid(target)
-
-    def _sigmoid(self, logits: Tensor) -> Tensor:
+        if self.probabilities and self.temperature == 1:
+            return target
+        logits = target.logit(1e-7) if self.probabilities else target
         return (logits / self.temperature).sigmoid()
 
 

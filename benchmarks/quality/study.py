@@ -123,11 +123,11 @@ def _stage(options: argparse.Namespace) -> str:
 
 def read_keys(file: Path, stage: str = "tuned") -> set[tuple[str, ...]]:
     """The runs that a result file already holds: of a stage of its own, or those of the usual."""
-    own = {LABELS, CALIBRATED}
     return {
         tuple(row[name] for name in KEY)
         for row in lines.read(file)
-        if row["stage"] in ("impossible", stage) or (stage not in own and row["stage"] not in own)
+        if row["stage"] in ("impossible", stage)
+        or (stage == "tuned" and row["stage"] not in (LABELS, CALIBRATED))
     }
 
 

@@ -52,11 +52,21 @@ def tune(
 def temperature_of(base: Base) -> float:
     """What the base model's logits are divided by for the least validation log loss."""
     logits, labels = logits_of(base.model, base, "valid")
-    slope = 1.0
-    for _ in range(20):  # Newton's method
-        chance = (slope * logits).sigmoid()
-        slope -= float((logits @ (chance - labels)) / (logits.square() @ (chance * (1 - chance))))
-    return 1 / slope
+    return 1 / float(logistic_weights(logits[:, None], labels)[0])
+
+
+def logistic_weights(inputs: Tensor, labels: Tensor) -> Tensor:
+    """Weights (columns,) of inputs (n, columns) for the least log loss, by Newton's method.
+
+    From 1 for the first column and 0 for the others.
+    """
+    weights = torch.zeros_like(inputs[0])
+    weights[0] = 1
+    for _ in range(20):
+        chance = (inputs @ weights).sigmoid()
+        curvature = inputs.T @ (inputs * (chance * (1 - chance))[:, None])
+        weights -= torch.linalg.solve(curvature, inputs.T @ (chance - labels))
+    return weights
 
 
 @torch.no_grad()

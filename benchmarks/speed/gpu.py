@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mec_embed
+from benchmarks.hardware import processor
 from benchmarks.lines import append
 from benchmarks.speed.lookup import BAG, SHAPES, id_batches, plain_torch
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
@@ -191,7 +192,7 @@ def _append(file: Path, label: dict[str, object], seconds: dict[str, list[float]
         line |= {"speed": f"{base / middle:.2f}", "gb_s": f"{written / middle / 1e9:.0f}"}
         line |= {"repetitions": len(values), "mec_embed": mec_embed.__version__}
         line |= {"torch": torch.__version__, "triton": triton.__version__}
-        append(file, label | line | {"device": torch.cuda.get_device_name()}, COLUMNS)
+        append(file, label | line | {"device": processor(DEVICE)}, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -247,5 +247,4 @@ def _groups(size: int) -> int:
 
 def _strings(count: int, size: int) -> int:
     """64-bit words for ``count`` codes, none of which is in two of them; a power of two."""
-    needed = -(-count // (64 // bits_for(size)))
-    return 1 << (needed - 1).bit_length()
+    return gpu._power(gpu._blocks(count, 64 // bits_for(size)))

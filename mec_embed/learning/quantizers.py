@@ -6,13 +6,14 @@ where S = D / M for product codes and S = D for additive ones.
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..ops import cpu
 from .kmeans import weighted_kmeans
 
@@ -21,6 +22,8 @@ from .kmeans import weighted_kmeans
 _WORK_BYTES, _DEVICE_WORK_BYTES = 4 << 20, 128 << 20
 #: Rows of a large array that are worked on at once.
 _PART_ROWS = 1 << 14
+#: The search by a Triton kernel, where the lookups have theirs.
+_gpu_search: Any = importlib.import_module(".gpu_search", __package__) if ops._gpu else None
 
 
 class Quantizer(Protocol):
@@ -204,20 +207,6 @@ def _normal_equations(
                 place = flat[part, m] * words + flat[part, other]
                 normal.view(-1).index_add_(0, place, mass)
     return normal, right
-
-
-def _import_gpu_search() -> ModuleType | None:
-    """The search by a Triton kernel; None where torch has no GPU or no Triton."""
-    if not torch.backends.cuda.is_built():
-        return None
-    try:
-        from . import gpu_search
-    except ImportError:
-        return None
-    return gpu_search
-
-
-_gpu_search: Any = _import_gpu_search()
 
 
 def _work_bytes(x: Tensor) -> int:
