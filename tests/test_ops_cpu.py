@@ -129,14 +129,21 @@ def threads() -> Any:
     count=st.sampled_from([1, 2, 3, 8, 9, 20, 40]),
     size=st.sampled_from([2, 5, 32]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
+    rows=st.sampled_from([50, 3001]),
     ids=st.sampled_from([0, 1, 127, 128, 129, 3001]),
     padding=st.booleans(),
     wide=st.booleans(),
 )
-def test_calls_of_many_ids_work_in_rounds(
-    dim: int, count: int, size: int, dtype: torch.dtype, ids: int, padding: bool, wide: bool
+def test_calls_of_many_ids_work_in_rounds_or_unpack_the_table(
+    dim: int,
+    count: int,
+    size: int,
+    dtype: torch.dtype,
+    rows: int,
+    ids: int,
+    padding: bool,
+    wide: bool,
 ) -> None:
-    rows = 50
     table = _table(
         CodeLayout("additive", rows, dim, count, size, dtype),
         padding_idx=3 if padding else None,
@@ -152,9 +159,12 @@ def test_calls_of_many_ids_work_in_rounds(
 
 @pytest.mark.parametrize("dim", [1, 10, 40, 128])
 @pytest.mark.parametrize("work", ["rows", "bags", "tiers"])
-def test_nothing_is_written_behind_the_output(dim: int, work: str, threads: Any) -> None:
+@pytest.mark.parametrize("count", [3, 20])
+def test_nothing_is_written_behind_the_output(
+    dim: int, work: str, count: int, threads: Any
+) -> None:
     threads(2)
-    table = _table(CodeLayout("additive", 300, dim, 3, 16, torch.int8), requires_grad=False)
+    table = _table(CodeLayout("additive", 300, dim, count, 16, torch.int8), requires_grad=False)
     plan = table._pack_plan()
     if work == "tiers":
         tier_map, popular = _popular(300)
@@ -228,6 +238,22 @@ def test_damaged_codes_are_refused_not_followed(count: int, ids: int) -> None:
     with pytest.raises(IndexError, match="table 't': its codes name codewords"):
         cpu.lookup(*_arguments(table, torch.arange(ids)))
     assert table._fast.rows(table, torch.arange(ids)) is None
+
+
+@pytest.mark.parametrize("kind", ["additive", "product"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_damaged_codes_of_rows_that_nobody_asks_for(kind: Any, asked: bool) -> None:
+    """Ids are so many that the whole table is unpacked."""
+    table = _table(CodeLayout(kind, 300, 40, 8, 20), requires_grad=False)
+    table.codes[299 * 5 : 300 * 5] = 255  # code 31 of 20 in the last row
+    ids = torch.randint(300 if asked else 299, (30_000,))
+    arguments = _arguments(table, ids)
+    if asked:
+        with pytest.raises(IndexError, match="table 't': its codes name codewords"):
+            cpu.lookup(*arguments)
+        assert table._fast.rows(table, ids) is None
+    else:
+        assert torch.equal(cpu.lookup(*arguments), reference.lookup(*arguments))
 
 
 def test_damaged_codes_are_named_by_the_reference() -> None:
@@ -378,13 +404,14 @@ def test_opcheck_bag(case: str) -> None:
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dim", [1, 10, 40, 128])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [300, 3000])
 def test_bags_of_all_lengths_cross_rounds(
-    mode: str, dim: int, weighted: bool, threads: Any
+    mode: str, dim: int, weighted: bool, rows: int, threads: Any
 ) -> None:
-    bag = _bag(CodeLayout("additive", 300, dim, 9, 16, torch.int8), mode=mode, padding_idx=5)
+    bag = _bag(CodeLayout("additive", rows, dim, 9, 16, torch.int8), mode=mode, padding_idx=5)
     lengths = torch.tensor([0, 0, 1, 700, 0, 2, 127, 128, 129, 0, *[20] * 40, 0])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
-    ids = torch.randint(300, (int(lengths.sum()),))
+    ids = torch.randint(rows, (int(lengths.sum()),))
     ids[::7] = 5
     weights = torch.randn(len(ids)) if weighted and mode == "sum" else None
     expected = DecodedBags._reduce(bag, ids, offsets, weights)
@@ -427,7 +454,7 @@ def _popular(rows: int) -> tuple[TierMap, int]:
 
 @pytest.mark.parametrize("dtypes", ["int8", "float32", "mixed"])
 @pytest.mark.parametrize("tail", ["additive", "product", "shared"])
-@pytest.mark.parametrize("count", [5, 3000])
+@pytest.mark.parametrize("count", [5, 3000, 30_000])
 @pytest.mark.parametrize("dim", [1, 12, 40])
 def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int, dim: int) -> None:
     if dim % 2 and tail == "product":

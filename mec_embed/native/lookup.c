@@ -15,6 +15,10 @@
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
+#define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
+
+#define LINE 64 /* bytes of a cache line */
+#define FAR_ROWS (6 << 20) /* bytes of rows that are worth asking for: not in the near caches */
 
 /* Kinds of codewords. */
 enum { FLOAT32, INT8, FLOAT16, BFLOAT16 };
@@ -77,15 +81,35 @@ INLINE int is_popular(const Plan *plan, int64_t id, int64_t *place) {
     return plan->runs ? in_runs(plan, id, place) : in_bitmap(plan, id, place);
 }
 
+INLINE int64_t stride_of(const Table *table) {
+    switch (table->kind) {
+        case INT8: return table->width;
+        case FLOAT32: return table->width * 4;
+        default: return table->width * 2;
+    }
+}
+
+/* Whether rows are worth asking for: codes, or rows of a large table that has none. */
+INLINE int is_far(const Table *table) {
+    return table->bits || table->size * stride_of(table) > FAR_ROWS;
+}
+
+/* Ask for the codes of a row, or for the row itself. An address that is out of range is only a
+ * hint that is not followed. */
 INLINE void expect_row(const Table *table, int64_t row) {
-    /* An address that is out of range is only a hint that is not followed. */
-    PREFETCH((uintptr_t)table->codes + (((uintptr_t)row * table->bits * table->books) >> 3));
+    const int64_t stride = stride_of(table);
+    const uintptr_t from = (uintptr_t)table->words + (uintptr_t)row * stride;
+    if (table->bits)
+        PREFETCH((uintptr_t)table->codes + (((uintptr_t)row * table->bits * table->books) >> 3));
+    else
+        for (int64_t at = 0; at < stride; at += LINE) PREFETCH(from + at);
 }
 
 /* Ask for what the next ids need: codes, or the map of the tiers. */
 INLINE void expect_ids(const Plan *plan, const Ids *ids, int64_t from, int64_t to) {
     if (plan->tiers == 1)
-        for (int64_t i = from; i < to; i++) expect_row(plan->table, id_at(ids, i));
+        for (int64_t i = from; i < to && is_far(plan->table); i++)
+            expect_row(plan->table, id_at(ids, i));
     else if (!plan->runs)
         for (int64_t i = from; i < to; i++) {
             const int64_t block = id_at(ids, i) / BLOCK_ROWS;
@@ -111,7 +135,7 @@ INLINE int find_places(const Plan *plan, const Ids *ids, int64_t first, int64_t 
         const Table *table = plan->table;
         if (plan->tiers == 2) {
             if (!is_popular(plan, id, &row)) table++;
-            expect_row(table, row);
+            if (is_far(table)) expect_row(table, row);
         }
         if (table->one_row) row = 0;
         if (row < 0 || row >= table->rows) return 0; /* a map that contradicts the tables */
@@ -122,14 +146,6 @@ INLINE int find_places(const Plan *plan, const Ids *ids, int64_t first, int64_t 
 }
 
 /* ---- Words ---- */
-
-INLINE int64_t stride_of(const Table *table) {
-    switch (table->kind) {
-        case INT8: return table->width;
-        case FLOAT32: return table->width * 4;
-        default: return table->width * 2;
-    }
-}
 
 INLINE void put_scale(const Table *table, int64_t number, float *scale) {
     if (table->kind == INT8)
@@ -316,11 +332,14 @@ typedef struct {
     const Plan *plan;
     Ids ids, offsets; /* offsets from NULL: bags of `length` ids each */
     int64_t count, bags, length;
-    int64_t lines; /* of a block of columns, where codebooks are widened; else 0 */
+    /* Where codewords are in blocks of columns: lines of a block, and bytes from one codeword to
+     * the next, and from one block to the next of each tier. */
+    int64_t lines, step, block[2];
     int64_t zero_id; /* id that reads as zeros, or that bags leave out; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
     int mode;
     float *out;
+    int64_t pitch; /* entries from one row of the output to the next, of rows alone */
     /* of gradients and of tiers alone */
     const float *grad;
     int64_t skip_id;      /* id that passes no gradient, -1 for none */
@@ -336,7 +355,7 @@ INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
         if (!find_places(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
         for (int64_t j = 0; j < count; j++)
-            if (!decode(place + j, dim, job->out + (i + j) * dim)) return 1;
+            if (!decode(place + j, dim, job->out + (i + j) * job->pitch)) return 1;
     }
     return 0;
 }
@@ -477,7 +496,6 @@ DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end
  * whole cache lines and zeros after the last, about as small as the nearest cache. Ids
  * are taken in rounds: codes are read once, then the sums of each block of columns are made in
  * registers. */
-#define LINE 64 /* bytes of a cache line */
 #define LINE_LANES 16
 #define MOST_LINES 4
 #define NEAR_BYTES (72 << 10) /* of a block: some more than the nearest cache, for fewer passes */
@@ -646,7 +664,7 @@ INLINE int find_only(const Table *table, const int64_t *row, int64_t count, int6
 
 /* The codewords of `count` ids from number `first` on; 0 where there are none. */
 INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round) {
-    const int64_t stride = job->lines * LINE;
+    const int64_t stride = job->step;
     uint32_t *word = round->word;
     int fits = list_round(job, first, count, round);
     for (int64_t t = 0; t < job->plan->tiers && fits; t++) {
@@ -691,18 +709,21 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
     }
 }
 
+/* Codewords of a tier, of the block that begins with a column. */
+INLINE const char *words_at(const Job *job, int64_t tier, int64_t column) {
+    return (const char *)ADDRESS(job->plan->table[tier].words) +
+           column / (job->lines * LINE_LANES) * job->block[tier];
+}
+
 /* Sums of a block of columns for all ids of a round. */
 INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int lines, int half,
                         float *out, int64_t stride) {
     const uint32_t *word = round->word;
     for (int64_t t = 0; t < job->plan->tiers; t++) {
-        const Table *table = job->plan->table + t;
-        const int64_t block = (table->books * table->size + 1) * job->lines * LINE;
-        const char *words = (const char *)ADDRESS(table->words) +
-                            column / (job->lines * LINE_LANES) * block;
-        sum_round(word, round->at[t], round->count[t], table->books, words, lines, half, out,
-                  stride);
-        word += round->count[t] * table->books;
+        const int64_t books = job->plan->table[t].books;
+        sum_round(word, round->at[t], round->count[t], books, words_at(job, t, column), lines,
+                  half, out, stride);
+        word += round->count[t] * books;
     }
 }
 
@@ -736,13 +757,13 @@ INLINE void put_round(const Job *job, Round *round, int64_t first, int64_t count
     /* The last columns first: what they write after a row belongs to the first of the next. */
     for (int64_t column = (dim - 1) / columns * columns; column >= 0; column -= columns) {
         const int64_t width = dim - column < columns ? dim - column : columns;
-        float *const out = job->out + first * dim + column, *const sums = (float *)round->sums;
-        float *const to = direct ? out : sums;
-        const int64_t stride = direct ? dim : columns;
+        float *const out = job->out + first * job->pitch + column;
+        float *const sums = (float *)round->sums, *const to = direct ? out : sums;
+        const int64_t stride = direct ? job->pitch : columns;
 #define ROWS(lines, half) sum_columns(job, round, column, lines, half, to, stride)
         BY_LINES(halves_of(job, column), ROWS)
         for (int64_t i = 0; i < count && !direct; i++)
-            memcpy(out + i * dim, sums + i * columns, width * sizeof(float));
+            memcpy(out + i * job->pitch, sums + i * columns, width * sizeof(float));
     }
 }
 
@@ -750,6 +771,7 @@ DISPATCHED static int64_t wide_rows_part(const void *what, int64_t begin, int64_
     const Job *job = what;
     const Plan *plan = job->plan;
     const int64_t dim = plan->dim, step = ids_of_round(plan);
+    const int fits = (dim + LANES - 1) / LANES * LANES <= job->pitch;
     Round round;
     expect_round(job, begin, step, end);
     for (int64_t i = begin; i < end; i += step) {
@@ -757,8 +779,22 @@ DISPATCHED static int64_t wide_rows_part(const void *what, int64_t begin, int64_
         expect_round(job, next, step, end);
         if (!find_round(job, i, count, &round)) return 1;
         /* What follows the last row is another thread's, or nobody's. */
-        const int direct = dim % LANES == 0 || (plan->tiers == 1 && (end - next) * dim >= LANES);
+        const int direct = fits || (plan->tiers == 1 && (end - next) * dim >= LANES);
         put_round(job, &round, i, count, direct);
+    }
+    return 0;
+}
+
+/* Rows of a table that was unpacked. */
+DISPATCHED static int64_t copy_rows_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const int64_t rows = job->plan->rows, dim = job->plan->dim;
+    const char *all = ADDRESS(job->plan->table->words);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t id = id_at(&job->ids, i);
+        if (id < 0 || id >= rows) return 1;
+        memcpy(job->out + i * job->pitch, all + (id == job->zero_id ? rows : id) * job->step,
+               dim * sizeof(float));
     }
     return 0;
 }
@@ -856,12 +892,10 @@ INLINE int64_t add_round(const Job *job, const Round *round, int64_t first, int6
 /* As add_round, with sums of rows that stay in registers. */
 INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, int64_t last,
                              int64_t bag, int64_t column, int lines, int half) {
-    const Table *table = job->plan->table;
     const int64_t dim = job->plan->dim, most = lines * LINE_LANES + half * LANES;
-    const int64_t width = dim - column < most ? dim - column : most, books = table->books;
-    const int64_t block = (books * table->size + 1) * job->lines * LINE;
-    const char *words = (const char *)ADDRESS(table->words) +
-                        column / (job->lines * LINE_LANES) * block;
+    const int64_t width = dim - column < most ? dim - column : most;
+    const int64_t books = job->plan->table->books;
+    const char *words = words_at(job, 0, column);
     for (int64_t i = first, stop; i < last; i = stop) {
         while (offset_at(job, bag + 1) <= i) bag++;
         stop = offset_at(job, bag + 1) < last ? offset_at(job, bag + 1) : last;
@@ -1089,14 +1123,17 @@ static Memory *widen_plan(Job *job, Plan *plan, int64_t near) {
         Table *table = plan->table + t;
         widen_codebooks(table, lines, to);
         table->words = (int64_t)(uintptr_t)to;
-        to += (table->books * table->size + 1) * blocks * lines * LINE;
+        job->block[t] = (table->books * table->size + 1) * lines * LINE;
+        to += job->block[t] * blocks;
     }
     job->lines = lines;
+    job->step = lines * LINE;
     return memory;
 }
 
-/* Run a job on rows or bags, its codebooks widened where that pays. */
-static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
+/* Run a job with the codewords of each id, widened where that pays. */
+static int64_t run_words(Part part, Job *job, Plan *plan, int64_t total, int64_t step,
+                         int threads) {
     const int64_t near = part == bags_part && adds_codewords(job) ? BAG_BYTES : NEAR_BYTES;
     Memory *memory = should_widen(job) ? widen_plan(job, plan, near) : NULL;
     if (memory) part = part == rows_part ? wide_rows_part : wide_bags_part;
@@ -1105,11 +1142,71 @@ static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t s
     return failed;
 }
 
+/* Whether ids are so many for their table that all its rows are made first, each once. In halves
+ * of a codeword's addition, as measured: to read a row that is there costs `read`, to make one
+ * `write` besides its codewords. */
+static int should_unpack(const Job *job, int64_t read, int64_t write) {
+    const Plan *plan = job->plan;
+    int64_t rows = 0, words = 0;
+    if (job->mode == MAX || !plan->rows) return 0;
+    for (int64_t t = 0; t < plan->tiers; t++) {
+        rows += plan->table[t].rows;
+        words += plan->table[t].rows * plan->table[t].books;
+    }
+    if (plan->rows * plan->dim > MOST_UNPACKED / (int64_t)sizeof(float)) return 0;
+    return job->count / plan->rows * (2 * words - read * rows) > 2 * words + write * rows;
+}
+
+/* Make all rows of a job's plan, which consists of them from then on: codewords of one codebook,
+ * with zeros after the last. To be freed; NULL where there is no memory, or where codes are
+ * damaged, be it of rows that nobody asks for. */
+static void *unpack_plan(Job *job, Plan *plan, int threads) {
+    const int64_t rows = plan->rows, dim = plan->dim;
+    const int64_t lines = (dim + LINE_LANES - 1) / LINE_LANES, pitch = lines * LINE_LANES;
+    char *memory = malloc((rows + 1) * lines * LINE + LINE + rows * sizeof(int32_t));
+    if (!memory) return NULL;
+    float *out = (float *)(memory + LINE - (uintptr_t)memory % LINE);
+    int32_t *ids = (int32_t *)(out + (rows + 1) * pitch);
+    for (int64_t i = 0; i < rows; i++) {
+        ids[i] = (int32_t)i;
+        memset(out + i * pitch + dim, 0, (pitch - dim) * sizeof(float));
+    }
+    memset(out + rows * pitch, 0, lines * LINE);
+    Plan packed = *plan;
+    Job all = {.plan = &packed, .ids = {(const char *)ids, 0, 1}, .count = rows, .zero_id = -1};
+    all.out = out;
+    all.pitch = pitch;
+    if (run_words(rows_part, &all, &packed, rows, CHUNK, threads)) {
+        free(memory);
+        return NULL;
+    }
+    plan->tiers = 1;
+    plan->table[0] = (Table){.words = (int64_t)(uintptr_t)out, .rows = rows, .books = 1};
+    plan->table->size = rows;
+    plan->table->width = dim;
+    job->lines = lines < MOST_LINES ? lines : MOST_LINES;
+    job->step = lines * LINE;
+    job->block[0] = job->lines * LINE;
+    return memory;
+}
+
+/* Run a job on rows or bags, in the way that costs least. */
+static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
+    const int bags = part == bags_part, pays = should_unpack(job, bags ? 3 : 6, bags ? 8 : 10);
+    void *rows = pays ? unpack_plan(job, plan, threads) : NULL;
+    if (!rows) return run_words(part, job, plan, total, step, threads);
+    part = bags ? wide_bags_part : copy_rows_part;
+    const int64_t failed = run_parts(part, job, total, step, threads);
+    free(rows);
+    return failed;
+}
+
 int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t count,
                    int64_t zero_id, int64_t out, int threads) {
     Job job = {.plan = plan, .ids = {ADDRESS(ids), bytes == 8, stride}, .count = count};
     job.zero_id = zero_id;
     job.out = ADDRESS(out);
+    job.pitch = plan->dim;
     /* Too short for another Python thread to gain from the lock. */
     if (count <= CHUNK) return run_job(rows_part, &job, plan, count, CHUNK, 1);
     int64_t failed;
