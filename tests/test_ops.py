@@ -248,6 +248,47 @@ def test_first_and_second_derivative(shape, padding):
     assert gradgradcheck(lambda books: function(books).square(), (case.books,))
 
 
+#: Offsets, mode, whether ids have weights, and whether offsets end with the number of ids.
+BAGS = {
+    "2-D": (None, "sum", False, False),
+    "mean": (None, "mean", False, False),
+    "weights": (None, "sum", True, False),
+    "offsets": ([0, 0, 4], "sum", False, False),
+    "mean of offsets": ([0, 2, 2], "mean", False, False),
+    "weights of offsets": ([0, 1, 6], "sum", True, True),
+}
+
+
+def bag_arguments(case, kind):
+    """What comes before the codes, and what follows the shape of the table."""
+    offsets, mode, weighted, last = BAGS[kind]
+    ids = IDS if offsets is None else IDS.reshape(-1)
+    starts = None if offsets is None else torch.tensor(offsets)
+    weights = torch.linspace(-1, 2, 6, dtype=torch.float64).view(ids.shape)
+    return (ids, starts, weights.requires_grad_() if weighted else None), (mode, last)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("shape", KINDS)
+@pytest.mark.parametrize("kind", BAGS)
+def test_first_and_second_derivative_of_bags(shape, padding, kind):
+    case = Case(shape, padding=padding)
+    (ids, offsets, weights), (mode, last) = bag_arguments(case, kind)
+    layout = case.layout
+    table = (layout.num_embeddings, layout.embedding_dim, layout.bits, case.padding_idx)
+
+    def function(books, weights):
+        options = (*table, mode, last, False, torch.float64, "t")
+        return bag(ids, offsets, weights, case.codes, books, None, *options)
+
+    def square(books, weights):
+        return function(books, weights).square()
+
+    for made in (function, square):
+        assert gradcheck(made, (case.books, weights))
+        assert gradgradcheck(made, (case.books, weights))
+
+
 @pytest.mark.parametrize("shape", KINDS)
 def test_gradient_penalty(shape):
     """A second derivative as used in practice, against the reference."""
@@ -297,3 +338,18 @@ def test_opcheck_lookup_backward(shape, padding):
         torch.float64,
     )
     torch.library.opcheck(torch.ops.mec_embed.lookup_backward.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", KINDS)
+@pytest.mark.parametrize("kind", BAGS)
+def test_opcheck_bag_backward(shape, kind, dtype):
+    case = Case(shape, padding=True)
+    (ids, offsets, weights), options = bag_arguments(case, kind)
+    weights = None if weights is None else weights.detach().to(dtype).requires_grad_()
+    layout = case.layout
+    bags = 2 if offsets is None else len(offsets) - options[1]
+    grad = torch.randn(bags, layout.embedding_dim, dtype=dtype, requires_grad=True)
+    table = (layout.num_embeddings, layout.embedding_dim, layout.bits, case.padding_idx)
+    args = (grad, ids, offsets, weights, case.codes, *table, *options, *case.books.shape, dtype)
+    torch.library.opcheck(torch.ops.mec_embed.bag_backward.default, args)

@@ -116,6 +116,64 @@ def test_gradients_are_those_of_the_reference(
     )
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    layout=_layouts(),
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    kind=st.sampled_from(["2-D", "offsets", "last offset"]),
+    how=st.sampled_from(["sum", "mean", "weights"]),
+    padding=st.booleans(),
+    wide=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_gradients_of_bags_are_those_of_the_reference(
+    layout: CodeLayout,
+    lengths: list[int],
+    kind: str,
+    how: str,
+    padding: bool,
+    wide: bool,
+    dtype: torch.dtype,
+) -> None:
+    table = _table(layout)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    shape = (len(lengths), lengths[0]) if kind == "2-D" else (int(ends[-1]),)
+    ids = torch.randint(layout.num_embeddings, shape, dtype=torch.int64 if wide else torch.int32)
+    offsets = {"2-D": None, "offsets": ends[:-1], "last offset": ends}[kind]
+    grad = torch.randn(len(lengths), layout.embedding_dim).to(dtype)
+    arguments = (
+        ids,
+        offsets,
+        torch.randn(shape) if how == "weights" else None,
+        table.codes,
+        layout.num_embeddings,
+        layout.embedding_dim,
+        layout.bits,
+        layout.num_embeddings // 2 if padding else -1,
+        "mean" if how == "mean" else "sum",
+        kind == "last offset",
+        layout.num_subvectors,
+        layout.codebook_size,
+        layout.subvector_dim,
+        torch.float32,
+    )
+    torch.testing.assert_close(
+        cpu.bag_backward(grad, *arguments),
+        reference.bag_backward(grad.double(), *arguments),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("offsets", [[1, 5], [0, 5000], [0, -1], [0, 9, 4]])
+def test_gradients_of_bags_whose_offsets_do_not_fit(offsets: list[int]) -> None:
+    table, ids = _table(CodeLayout("additive", 300, 16, 2, 16)), torch.randint(300, (900,))
+    grad, starts = torch.ones(len(offsets), 16), torch.tensor(offsets)
+    layout = (300, 16, 4, -1, "sum", False, 2, 16, 16, torch.float32)
+    with pytest.raises((ValueError, IndexError), match="offsets"):
+        cpu.bag_backward(grad, ids, starts, None, table.codes, *layout)
+
+
 @pytest.fixture
 def threads() -> Any:
     before = torch.get_num_threads()

@@ -58,18 +58,16 @@ def main() -> None:
     """Parse the command line and run."""
     options = _parse()
     done = read_keys(options.out, _stage(options))
-    jobs = list(_jobs(options))
-    with tqdm(jobs, unit="run") as bar:
-        for (name, model, seed), group in itertools.groupby(bar, key=lambda job: job[:3]):
-            todo = [job[3:] for job in group if _key(job, options) not in done]
-            if not todo:
-                continue
+    jobs = [job for job in _jobs(options) if _key(job, options) not in done]
+    with tqdm(total=len(jobs), unit="run") as bar:
+        for (name, model, seed), group in itertools.groupby(jobs, key=lambda job: job[:3]):
             base = _base(name, model, options, seed)
             label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
             _record_base(options.out, base, label)
-            for method, ratio in todo:
+            for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
                 _run(options, base, label, method, ratio)
+                bar.update()
 
 
 def _parse() -> argparse.Namespace:

@@ -28,19 +28,22 @@ def main() -> None:
     parser.add_argument("--what", default="rows", choices=("rows", "bags"))
     parser.add_argument("--ids", default="uniform")
     parser.add_argument("--timing", default="graph", choices=("graph", "eager"))
+    parser.add_argument("--processor", default="", help="part of its name, where there are several")
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     options = parser.parse_args()
-    panels = read(options.file, options.what, options.ids, options.timing)
+    wanted = {"what": options.what, "ids": options.ids, "timing": options.timing}
+    panels = read(options.file, wanted, options.processor)
     sys.stdout.write(table(panels) + "\n")
     if options.plot:
         draw(panels, options.plot)
 
 
-def read(file: Path, what: str, ids: str, timing: str) -> Panels:
-    """The speeds of the file; on a CPU there is one timing only."""
+def read(file: Path, wanted: dict[str, str], processor: str = "") -> Panels:
+    """The speeds of the file that were measured so; on a CPU there is one timing only."""
     panels: Panels = defaultdict(lambda: defaultdict(dict))
     for row in lines.read(file):
-        if (row["what"], row["ids"], row.get("timing", timing)) == (what, ids, timing):
+        where = row.get("processor", row.get("device", ""))
+        if processor in where and wanted.items() <= (wanted | row).items():
             place = int(row["rows"]), int(row["dim"])
             panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
     return panels

@@ -335,14 +335,13 @@ typedef struct {
     /* Where codewords are in blocks of columns: lines of a block, and bytes from one codeword to
      * the next, and from one block to the next of each tier. */
     int64_t lines, step, block[2];
-    int64_t zero_id; /* id that reads as zeros, or that bags leave out; -1 for none */
+    int64_t zero_id; /* id that reads as zeros, is left out, or has no gradient; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
     int mode;
     float *out;
     int64_t pitch; /* entries from one row of the output to the next, of rows alone */
     /* of gradients and of tiers alone */
     const float *grad;
-    int64_t skip_id;      /* id that passes no gradient, -1 for none */
     uint8_t *flags;
     int64_t *places;
 } Job;
@@ -914,13 +913,19 @@ INLINE int adds_codewords(const Job *job) {
     return job->plan->tiers == 1 && !job->weights;
 }
 
+/* The ids of a bag that are not left out. */
+INLINE int64_t members_of(const Job *job, int64_t bag) {
+    int64_t members = 0;
+    for (int64_t i = offset_at(job, bag); i < offset_at(job, bag + 1); i++)
+        members += id_at(&job->ids, i) != job->zero_id;
+    return members;
+}
+
 /* Divide sums by the numbers of their ids. */
 INLINE void share_bags(const Job *job, int64_t begin, int64_t end) {
     const int64_t dim = job->plan->dim;
     for (int64_t bag = begin; bag < end; bag++) {
-        int64_t members = 0;
-        for (int64_t i = offset_at(job, bag); i < offset_at(job, bag + 1); i++)
-            members += id_at(&job->ids, i) != job->zero_id;
+        const int64_t members = members_of(job, bag);
         for (int64_t j = 0; j < dim && members > 1; j++)
             job->out[bag * dim + j] /= (float)members;
     }
@@ -967,17 +972,24 @@ DISPATCHED static int64_t wide_bags_part(const void *what, int64_t begin, int64_
 
 /* ---- Gradients ---- */
 
-/* Gradient of the codebooks begin..end: each is one thread's alone, and sums in the order of ids. */
-DISPATCHED static int64_t collect_part(const void *what, int64_t begin, int64_t end) {
-    const Job *job = what;
+/* Gradient of the codebooks begin..end from that of rows, or of bags: each is one thread's alone,
+ * and sums in the order of ids. */
+INLINE int64_t collect(const Job *job, int64_t begin, int64_t end, int of_bags) {
     const Table *table = job->plan->table;
     const int64_t dim = job->plan->dim, bits = table->bits, width = table->width;
     const uint64_t mask = ((uint64_t)1 << bits) - 1;
     const uint8_t *codes = ADDRESS(table->codes);
-    for (int64_t i = 0; i < job->count; i++) {
+    float share = 1.0f;
+    for (int64_t i = 0, bag = -1; i < job->count; i++) {
+        if (of_bags && (bag < 0 || offset_at(job, bag + 1) <= i)) {
+            do bag++;
+            while (offset_at(job, bag + 1) <= i);
+            if (job->mode == MEAN) share = 1.0f / (float)members_of(job, bag);
+        }
         const int64_t id = id_at(&job->ids, i);
-        if (id == job->skip_id) continue;
+        if (id == job->zero_id) continue;
         if (id < 0 || id >= table->rows) return 1;
+        if (job->weights) share = job->weights[i];
         for (int64_t m = begin; m < end; m++) {
             int64_t word = id;
             if (bits) {
@@ -985,12 +997,25 @@ DISPATCHED static int64_t collect_part(const void *what, int64_t begin, int64_t 
                 word = (int64_t)(load64(codes + (place >> 3)) >> (place & 7) & mask);
             }
             if (word >= table->size) return 1;
-            const float *from = job->grad + i * dim + (table->product ? m * width : 0);
+            const int64_t line = of_bags ? bag : i;
+            const float *from = job->grad + line * dim + (table->product ? m * width : 0);
             float *to = job->out + (m * table->size + word) * width;
-            for (int64_t j = 0; j < width; j++) to[j] += from[j];
+            if (of_bags)
+                for (int64_t j = 0; j < width; j++) to[j] += from[j] * share;
+            else
+                for (int64_t j = 0; j < width; j++) to[j] += from[j];
         }
     }
     return 0;
+}
+
+DISPATCHED static int64_t collect_part(const void *what, int64_t begin, int64_t end) {
+    return collect(what, begin, end, 0);
+}
+
+DISPATCHED static int64_t collect_bags_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    return !offsets_fit(job, 0, job->bags) || collect(job, begin, end, 1);
 }
 
 DISPATCHED static int64_t tiers_part(const void *what, int64_t begin, int64_t end) {
@@ -1226,20 +1251,26 @@ PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
         decode_ids(&plan, v[0], (int)v[1], 1, v[2], v[3], v[4], (int)v[5]));
 }
 
-/* plan, ids, bytes an id, count, id left out, offsets or 0, bytes an offset, bags, ids of a bag,
- * weights or 0, mode (0 sum, 1 mean, 2 max), out, threads
- * -> 0, or 1 where an id is no row, its codes are damaged, or offsets do not fit */
-PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long v[12];
-    Plan plan;
-    if (read_integers(args + 1, given - 1, 12, v) || read_plan(args[0], &plan)) return NULL;
-    Job job = {.plan = &plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
+/* A job on bags: ids, bytes an id, count, id left out, offsets or 0, bytes an offset, bags, ids of a
+ * bag, weights or 0, mode (0 sum, 1 mean, 2 max). */
+static Job read_bags(const Plan *plan, const long long *v) {
+    Job job = {.plan = plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
     job.zero_id = v[3];
     job.offsets = (Ids){ADDRESS(v[4]), v[5] == 8, 1};
     job.bags = v[6];
     job.length = v[7];
     job.weights = ADDRESS(v[8]);
     job.mode = (int)v[9];
+    return job;
+}
+
+/* plan, what read_bags takes, out, threads
+ * -> 0, or 1 where an id is no row, its codes are damaged, or offsets do not fit */
+PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long v[12];
+    Plan plan;
+    if (read_integers(args + 1, given - 1, 12, v) || read_plan(args[0], &plan)) return NULL;
+    Job job = read_bags(&plan, v);
     job.out = ADDRESS(v[10]);
     const int64_t each = job.bags ? job.count / job.bags + 1 : 1;
     int64_t failed;
@@ -1255,12 +1286,27 @@ PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Plan plan;
     if (read_integers(args + 1, given - 1, 7, v) || read_plan(args[0], &plan)) return NULL;
     Job job = {.plan = &plan, .ids = {ADDRESS(v[0]), v[1] == 8, 1}, .count = v[2]};
-    job.skip_id = v[3];
+    job.zero_id = v[3];
     job.grad = ADDRESS(v[4]);
     job.out = ADDRESS(v[5]);
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
     failed = run_parts(collect_part, &job, plan.table->books, 1, (int)v[6]);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(failed);
+}
+
+/* plan, what read_bags takes (but mode 2), grad of the bags, out (zeroed), threads -> as bags */
+PyObject *bags_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long v[13];
+    Plan plan;
+    if (read_integers(args + 1, given - 1, 13, v) || read_plan(args[0], &plan)) return NULL;
+    Job job = read_bags(&plan, v);
+    job.grad = ADDRESS(v[10]);
+    job.out = ADDRESS(v[11]);
+    int64_t failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = run_parts(collect_bags_part, &job, plan.table->books, 1, (int)v[12]);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(failed);
 }

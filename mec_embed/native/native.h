@@ -69,6 +69,7 @@ PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *bags_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *normal(PyObject *self, PyObject *const *args, Py_ssize_t given);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import struct
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -280,17 +280,43 @@ def bag(
     )
 
 
-def reduce_bags(
-    plan: bytes,
+class _Bags(NamedTuple):
+    """Bags as the kernel takes them; the tensors are contiguous."""
+
+    ids: Tensor
+    offsets: Tensor | None
+    weights: Tensor | None
+    mode: str
+    bags: int
+    length: int
+
+    def arguments(self, padding_idx: int) -> tuple[int, ...]:
+        """What ``read_bags`` of the kernel reads."""
+        ids, offsets, weights = self.ids, self.offsets, self.weights
+        return (
+            ids.data_ptr(),
+            ids.element_size(),
+            ids.numel(),
+            padding_idx,
+            0 if offsets is None else offsets.data_ptr(),
+            0 if offsets is None else offsets.element_size(),
+            self.bags,
+            self.length,
+            0 if weights is None else weights.data_ptr(),
+            _MODES[self.mode],
+        )
+
+
+def _bags_of(
     input: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    padding_idx: int,
     mode: str,
     include_last_offset: bool,
-) -> Tensor | None:
-    """Bags (bags, embedding_dim) float32 by the kernel; None for calls that it does not take."""
+) -> _Bags | None:
+    """The bags of a call; None for those that the kernel does not take."""
+    if input.dtype not in ID_DTYPES:
+        return None
     if per_sample_weights is not None and (
         mode != "sum"
         or per_sample_weights.dtype is not torch.float32
@@ -309,25 +335,89 @@ def reduce_bags(
         if bags < 1 or (include_last_offset and int(offsets[-1]) != input.numel()):
             return None
         offsets = offsets.contiguous()
-    ids = input.contiguous()
     weights = None if per_sample_weights is None else per_sample_weights.detach().contiguous()
-    out = ids.new_empty((bags, embedding_dim), dtype=torch.float32)
+    return _Bags(input.contiguous(), offsets, weights, mode, bags, length)
+
+
+def reduce_bags(
+    plan: bytes,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+) -> Tensor | None:
+    """Bags (bags, embedding_dim) float32 by the kernel; None for calls that it does not take."""
+    bags = _bags_of(input, offsets, per_sample_weights, mode, include_last_offset)
+    if bags is None:
+        return None
+    out = bags.ids.new_empty((bags.bags, embedding_dim), dtype=torch.float32)
     failed = kernel.bags(
         plan,
-        ids.data_ptr(),
-        ids.element_size(),
-        ids.numel(),
-        padding_idx,
-        0 if offsets is None else offsets.data_ptr(),
-        0 if offsets is None else offsets.element_size(),
-        bags,
-        length,
-        0 if weights is None else weights.data_ptr(),
-        _MODES[mode],
+        *bags.arguments(padding_idx),
         out.data_ptr(),
-        threads_for(ids.numel() * embedding_dim),
+        threads_for(bags.ids.numel() * embedding_dim),
     )
     return None if failed else out
+
+
+def bag_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim)."""
+    fields = bags = None
+    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    if kernel is not None and torch.float64 not in (dtype, grad.dtype):
+        fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
+        bags = _bags_of(input, offsets, per_sample_weights, mode, include_last_offset)
+    if fields is None or bags is None or grad.shape != (bags.bags, embedding_dim):
+        return reference.bag_backward(
+            grad,
+            input,
+            offsets,
+            per_sample_weights,
+            codes,
+            num_embeddings,
+            embedding_dim,
+            bits,
+            padding_idx,
+            mode,
+            include_last_offset,
+            num_subvectors,
+            codebook_size,
+            subvector_dim,
+            dtype,
+        )
+    lines = grad.float().contiguous()
+    failed = kernel.bags_gradient(
+        pack_plan(num_embeddings, embedding_dim, (fields,)),
+        *bags.arguments(padding_idx),
+        lines.data_ptr(),
+        total.data_ptr(),
+        threads_for(input.numel() * embedding_dim),
+    )
+    if failed:
+        # As the forward pass has refused all of this, there is no name to tell.
+        reference.check_offsets(offsets, "")
+        reference.check_ids(input, num_embeddings, "")
+        raise IndexError(f"offsets do not fit {input.numel()} ids, or codes are damaged")
+    return total.to(dtype)
 
 
 def tiers(
@@ -361,3 +451,4 @@ if available():
     LIBRARY.impl("lookup", lookup, "CPU")
     LIBRARY.impl("lookup_backward", lookup_backward, "CPU")
     LIBRARY.impl("bag", bag, "CPU")
+    LIBRARY.impl("bag_backward", bag_backward, "CPU")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack
-from .schema import LIBRARY
+from .schema import LIBRARY, owners
 
 
 def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
@@ -124,6 +124,42 @@ def lookup_backward(
     for m in range(num_subvectors):
         total.index_add_(0, flat[:, m], parts[:, m if parts.shape[1] > 1 else 0])
     return total.view(shape).to(dtype)
+
+
+def bag_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim)."""
+    ids = input.reshape(-1)
+    owner = owners(input, offsets, include_last_offset)
+    rows = grad[owner]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(-1, 1)
+    elif mode == "mean":
+        # Half precision does not count that far.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        kept = ids.ne(padding_idx).to(wide)
+        members = grad.new_zeros(len(grad), dtype=wide).index_add(0, owner, kept)
+        rows = rows * members.clamp(min=1).reciprocal().to(grad.dtype)[owner, None]
+    layout = (num_embeddings, embedding_dim, bits, padding_idx)
+    shape = (num_subvectors, codebook_size, subvector_dim)
+    # The operator: rows may have a faster way than bags.
+    found: Tensor = torch.ops.mec_embed.lookup_backward(rows, ids, codes, *layout, *shape, dtype)
+    return found
 
 
 def bag(
@@ -251,3 +287,4 @@ LIBRARY.impl("lookup", lookup, "CompositeExplicitAutograd")
 LIBRARY.impl("bag", bag, "CompositeExplicitAutograd")
 LIBRARY.impl("tiers", tiers, "CompositeExplicitAutograd")
 LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("bag_backward", bag_backward, "CompositeExplicitAutograd")

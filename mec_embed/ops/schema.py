@@ -28,6 +28,12 @@ LIBRARY.define(
     "-> Tensor"
 )
 LIBRARY.define(
+    "bag_backward(Tensor grad, Tensor input, Tensor? offsets, Tensor? per_sample_weights, "
+    "Tensor codes, int num_embeddings, int embedding_dim, int bits, int padding_idx, str mode, "
+    "bool include_last_offset, int num_subvectors, int codebook_size, int subvector_dim, "
+    "ScalarType dtype) -> Tensor"
+)
+LIBRARY.define(
     "tiers(Tensor input, Tensor starts, Tensor before, Tensor bitmap, int num_embeddings, "
     "str name) -> (Tensor, Tensor)"
 )
@@ -76,6 +82,7 @@ bag = torch.ops.mec_embed.bag
 #:     Whether each id is popular, bool, and its row within its tier, int64; both as ``input``.
 tiers = torch.ops.mec_embed.tiers
 _lookup_backward = torch.ops.mec_embed.lookup_backward
+_bag_backward = torch.ops.mec_embed.bag_backward
 
 
 @torch.library.register_fake("mec_embed::lookup", lib=LIBRARY)
@@ -143,6 +150,27 @@ def _(
     return grad.new_empty((num_subvectors, codebook_size, subvector_dim), dtype=dtype)
 
 
+@torch.library.register_fake("mec_embed::bag_backward", lib=LIBRARY)
+def _(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return grad.new_empty((num_subvectors, codebook_size, subvector_dim), dtype=dtype)
+
+
 #: Keep in a context what the derivative needs of inputs and output; gradients of the inputs.
 _Save = Callable[[Any, Sequence[Any], Tensor], None]
 _Differentiate = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
@@ -169,49 +197,69 @@ def _save_bag(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     rows, dim, bits, padding_idx, mode, include_last_offset, sparse, _, name = options
     ctx.save_for_backward(ids, offsets, weights, codes, codebooks, scales)
     ctx.layout = (rows, dim, bits, padding_idx)
-    ctx.bags = (mode, include_last_offset, output.shape[0])
+    ctx.bags = (mode, include_last_offset)
     ctx.sparse, ctx.name = sparse, name
 
 
 def _differentiate_bag(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ids, offsets, weights, codes, codebooks, scales = ctx.saved_tensors
-    mode, include_last_offset, bags = ctx.bags
-    padding_idx = ctx.layout[-1]
-    flat = ids.reshape(-1)
-    owner = _owners(ids, offsets, include_last_offset)
-    grad_rows = grad[owner]
+    bags = ids, offsets, weights
     grad_codebooks = grad_weights = None
     if ctx.needs_input_grad[4]:
-        if weights is not None:
-            shares = weights.reshape(-1, 1)
-        elif mode == "mean":
-            # Half precision does not count that far.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            kept = flat.ne(padding_idx).to(wide)
-            members = grad.new_zeros(bags, dtype=wide).index_add(0, owner, kept)
-            shares = members.clamp(min=1).reciprocal().to(grad.dtype)[owner, None]
-        else:
-            shares = None
-        rows = grad_rows if shares is None else grad_rows * shares
         shape = (*codebooks.shape, codebooks.dtype)
-        grad_codebooks = _lookup_backward(rows, flat, codes, *ctx.layout, *shape)
+        grad_codebooks = _bag_backward(grad, *bags, codes, *ctx.layout, *ctx.bags, *shape)
         if ctx.sparse:
             grad_codebooks = grad_codebooks.to_sparse(2)
     if ctx.needs_input_grad[2]:
-        options = (*ctx.layout, True, False, grad.dtype, ctx.name)
-        rows = lookup(flat, codes, codebooks, scales, *options)
-        kept = flat.ne(padding_idx)
-        grad_weights = ((rows * grad_rows).sum(1) * kept).view(weights.shape).to(weights.dtype)
+        table = codes, codebooks, scales, ctx.layout, ctx.name
+        grad_weights = _grad_weights(grad, *bags, ctx.bags[1], *table)
     return (None, None, grad_weights, None, grad_codebooks, *[None] * 10)
 
 
-def _owners(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+def _grad_weights(
+    grad: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor,
+    include_last_offset: bool,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    layout: tuple[int, int, int, int],
+    name: str,
+) -> Tensor:
+    """Gradient of the weights of ids: what each row adds to its bag, times that bag's gradient."""
+    flat = ids.reshape(-1)
+    rows = lookup(flat, codes, codebooks, scales, *layout, True, False, grad.dtype, name)
+    found = (rows * grad[owners(ids, offsets, include_last_offset)]).sum(1)
+    return (found * flat.ne(layout[-1])).view(weights.shape).to(weights.dtype)
+
+
+def owners(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
     """The bag (ids,) of each id."""
     place = torch.arange(ids.numel(), device=ids.device)
     if offsets is None:
         return place // max(1, ids.shape[1])
     starts = offsets[:-1] if include_last_offset else offsets
     return torch.searchsorted(starts.long().contiguous(), place, right=True) - 1
+
+
+def _save_bag_backward(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.layout, ctx.bags = inputs[5:9], inputs[9:11]
+
+
+def _differentiate_bag_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Linear in the gradient of the bags, as lookup_backward is in that of rows, and in weights.
+    given, ids, offsets, weights, codes = ctx.saved_tensors
+    bags, table = (ids, offsets, weights), (codes, grad, None)
+    grad_given = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        options = (*ctx.layout, *ctx.bags, False, given.dtype, "")
+        grad_given = bag(*bags, *table, *options)
+    if ctx.needs_input_grad[3]:
+        grad_weights = _grad_weights(given, *bags, ctx.bags[1], *table, ctx.layout, "")
+    return (grad_given, None, None, grad_weights, *[None] * 11)
 
 
 def _save_backward(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -260,8 +308,7 @@ def _register_autograd(
 
     def implementation(keyset: Any, *inputs: Any) -> Tensor:
         if torch.is_grad_enabled() and any(
-            inputs[number] is not None and inputs[number].requires_grad
-            for number in differentiable
+            inputs[number] is not None and inputs[number].requires_grad for number in differentiable
         ):
             output: Tensor = Function.apply(*inputs, keyset)
             return output
@@ -273,3 +320,4 @@ def _register_autograd(
 _register_autograd("lookup", (2,), _save_lookup, _differentiate_lookup)
 _register_autograd("bag", (2, 4), _save_bag, _differentiate_bag)
 _register_autograd("lookup_backward", (0,), _save_backward, _differentiate_backward)
+_register_autograd("bag_backward", (0, 3), _save_bag_backward, _differentiate_bag_backward)
