@@ -838,14 +838,15 @@ INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char 
     }
 }
 
-/* Add `count` rows to some columns of a bag. */
+/* Add `count` rows to some columns of a bag, or put their sum there where it is `fresh`. */
 INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const char *words,
-                     int64_t width, int lines, int half, float *out) {
+                     int64_t width, int lines, int half, int fresh, float *out) {
     const int once = lines > 2 ? 1 : lines > 1 ? 2 : 4;
     Line total[MOST_LINES];
     Floats rest;
-    float all[MOST_LINES * LINE_LANES];
-    memcpy(all, out, width * sizeof(float));
+    float all[MOST_LINES * LINE_LANES] = {0};
+    /* What was written in parts takes long to be read as a whole. */
+    if (!fresh) memcpy(all, out, width * sizeof(float));
     for (int v = 0; v < lines; v++) memcpy(&total[v], all + v * LINE_LANES, sizeof *total);
     if (half) memcpy(&rest, all + lines * LINE_LANES, sizeof rest);
     for (; count >= once; count -= once, word += once * books)
@@ -899,11 +900,12 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
         while (offset_at(job, bag + 1) <= i) bag++;
         stop = offset_at(job, bag + 1) < last ? offset_at(job, bag + 1) : last;
         const uint32_t *word = round->word + (i - first) * books;
+        const int fresh = offset_at(job, bag) == i;
         float *out = job->out + bag * dim + column;
         if (width == most)
-            add_rows(word, stop - i, books, words, most, lines, half, out);
+            add_rows(word, stop - i, books, words, most, lines, half, fresh, out);
         else
-            add_rows(word, stop - i, books, words, width, lines, half, out);
+            add_rows(word, stop - i, books, words, width, lines, half, fresh, out);
     }
     return bag;
 }
