@@ -196,14 +196,30 @@ class _Tiered(DecodedTable):
         return ops.cpu.pack_plan(self.num_embeddings, self.embedding_dim, tiers, tier_map)
 
     def _decode(self, ids: Tensor) -> Tensor:
-        popular, place = self.tier_map(ids, self.name)
-        head = self.head.decode(place.masked_fill(~popular, 0))
-        tail = self.tail.decode(place.masked_fill(popular, 0))
-        rows = torch.where(popular[..., None], head, tail)
-        if self.padding_idx is None:
-            return rows
-        padding = (ids == self.padding_idx)[..., None]
-        return torch.where(padding, 0 if self.zero_padding else rows.detach(), rows)
+        places, head, tail = self.tier_map, self.head, self.tail
+        return ops.tiered(
+            ids,
+            places.starts,
+            places.before,
+            places.bitmap,
+            head.codes,
+            head.codebooks,
+            head.codebook_set.scales,
+            tail.codes,
+            tail.codebooks,
+            tail.codebook_set.scales,
+            self.num_embeddings,
+            self.embedding_dim,
+            head.num_embeddings,
+            head.layout.bits,
+            tail.num_embeddings,
+            tail.layout.bits,
+            -1 if self.padding_idx is None else self.padding_idx,
+            self.zero_padding,
+            self.sparse,
+            head.output_dtype.dtype,
+            self.name,
+        )
 
 
 class TieredEmbedding(DecodedRows, _Tiered):

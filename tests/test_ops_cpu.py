@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tier_model import arguments_of
 from torch import Tensor
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
@@ -527,7 +528,8 @@ def test_tiers_are_read_in_one_pass(dtypes: str, tail: str, count: int, dim: int
     ids = torch.randint(1000, (count,))
     table = TieredEmbedding(tier_map, head, others, padding_idx=3)
     assert table._fast.rows(table, ids) is not None
-    assert torch.equal(table(ids), table._decode(ids))
+    expected = reference.tiered(*arguments_of(table, ids))
+    assert torch.equal(table(ids), expected) and torch.equal(table._decode(ids), expected)
     bags = ids.view(-1, 5)
     for mode in ("sum", "mean", "max"):
         bag = TieredEmbeddingBag(tier_map, head, others, padding_idx=3, mode=mode)

@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tier_model import arguments_of
 from torch import Tensor
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
 from mec_embed.ops import reference
 from mec_embed.packing import pack
-from mec_embed.tiers import TierMap
+from mec_embed.tiers import TieredEmbedding, TierMap
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 import triton.language as tl  # noqa: E402
@@ -395,6 +396,7 @@ def test_ids_out_of_range_are_the_nearest_row(kind: str) -> None:
     nearest = torch.tensor([0, 29, 29, 0, 29])
     assert torch.equal(kernels.lookup(*case.lookup(ids)), reference.lookup(*case.lookup(nearest)))
     grad = torch.randn(5, 6)
+    ids[0] = -2  # -1 is no id, and passes no gradient
     close(
         kernels.lookup_backward(*case.backward(ids, grad)),
         reference.lookup_backward(*case.backward(nearest, grad)),
@@ -495,6 +497,94 @@ def test_tiers_are_those_of_the_reference(
     assert all(torch.equal(one, other) for one, other in zip(outside, nearest, strict=True))
 
 
+#: Kind, codebooks, codewords of each and dtype of a tier.
+TIERS = {
+    "additive": ("additive", 3, 5, torch.float32),
+    "int8": ("additive", 9, 32, torch.int8),
+    "product": ("product", 3, 300, torch.float16),
+    "one row": ("shared", 1, 1, torch.float32),
+    "one int8 row": ("shared", 1, 1, torch.int8),
+    "rows": ("rows", 1, None, torch.bfloat16),
+}
+
+
+def in_tiers(
+    popular: Tensor, dim: int, head: str, tail: str, device: str = "cpu", **options: Any
+) -> TieredEmbedding:
+    """A table in tiers of these kinds, with random values."""
+    tiers = []
+    for seed, (name, count) in enumerate(
+        ((head, int(popular.sum())), (tail, int((~popular).sum())))
+    ):
+        kind, books, size, dtype = TIERS[name]
+        layout = CodeLayout(kind, count, dim, books, size or count, dtype)
+        tiers.append(Case(layout, seed=seed).table)
+    return TieredEmbedding(TierMap.of(popular), *tiers, **options).to(device)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(2, 400),
+    sort=st.booleans(),
+    dim=st.sampled_from([3, 12, 33, 48]),
+    head=st.sampled_from(["additive", "int8", "product", "rows"]),
+    tail=st.sampled_from(list(TIERS)),
+    shape=st.sampled_from([(), (0,), (7,), (3, 5), (400,)]),
+    wide=st.booleans(),
+    padding=st.booleans(),
+    zero=st.booleans(),
+    unpack=st.booleans(),
+)
+def test_rows_of_tiers_are_those_of_the_reference(
+    rows: int,
+    sort: bool,
+    dim: int,
+    head: str,
+    tail: str,
+    shape: Any,
+    wide: bool,
+    padding: bool,
+    zero: bool,
+    unpack: bool,
+) -> None:
+    popular = torch.rand(rows) < 0.3
+    popular[0], popular[-1] = True, False
+    popular = popular.sort(descending=True)[0] if sort else popular
+    options = {"padding_idx": rows // 2 if padding else None, "zero_padding": zero}
+    table = in_tiers(popular, dim, head, tail, **options)
+    ids = torch.randint(rows, shape, dtype=torch.int64 if wide else torch.int32)
+    arguments = arguments_of(table, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "UNPACK_LOOKUPS", 1 if unpack else 1 << 16)
+        found = kernels.tiered(*arguments)
+    assert torch.equal(found, reference.tiered(*arguments))
+
+
+def test_rows_of_tiers_out_of_range_are_the_nearest() -> None:
+    table = in_tiers(torch.arange(30) < 9, 12, "additive", "product")
+    ids = torch.tensor([-1, 30, 2**40, -(2**63)])
+    nearest = torch.tensor([0, 29, 29, 0])
+    expected = reference.tiered(*arguments_of(table, nearest))
+    assert torch.equal(kernels.tiered(*arguments_of(table, ids)), expected)
+
+
+@pytest.mark.parametrize("repeatable", [False, True])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_ids_that_pass_no_gradient(repeatable: bool, padding: int | None) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 3, 5), padding_idx=padding)
+    ids = torch.tensor([0, -1, 4, 29, -1]) if padding is None else torch.tensor([0, 4, 4, 29])
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        arguments = case.backward(ids)
+        found = kernels.lookup_backward(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(found, reference.lookup_backward(*arguments))
+    kept = ids != case.padding
+    same = case.backward(ids[kept], arguments[0][kept])
+    close(found, reference.lookup_backward(*same))
+
+
 def test_runs_that_do_not_start_at_the_first_row_are_not_read_before_their_start() -> None:
     starts, empty = torch.tensor([99, 5])[1:], torch.zeros(0, dtype=torch.uint8)
     arguments = (torch.tensor([2]), starts, torch.tensor([0]), empty, 9, "t")
@@ -533,7 +623,7 @@ def test_what_the_kernels_cannot_do_goes_to_the_reference(launched: list[str]) -
     assert not launched
 
 
-@pytest.mark.parametrize("name", ["lookup", "lookup_backward", "bag", "tiers"])
+@pytest.mark.parametrize("name", ["lookup", "lookup_backward", "bag", "tiers", "tiered"])
 def test_each_operator_is_registered_with_the_arguments_of_its_schema(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,6 +711,9 @@ def launches(name: str) -> list[tuple[Any, ...]]:
         for popular in maps if name == "additive" else ():
             tier_map = TierMap.of(popular)
             gpu.tiers(ids, tier_map.starts, tier_map.before, tier_map.bitmap, 300, "t")
+            for tail in TIERS:
+                table = in_tiers(popular, 48, "int8", tail, padding_idx=0)
+                gpu.tiered(*arguments_of(table, ids))
     return found
 
 
@@ -756,6 +849,25 @@ def test_gpu_tiers() -> None:
         arguments = (ids, tier_map.starts, tier_map.before, tier_map.bitmap, 1000, "t")
         pairs = zip(ops.tiers(*arguments), reference.tiers(*arguments), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tail", TIERS)
+@pytest.mark.parametrize("count", [9, 100_000])
+def test_gpu_rows_of_tiers(tail: str, count: int) -> None:
+    popular = torch.rand(3000) < 0.3
+    table = in_tiers(popular, 48, "additive", tail, "cuda", padding_idx=7)
+    ids = torch.randint(3000, (count,), device="cuda")
+    out, expected = table(ids), reference.tiered(*arguments_of(table, ids))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    books = [tier.codebooks for tier in table.tiers if tier.codebooks.requires_grad]
+    factor = torch.randn_like(out)
+    for one, other in zip(
+        torch.autograd.grad((out * factor).sum(), books),
+        torch.autograd.grad((expected * factor).sum(), books),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
 @needs_gpu

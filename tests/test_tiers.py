@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tier_model import FEW, TIERED, Shop, config, counts, ids, shop
+from tier_model import FEW, TIERED, Shop, arguments_of, config, counts, ids, shop
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
 
 from mec_embed import (
     CodeLayout,
@@ -21,6 +22,7 @@ from mec_embed import (
     decompress,
     distill,
     keep_row_steps,
+    ops,
     plan,
 )
 from mec_embed.packing import pack
@@ -230,6 +232,31 @@ def test_padding_passes_no_gradient(padding_idx: int, zero: bool) -> None:
     assert all(tier.codebooks.grad.eq(0).all() for tier in module.tiers)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 0, 7])
+@pytest.mark.parametrize("kinds", [("additive", "product"), ("product", "shared")], ids=str)
+def test_first_and_second_derivative(kinds, padding_idx) -> None:
+    module = tiered(kinds=kinds, dtype=torch.float64, padding_idx=padding_idx)
+    books = [tier.codebooks.detach().requires_grad_() for tier in module.tiers]
+
+    def function(*books: torch.Tensor) -> torch.Tensor:
+        return ops.tiered(*arguments_of(module, IDS, *books))
+
+    def square(*books: torch.Tensor) -> torch.Tensor:
+        return function(*books).square()
+
+    for made in (function, square):
+        assert gradcheck(made, books)
+        assert gradgradcheck(made, books)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("popular", [POPULAR, torch.arange(60) < 9], ids=["bitmap", "runs"])
+@pytest.mark.parametrize("kinds", [("additive", "product"), ("product", "shared")], ids=str)
+def test_opcheck_tiered(kinds, popular, dtype) -> None:
+    module = tiered(kinds=kinds, popular=popular, dtype=dtype, padding_idx=7)
+    torch.library.opcheck(torch.ops.mec_embed.tiered.default, arguments_of(module, IDS))
+
+
 def test_sparse_tables_get_sparse_gradients() -> None:
     module = tiered(sparse=True)
     module(IDS).sum().backward()
@@ -357,7 +384,7 @@ def test_export(case) -> None:
     module, args = COMPILED[case]()
     exported = torch.export.export(nn.Sequential(module), args)
     assert torch.equal(exported.module()(*args), module(*args))
-    assert any("mec_embed.tiers" in str(node.target) for node in exported.graph.nodes)
+    assert any("mec_embed.tiered" in str(node.target) for node in exported.graph.nodes)
 
 
 # --- compress() ---------------------------------------------------------------------------------

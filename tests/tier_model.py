@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
-from mec_embed import CompressionConfig, CompressionReport, compress
+from mec_embed import CompressionConfig, CompressionReport, compress, ops
 
 ROWS, FEW = 4000, 1500
 #: Tables that go into tiers, each once.
@@ -64,3 +65,20 @@ def ids(batch: int = 200, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(ROWS, (batch, 3), generator=generator)
     return drawn.masked_fill(torch.rand(batch, 3, generator=generator) < 0.05, 0)
+
+
+def arguments_of(module: Any, ids: Tensor, *books: Tensor) -> tuple[Any, ...]:
+    """Those of the operator, for a lookup by a module in tiers; ``books`` are other codebooks."""
+    found: list[tuple[Any, ...]] = []
+
+    def take(*arguments: Any) -> Tensor:
+        found.append(arguments)
+        return torch.empty(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "tiered", take)
+        module._decode(ids)
+    (arguments,) = found
+    if books:
+        arguments = (*arguments[:5], books[0], *arguments[6:8], books[1], *arguments[9:])
+    return arguments

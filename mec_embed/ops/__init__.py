@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 from . import cpu, fast, reference, schema
-from .schema import bag, lookup, tiers
+from .schema import bag, lookup, tiered, tiers
 
-__all__ = ["backends", "bag", "cpu", "fast", "lookup", "reference", "schema", "tiers"]
+__all__ = ["backends", "bag", "cpu", "fast", "lookup", "reference", "schema", "tiered", "tiers"]
 
 
 def _import_gpu() -> ModuleType | None:

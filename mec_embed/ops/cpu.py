@@ -162,20 +162,92 @@ def lookup(
             dtype,
             name,
         )
+    plan = pack_plan(num_embeddings, embedding_dim, (fields,))
+    zero_id = padding_idx if zero_padding else -1
+    out = _rows(plan, input, embedding_dim, zero_id)
+    if out is None:
+        _refuse(input, num_embeddings, name)
+    return out.to(dtype)
+
+
+def _rows(plan: bytes, input: Tensor, embedding_dim: int, zero_id: int) -> Tensor | None:
+    """Rows (*input.shape, embedding_dim) float32 of a plan; None where ids or codes are bad."""
     ids = input.contiguous()
     out = torch.empty((*input.shape, embedding_dim), dtype=torch.float32)
     failed = kernel.rows(
-        pack_plan(num_embeddings, embedding_dim, (fields,)),
+        plan,
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
-        padding_idx if zero_padding else -1,
+        zero_id,
         out.data_ptr(),
         threads_for(out.numel()),
     )
-    if failed:
-        _refuse(input, num_embeddings, name)
-    return out if dtype is torch.float32 else out.to(dtype)
+    return None if failed else out
+
+
+def tiered(
+    input: Tensor,
+    starts: Tensor,
+    before: Tensor,
+    bitmap: Tensor,
+    head_codes: Tensor,
+    head_codebooks: Tensor,
+    head_scales: Tensor | None,
+    tail_codes: Tensor,
+    tail_codebooks: Tensor,
+    tail_scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    head_rows: int,
+    head_bits: int,
+    tail_rows: int,
+    tail_bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.tiered`."""
+    head = tail = tier_map = None
+    if kernel is not None and dtype is not torch.float64 and input.dtype in ID_DTYPES:
+        # All rows of a tier may be one.
+        shape = head_rows, embedding_dim, head_bits, not head_bits and head_codebooks.shape[1] == 1
+        head = table_fields(head_codes, head_codebooks, head_scales, *shape)
+        shape = tail_rows, embedding_dim, tail_bits, not tail_bits and tail_codebooks.shape[1] == 1
+        tail = table_fields(tail_codes, tail_codebooks, tail_scales, *shape)
+        tier_map = map_fields(starts, before, bitmap, num_embeddings)
+    out = None
+    if head is not None and tail is not None and tier_map is not None:
+        plan = pack_plan(num_embeddings, embedding_dim, (head, tail), tier_map)
+        out = _rows(plan, input, embedding_dim, padding_idx if zero_padding else -1)
+    if out is None:
+        # It also says what is wrong with ids, codes or the map.
+        return reference.tiered(
+            input,
+            starts,
+            before,
+            bitmap,
+            head_codes,
+            head_codebooks,
+            head_scales,
+            tail_codes,
+            tail_codebooks,
+            tail_scales,
+            num_embeddings,
+            embedding_dim,
+            head_rows,
+            head_bits,
+            tail_rows,
+            tail_bits,
+            padding_idx,
+            zero_padding,
+            sparse,
+            dtype,
+            name,
+        )
+    return out.to(dtype)
 
 
 def lookup_backward(
@@ -448,6 +520,7 @@ def tiers(
 
 if available():
     LIBRARY.impl("tiers", tiers, "CPU")
+    LIBRARY.impl("tiered", tiered, "CPU")
     LIBRARY.impl("lookup", lookup, "CPU")
     LIBRARY.impl("lookup_backward", lookup_backward, "CPU")
     LIBRARY.impl("bag", bag, "CPU")

@@ -240,6 +240,90 @@ def _rows_kernel(
 
 
 @triton.jit
+def _tiered_kernel(
+    ids: tl.tensor,
+    popular: tl.tensor,
+    place: tl.tensor,
+    head_codes: tl.tensor,
+    head_books: tl.tensor,
+    head_scales: tl.tensor,
+    tail_codes: tl.tensor,
+    tail_books: tl.tensor,
+    tail_scales: tl.tensor,
+    out: tl.tensor,
+    lines: tl.int64,
+    rows: tl.int64,
+    head_rows: tl.int64,
+    head_size: tl.int64,
+    tail_rows: tl.int64,
+    tail_size: tl.int64,
+    zero_id: tl.int64,
+    HEAD_PARTS: tl.constexpr,
+    HEAD_SUMMED: tl.constexpr,
+    HEAD_BITS: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
+    HEAD_ALIGNED: tl.constexpr,
+    HEAD_EXACT: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    TAIL_PARTS: tl.constexpr,
+    TAIL_SUMMED: tl.constexpr,
+    TAIL_BITS: tl.constexpr,
+    TAIL_GROUP: tl.constexpr,
+    TAIL_ALIGNED: tl.constexpr,
+    TAIL_EXACT: tl.constexpr,
+    TAIL_WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    line, column = _chunks(DIM, CHUNKS, VECTOR)
+    inside = line < lines
+    known = tl.load(popular + line, mask=inside, other=0) != 0
+    own = tl.maximum(tl.load(place + line, mask=inside, other=0), 0)
+    # Both tiers are decoded, the one that an id is not of at its first row, which is cached.
+    one = _decode(
+        head_codes,
+        head_books,
+        head_scales,
+        tl.where(known, tl.minimum(own, head_rows - 1), 0),
+        column // HEAD_WIDTH,
+        column % HEAD_WIDTH,
+        head_size,
+        HEAD_PARTS,
+        HEAD_SUMMED,
+        HEAD_BITS,
+        HEAD_GROUP,
+        HEAD_ALIGNED,
+        HEAD_EXACT,
+        HEAD_WIDTH,
+        CHUNKS,
+        VECTOR,
+    )
+    other = _decode(
+        tail_codes,
+        tail_books,
+        tail_scales,
+        tl.where(known, 0, tl.minimum(own, tail_rows - 1)),
+        column // TAIL_WIDTH,
+        column % TAIL_WIDTH,
+        tail_size,
+        TAIL_PARTS,
+        TAIL_SUMMED,
+        TAIL_BITS,
+        TAIL_GROUP,
+        TAIL_ALIGNED,
+        TAIL_EXACT,
+        TAIL_WIDTH,
+        CHUNKS,
+        VECTOR,
+    )
+    wanted = _read_ids(ids, line, inside, rows) != zero_id
+    tile = tl.where(known[:, None], one, other)
+    entries = out + (line * DIM + column)[:, None] + tl.arange(0, VECTOR)[None, :]
+    tl.store(entries, tl.where(wanted[:, None], tile, 0), mask=inside[:, None])
+
+
+@triton.jit
 def _chunks(
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -478,7 +562,8 @@ def _add_kernel(
     inside = line < lines
     row = _read_ids(ids, line // PARTS, inside, rows)
     place = column[:, None] + tl.arange(0, VECTOR)[None, :]
-    wanted = (inside & (row != padding))[:, None]
+    given = tl.load(ids + line // PARTS, mask=inside, other=0).to(tl.int64) != padding
+    wanted = (inside & given & (row != padding))[:, None]
     entries = grad + (line * WIDTH)[:, None] + place
     tile = tl.load(entries, mask=wanted, other=0).to(tl.float32)
     first = tl.program_id(0) % copies * (PARTS * SUMMED) * size
@@ -513,8 +598,9 @@ def _keys_kernel(
     inside = place < count
     row = _read_ids(ids, place, inside, rows)
     code = _code(codes, row, book, size, BOOKS, BITS, ALIGNED, EXACT).to(tl.int64)
-    # Padding passes no gradient: it sorts behind all codewords.
-    code = tl.where(row == padding, size, code)
+    # What passes no gradient sorts behind all codewords.
+    given = tl.load(ids + place, mask=inside, other=0).to(tl.int64) != padding
+    code = tl.where(given & (row != padding), code, size)
     tl.store(keys + book * count + place, code, mask=inside)
 
 
@@ -698,6 +784,10 @@ class _Table(NamedTuple):
         shape = {"PARTS": self.parts, "SUMMED": summed, "WIDTH": self.width}
         return {**shape, **self.code_constants()}
 
+    def row_constants(self) -> dict[str, int]:
+        """What kernels are compiled for, to decode a row."""
+        return {**self.constants(), "GROUP": self.group()}
+
     def chunks(self, lines: int, chunks: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
         """The grid for all chunks of ``lines`` codewords, and what says how many a program does."""
         vector = math.gcd(self.width, 4)
@@ -781,8 +871,7 @@ def lookup(
         table.rows,
         table.size,
         padding_idx if zero_padding else -1,
-        GROUP=table.group(),
-        **table.constants(),
+        **table.row_constants(),
         **tile,
     )
     return out
@@ -857,8 +946,7 @@ def bag(
         *tables,
         *ends,
         MEAN=mean,
-        GROUP=table.group(),
-        **table.constants(),
+        **table.row_constants(),
         **tile,
     )
     return out
@@ -1058,6 +1146,95 @@ def _sum_sorted(
     return out
 
 
+def tiered(
+    input: Tensor,
+    starts: Tensor,
+    before: Tensor,
+    bitmap: Tensor,
+    head_codes: Tensor,
+    head_codebooks: Tensor,
+    head_scales: Tensor | None,
+    tail_codes: Tensor,
+    tail_codebooks: Tensor,
+    tail_scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    head_rows: int,
+    head_bits: int,
+    tail_rows: int,
+    tail_bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.tiered`."""
+    head = _Table(head_codes, head_rows, embedding_dim, head_bits, *head_codebooks.shape)
+    tail = _Table(tail_codes, tail_rows, embedding_dim, tail_bits, *tail_codebooks.shape)
+    if (
+        not _takes(head, input, head_codebooks, head_scales)
+        or not _takes(tail, input, tail_codebooks, tail_scales)
+        or not _takes_books(head_codebooks, head_scales, dtype)
+        or not _takes_books(tail_codebooks, tail_scales, dtype)
+        or not _takes_map(input, starts, before, bitmap, num_embeddings)
+    ):
+        return reference.tiered(
+            input,
+            starts,
+            before,
+            bitmap,
+            head_codes,
+            head_codebooks,
+            head_scales,
+            tail_codes,
+            tail_codebooks,
+            tail_scales,
+            num_embeddings,
+            embedding_dim,
+            head_rows,
+            head_bits,
+            tail_rows,
+            tail_bits,
+            padding_idx,
+            zero_padding,
+            sparse,
+            dtype,
+            name,
+        )
+    out = head_codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
+    if not out.numel():
+        return out
+    popular, place = tiers(input, starts, before, bitmap, num_embeddings, name)
+    vector = math.gcd(head.width, tail.width, 4)
+    _launch(
+        _tiered_kernel,
+        (_blocks(out.numel() // vector, CHUNKS),),
+        input.contiguous(),
+        popular,
+        place,
+        head_codes,
+        *_unpacked(head_codebooks, head_scales, input.numel()),
+        tail_codes,
+        *_unpacked(tail_codebooks, tail_scales, input.numel()),
+        out,
+        input.numel(),
+        num_embeddings,
+        head.rows,
+        head.size,
+        tail.rows,
+        tail.size,
+        padding_idx if zero_padding else -1,
+        DIM=embedding_dim,
+        CHUNKS=CHUNKS,
+        VECTOR=vector,
+        num_warps=CHUNK_WARPS,
+        **{f"HEAD_{key}": value for key, value in head.row_constants().items()},
+        **{f"TAIL_{key}": value for key, value in tail.row_constants().items()},
+    )
+    return out
+
+
 def tiers(
     input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
 ) -> tuple[Tensor, Tensor]:
@@ -1129,3 +1306,4 @@ def register() -> None:
     LIBRARY.impl("lookup_backward", lookup_backward, "CUDA")
     LIBRARY.impl("bag", bag, "CUDA")
     LIBRARY.impl("tiers", tiers, "CUDA")
+    LIBRARY.impl("tiered", tiered, "CUDA")

@@ -115,10 +115,10 @@ def lookup_backward(
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
     ids = input.reshape(-1).long()
     shape = torch.Size((num_subvectors, codebook_size, subvector_dim))
-    flat = _flat_codes(ids, codes, bits, shape)
+    skipped = ids == padding_idx
+    flat = _flat_codes(ids.masked_fill(skipped, 0), codes, bits, shape)
     rows = grad.reshape(-1, embedding_dim).to(_compute_dtype(dtype))
-    if padding_idx >= 0:
-        rows = rows.masked_fill((ids == padding_idx)[:, None], 0)
+    rows = rows.masked_fill(skipped[:, None], 0)
     total = rows.new_zeros(num_subvectors * codebook_size, subvector_dim)
     parts = rows.view(len(ids), embedding_dim // subvector_dim, subvector_dim)
     for m in range(num_subvectors):
@@ -254,6 +254,49 @@ def tiers(
     return popular.view(input.shape), place.view(input.shape)
 
 
+def tiered(
+    input: Tensor,
+    starts: Tensor,
+    before: Tensor,
+    bitmap: Tensor,
+    head_codes: Tensor,
+    head_codebooks: Tensor,
+    head_scales: Tensor | None,
+    tail_codes: Tensor,
+    tail_codebooks: Tensor,
+    tail_scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    head_rows: int,
+    head_bits: int,
+    tail_rows: int,
+    tail_bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """See :data:`mec_embed.ops.schema.tiered`."""
+    popular, place = torch.ops.mec_embed.tiers(input, starts, before, bitmap, num_embeddings, name)
+    options = (-1, False, sparse, dtype, name)
+    found = []
+    for others, codes, books, scales, rows, bits in (
+        (~popular, head_codes, head_codebooks, head_scales, head_rows, head_bits),
+        (popular, tail_codes, tail_codebooks, tail_scales, tail_rows, tail_bits),
+    ):
+        own = place.masked_fill(others, 0)
+        if not bits and books.shape[1] == 1:
+            own, rows = own.clamp(max=0), 1
+        # The operator: it may have a faster way.
+        table = (codes, books, scales, rows, embedding_dim, bits)
+        found.append(torch.ops.mec_embed.lookup(own, *table, *options))
+    out = torch.where(popular[..., None], found[0], found[1])
+    if padding_idx >= 0 and zero_padding:
+        out = out.masked_fill((input == padding_idx)[..., None], 0)
+    return out
+
+
 def _tiers_by_runs(ids: Tensor, starts: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Runs of rows are popular and unpopular in turn, the first is popular (and may be empty)."""
     run = (ids[..., None] >= starts).sum(-1) - 1
@@ -288,3 +331,4 @@ LIBRARY.impl("bag", bag, "CompositeExplicitAutograd")
 LIBRARY.impl("tiers", tiers, "CompositeExplicitAutograd")
 LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("bag_backward", bag_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("tiered", tiered, "CompositeExplicitAutograd")

@@ -37,6 +37,13 @@ LIBRARY.define(
     "tiers(Tensor input, Tensor starts, Tensor before, Tensor bitmap, int num_embeddings, "
     "str name) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "tiered(Tensor input, Tensor starts, Tensor before, Tensor bitmap, Tensor head_codes, "
+    "Tensor head_codebooks, Tensor? head_scales, Tensor tail_codes, Tensor tail_codebooks, "
+    "Tensor? tail_scales, int num_embeddings, int embedding_dim, int head_rows, int head_bits, "
+    "int tail_rows, int tail_bits, int padding_idx, bool zero_padding, bool sparse, "
+    "ScalarType dtype, str name) -> Tensor"
+)
 
 #: Decode rows of a compressed table.
 #:
@@ -81,6 +88,21 @@ bag = torch.ops.mec_embed.bag
 #: Returns:
 #:     Whether each id is popular, bool, and its row within its tier, int64; both as ``input``.
 tiers = torch.ops.mec_embed.tiers
+#: Decode rows of a table in two tiers.
+#:
+#: Args:
+#:     starts, before, bitmap: the map of the tiers, see :data:`tiers`.
+#:     head_codes, head_codebooks, head_scales, head_bits: of the popular rows, of which there are
+#:         ``head_rows``; of the others with ``tail`` instead. See :data:`lookup`; one codeword and
+#:         no codes: all rows of the tier are that one.
+#:     input, num_embeddings, embedding_dim, padding_idx, zero_padding, sparse, dtype, name: see
+#:         :data:`lookup`.
+#:
+#: Returns:
+#:     (*input.shape, embedding_dim) of ``dtype``.
+tiered = torch.ops.mec_embed.tiered
+#: Gradient of the codebooks, from that of rows (*input.shape, embedding_dim); ids that are
+#: ``padding_idx``, be it -1, pass none.
 _lookup_backward = torch.ops.mec_embed.lookup_backward
 _bag_backward = torch.ops.mec_embed.bag_backward
 
@@ -169,6 +191,33 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return grad.new_empty((num_subvectors, codebook_size, subvector_dim), dtype=dtype)
+
+
+@torch.library.register_fake("mec_embed::tiered", lib=LIBRARY)
+def _(
+    input: Tensor,
+    starts: Tensor,
+    before: Tensor,
+    bitmap: Tensor,
+    head_codes: Tensor,
+    head_codebooks: Tensor,
+    head_scales: Tensor | None,
+    tail_codes: Tensor,
+    tail_codebooks: Tensor,
+    tail_scales: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    head_rows: int,
+    head_bits: int,
+    tail_rows: int,
+    tail_bits: int,
+    padding_idx: int,
+    zero_padding: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    return head_codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
 
 
 #: Keep in a context what the derivative needs of inputs and output; gradients of the inputs.
@@ -262,6 +311,35 @@ def _differentiate_bag_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     return (grad_given, None, None, grad_weights, *[None] * 11)
 
 
+def _save_tiered(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ids, *places, head_codes, head, _, tail_codes, tail, _ = inputs[:10]
+    rows, dim, head_rows, head_bits, tail_rows, tail_bits, padding_idx, _, sparse, _, name = inputs[
+        10:
+    ]
+    ctx.save_for_backward(ids, *places, head_codes, tail_codes)
+    ctx.layouts = (
+        (head_rows, dim, head_bits, -1, *head.shape, head.dtype),
+        (tail_rows, dim, tail_bits, -1, *tail.shape, tail.dtype),
+    )
+    ctx.rows, ctx.padding_idx, ctx.sparse, ctx.name = rows, padding_idx, sparse, name
+
+
+def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ids, starts, before, bitmap, *codes = ctx.saved_tensors
+    popular, place = tiers(ids, starts, before, bitmap, ctx.rows, ctx.name)
+    padding = ids == ctx.padding_idx
+    grads: list[Tensor | None] = [None, None]
+    for tier, others in enumerate((~popular, popular)):
+        if not ctx.needs_input_grad[(5, 8)[tier]]:
+            continue
+        _, _, bits, _, _, size, *_ = ctx.layouts[tier]
+        own = place.clamp(max=0) if not bits and size == 1 else place
+        own = own.masked_fill(others | padding, -1)
+        found = _lookup_backward(grad, own, codes[tier], *ctx.layouts[tier])
+        grads[tier] = found.to_sparse(2) if ctx.sparse else found
+    return (*[None] * 5, grads[0], None, None, grads[1], *[None] * 12)
+
+
 def _save_backward(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     grad, ids, codes, rows, dim, bits, padding_idx, *_ = inputs
     ctx.save_for_backward(ids, codes)
@@ -273,8 +351,11 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     # The gradient of the codebooks is linear in the gradient of the rows; its transpose is the
     # lookup itself, with the padding row (which passes no gradient) as zero.
     ids, codes = ctx.saved_tensors
-    rows = lookup(ids, codes, grad, None, *ctx.layout, True, False, ctx.dtype, "")
-    return (rows, *[None] * 10)
+    *layout, padding_idx = ctx.layout
+    skipped = ids == padding_idx
+    table = (codes, grad, None, *layout, -1, False)
+    rows = lookup(ids.masked_fill(skipped, 0), *table, False, ctx.dtype, "")
+    return (rows.masked_fill(skipped[..., None], 0), *[None] * 10)
 
 
 def _register_autograd(
@@ -319,5 +400,6 @@ def _register_autograd(
 
 _register_autograd("lookup", (2,), _save_lookup, _differentiate_lookup)
 _register_autograd("bag", (2, 4), _save_bag, _differentiate_bag)
+_register_autograd("tiered", (5, 8), _save_tiered, _differentiate_tiered)
 _register_autograd("lookup_backward", (0,), _save_backward, _differentiate_backward)
 _register_autograd("bag_backward", (0, 3), _save_bag_backward, _differentiate_bag_backward)
