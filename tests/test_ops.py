@@ -289,6 +289,14 @@ def test_first_and_second_derivative_of_bags(shape, padding, kind):
         assert gradgradcheck(made, (case.books, weights))
 
 
+def test_nodes_of_the_graph_are_named_by_their_operator():
+    """Profiles and errors of autograd have this name only."""
+    case = Case("additive")
+    (grad,) = torch.autograd.grad(case.lookup(IDS).square().sum(), case.books, create_graph=True)
+    assert case.lookup(IDS).grad_fn.name() == "mec_embed_lookupBackward"
+    assert grad.grad_fn.name() == "mec_embed_lookup_backwardBackward"
+
+
 @pytest.mark.parametrize("shape", KINDS)
 def test_gradient_penalty(shape):
     """A second derivative as used in practice, against the reference."""

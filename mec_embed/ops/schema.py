@@ -373,25 +373,24 @@ def _register_autograd(
             output: Tensor = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
         return output
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs_and_keyset: Any) -> Tensor:
-            *inputs, keyset = inputs_and_keyset
-            output = call(keyset, *inputs)
-            save(ctx, inputs, output)
-            return output
+    def forward(ctx: Any, *inputs_and_keyset: Any) -> Tensor:
+        *inputs, keyset = inputs_and_keyset
+        output = call(keyset, *inputs)
+        save(ctx, inputs, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            return (*differentiate(ctx, grad), None)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (*differentiate(ctx, grad), None)
 
-    Function.__name__ = f"{name}_autograd"
+    # Torch names nodes of the graph, in profiles and errors, by what the class is called at first.
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"mec_embed_{name}", (torch.autograd.Function,), parts)
 
     def implementation(keyset: Any, *inputs: Any) -> Tensor:
         if torch.is_grad_enabled() and any(
             inputs[number] is not None and inputs[number].requires_grad for number in differentiable
         ):
-            output: Tensor = Function.apply(*inputs, keyset)
+            output: Tensor = function.apply(*inputs, keyset)
             return output
         return call(keyset, *inputs)
 
