@@ -6,6 +6,8 @@ import concurrent.futures
 import copy
 import os
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +315,28 @@ def test_damaged_codes_of_rows_that_nobody_asks_for(kind: Any, asked: bool) -> N
         assert table._fast.rows(table, ids) is None
     else:
         assert torch.equal(cpu.lookup(*arguments), reference.lookup(*arguments))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dim", [1, 4])
+def test_tables_of_few_columns_are_unpacked_to_8_mb_at_most(dim: int) -> None:
+    """A row takes a whole cache line there: 16 times its bytes, of one column."""
+    table = _table(CodeLayout("additive", 500_000, dim, 8, 16), requires_grad=False)
+    ids = torch.randint(500_000, (2_000_000,), dtype=torch.int32)
+    arguments = _arguments(table, ids)
+    cpu.lookup(*arguments)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is that of now
+    except OSError as error:
+        pytest.skip(str(error))
+    before = _kilobytes("VmRSS")
+    out = cpu.lookup(*arguments)
+    assert _kilobytes("VmHWM") - before < out.nbytes // 1024 + (12 << 10)
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def test_damaged_codes_are_named_by_the_reference() -> None:

@@ -1180,7 +1180,9 @@ static int should_unpack(const Job *job, int64_t read, int64_t write) {
         rows += plan->table[t].rows;
         words += plan->table[t].rows * plan->table[t].books;
     }
-    if (plan->rows * plan->dim > MOST_UNPACKED / (int64_t)sizeof(float)) return 0;
+    /* Each takes whole cache lines, be it one column. */
+    const int64_t lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
+    if (plan->rows * lines > MOST_UNPACKED / LINE) return 0;
     return job->count / plan->rows * (2 * words - read * rows) > 2 * words + write * rows;
 }
 
