@@ -19,6 +19,7 @@
 
 #define LINE 64 /* bytes of a cache line */
 #define FAR_ROWS (6 << 20) /* bytes of rows that are worth asking for: not in the near caches */
+#define FIRST_LINES 8 /* of a row, that are asked for: the processor goes on by itself */
 
 /* Kinds of codewords. */
 enum { FLOAT32, INT8, FLOAT16, BFLOAT16 };
@@ -94,15 +95,15 @@ INLINE int is_far(const Table *table) {
     return table->bits || table->size * stride_of(table) > FAR_ROWS;
 }
 
-/* Ask for the codes of a row, or for the row itself. An address that is out of range is only a
- * hint that is not followed. */
+/* Ask for the codes of a row, or for where the row itself begins. An address that is out of range
+ * is only a hint that is not followed. */
 INLINE void expect_row(const Table *table, int64_t row) {
-    const int64_t stride = stride_of(table);
+    const int64_t stride = stride_of(table), most = FIRST_LINES * LINE;
     const uintptr_t from = (uintptr_t)table->words + (uintptr_t)row * stride;
     if (table->bits)
         PREFETCH((uintptr_t)table->codes + (((uintptr_t)row * table->bits * table->books) >> 3));
     else
-        for (int64_t at = 0; at < stride; at += LINE) PREFETCH(from + at);
+        for (int64_t at = 0; at < stride && at < most; at += LINE) PREFETCH(from + at);
 }
 
 /* Ask for what the next ids need: codes, or the map of the tiers. */
