@@ -338,6 +338,54 @@ def test_gradients_are_those_of_the_reference(
     close(found, reference.lookup_backward(*arguments))
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    case=cases(),
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    kind=st.sampled_from(["2-D", "offsets", "last offset"]),
+    how=st.sampled_from(["sum", "mean", "weights"]),
+    wide=st.booleans(),
+    given_dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_gradients_of_bags_are_those_of_the_reference(
+    case: Case,
+    lengths: list[int],
+    kind: str,
+    how: str,
+    wide: bool,
+    given_dtype: torch.dtype,
+) -> None:
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    shape = (len(lengths), lengths[0]) if kind == "2-D" else (int(ends[-1]),)
+    ids = case.ids(*shape) if wide else case.ids(*shape).int()
+    offsets = {"2-D": None, "offsets": ends[:-1], "last offset": ends}[kind]
+    grad, table = torch.randn(len(lengths), case.layout.embedding_dim), case.backward(ids)[2:]
+    arguments = (
+        ids,
+        offsets,
+        torch.randn(shape) if how == "weights" else None,
+        *table[:5],
+        "mean" if how == "mean" else "sum",
+        kind == "last offset",
+        *table[5:],
+    )
+    found = kernels.bag_backward(grad.to(given_dtype), *arguments)
+    close(found, reference.bag_backward(grad.to(given_dtype).float(), *arguments))
+
+
+@pytest.mark.parametrize("kind", ["additive", "product"])
+@pytest.mark.parametrize("how", ["sum", "mean", "weights"])
+def test_deterministic_gradients_of_bags(kind: Any, how: str, deterministic: None) -> None:
+    case = Case(CodeLayout(kind, 30, 6, 3, 5), padding_idx=4)
+    ids, offsets = case.ids(9), torch.tensor([0, 2, 2, 7])
+    ids[1] = 4
+    table = case.backward(ids)[2:]
+    weights = torch.randn(9) if how == "weights" else None
+    mode = "mean" if how == "mean" else "sum"
+    arguments = (torch.randn(4, 6), ids, offsets, weights, *table[:5], mode, False, *table[5:])
+    close(kernels.bag_backward(*arguments), reference.bag_backward(*arguments))
+
+
 def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(CodeLayout("additive", 30, 6, 2, 3))
     copies: list[Tensor] = []
@@ -345,7 +393,7 @@ def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPa
 
     def record(kernel: Any, grid: Any, *arguments: Any, **constants: int) -> None:
         launch(kernel, grid, *arguments, **constants)
-        copies.append(arguments[3])
+        copies.append(arguments[5])
 
     monkeypatch.setattr(kernels, "_launch", record)
     monkeypatch.setattr(kernels, "COPY_LOOKUPS", 5)
@@ -623,7 +671,9 @@ def test_what_the_kernels_cannot_do_goes_to_the_reference(launched: list[str]) -
     assert not launched
 
 
-@pytest.mark.parametrize("name", ["lookup", "lookup_backward", "bag", "tiers", "tiered"])
+@pytest.mark.parametrize(
+    "name", ["lookup", "lookup_backward", "bag", "bag_backward", "tiers", "tiered"]
+)
 def test_each_operator_is_registered_with_the_arguments_of_its_schema(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -705,8 +755,14 @@ def launches(name: str) -> list[tuple[Any, ...]]:
             arguments = case.backward(ids)
             gpu.lookup_backward(*arguments)
             table = gpu._Table(*arguments[2:6], *arguments[7:10])
-            gpu._sum_sorted(table, arguments[0], ids, 3, torch.float32)
-            gpu._sum_atomically(table, arguments[0], ids, 3, torch.float32)
+            given = gpu._Gradient(arguments[0])
+            gpu._sum_sorted(table, given, ids, 3, torch.float32)
+            gpu._sum_atomically(table, given, ids, 3, torch.float32)
+            bags = torch.zeros_like(ids)
+            for share in (None, torch.rand(len(ids))):
+                given = gpu._Gradient(arguments[0][:1], bags, share)
+                gpu._sum_sorted(table, given, ids, 3, torch.float32)
+                gpu._sum_atomically(table, given, ids, 3, torch.float32)
         maps = (torch.arange(300) < 9, torch.arange(300) % 3 == 0)
         for popular in maps if name == "additive" else ():
             tier_map = TierMap.of(popular)

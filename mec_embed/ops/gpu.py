@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
-from .schema import LIBRARY
+from .schema import LIBRARY, owners
 
 #: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
 #: each thread.
@@ -541,6 +541,8 @@ def _counted_bags_kernel(
 @triton.jit
 def _add_kernel(
     grad: tl.tensor,
+    owner: tl.tensor,
+    share: tl.tensor,
     ids: tl.tensor,
     codes: tl.tensor,
     total: tl.tensor,
@@ -564,8 +566,13 @@ def _add_kernel(
     place = column[:, None] + tl.arange(0, VECTOR)[None, :]
     given = tl.load(ids + line // PARTS, mask=inside, other=0).to(tl.int64) != padding
     wanted = (inside & given & (row != padding))[:, None]
-    entries = grad + (line * WIDTH)[:, None] + place
+    source = line
+    if owner is not None:
+        source = tl.load(owner + line // PARTS, mask=inside, other=0) * PARTS + line % PARTS
+    entries = grad + (source * WIDTH)[:, None] + place
     tile = tl.load(entries, mask=wanted, other=0).to(tl.float32)
+    if share is not None:
+        tile *= tl.load(share + line // PARTS, mask=inside, other=0).to(tl.float32)[:, None]
     first = tl.program_id(0) % copies * (PARTS * SUMMED) * size
     for number in range(SUMMED):
         if BITS == 0:
@@ -607,6 +614,8 @@ def _keys_kernel(
 @triton.jit
 def _segments_kernel(
     grad: tl.tensor,
+    owner: tl.tensor,
+    share: tl.tensor,
     order: tl.tensor,
     bounds: tl.tensor,
     out: tl.tensor,
@@ -627,10 +636,16 @@ def _segments_kernel(
     for first in range(start, end, LINES):
         place = first + tl.arange(0, LINES)
         inside = place < end
-        line = tl.load(order + book * count + place, mask=inside, other=0) * PARTS + book % PARTS
-        entries = grad + (line * WIDTH)[:, None] + columns[None, :]
+        number = tl.load(order + book * count + place, mask=inside, other=0)
+        source = number
+        if owner is not None:
+            source = tl.load(owner + number, mask=inside, other=0)
+        entries = grad + ((source * PARTS + book % PARTS) * WIDTH)[:, None] + columns[None, :]
         mask = inside[:, None] & (columns < WIDTH)[None, :]
-        total += tl.load(entries, mask=mask, other=0).to(tl.float32)
+        tile = tl.load(entries, mask=mask, other=0).to(tl.float32)
+        if share is not None:
+            tile *= tl.load(share + number, mask=inside, other=0).to(tl.float32)[:, None]
+        total += tile
     tl.store(out + word * WIDTH + columns, tl.reduce(total, 0, _plus), mask=columns < WIDTH)
 
 
@@ -1051,14 +1066,10 @@ def lookup_backward(
     """
     shape = (num_subvectors, codebook_size, subvector_dim)
     table = _Table(codes, num_embeddings, embedding_dim, bits, *shape)
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    # Of a table kept as rows, most get no gradient: torch's own way has no work for these.
     if (
         not _takes(table, input, grad)
-        or dtype not in _FLOATS
-        or grad.dtype not in _FLOATS
+        or not _takes_grad(table, grad, dtype)
         or grad.numel() != input.numel() * embedding_dim
-        or (repeatable and not bits)
     ):
         return reference.lookup_backward(
             grad,
@@ -1071,26 +1082,101 @@ def lookup_backward(
             *shape,
             dtype,
         )
-    if not input.numel():
-        return grad.new_zeros(shape, dtype=dtype)
-    add = _sum_sorted if repeatable else _sum_atomically
-    return add(table, grad.contiguous(), input.contiguous(), padding_idx, dtype)
+    return _sum(table, _Gradient(grad.contiguous()), input, padding_idx, dtype)
+
+
+def bag_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    bits: int,
+    padding_idx: int,
+    mode: str,
+    include_last_offset: bool,
+    num_subvectors: int,
+    codebook_size: int,
+    subvector_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim).
+
+    As :func:`lookup_backward`; gradients of rows, which may be many more, are made nowhere.
+    """
+    shape = (num_subvectors, codebook_size, subvector_dim)
+    table = _Table(codes, num_embeddings, embedding_dim, bits, *shape)
+    bags = len(input) if offsets is None else len(offsets) - include_last_offset
+    if (
+        grad.shape != (bags, embedding_dim)
+        or not _takes(table, input, grad, offsets, per_sample_weights)
+        or not _takes_grad(table, grad, dtype)
+        or not _takes_bags(input, offsets, per_sample_weights, mode, include_last_offset)
+    ):
+        return reference.bag_backward(
+            grad,
+            input,
+            offsets,
+            per_sample_weights,
+            codes,
+            num_embeddings,
+            embedding_dim,
+            bits,
+            padding_idx,
+            mode,
+            include_last_offset,
+            num_subvectors,
+            codebook_size,
+            subvector_dim,
+            dtype,
+        )
+    ids = input.reshape(-1)
+    owner = owners(input, offsets, include_last_offset)
+    share = reference.shares(grad, ids, owner, per_sample_weights, padding_idx, mode)
+    given = _Gradient(grad.contiguous(), owner, None if share is None else share.contiguous())
+    return _sum(table, given, ids, padding_idx, dtype)
+
+
+class _Gradient(NamedTuple):
+    """Gradients of rows, or of bags: the bag of each id, and what part of its gradient it gets."""
+
+    lines: Tensor
+    owner: Tensor | None = None
+    share: Tensor | None = None
+
+
+def _takes_grad(table: _Table, grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels can sum ``grad`` into codebooks of ``dtype``."""
+    # Of a table kept as rows, most get no gradient: torch's own way has no work for these.
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    return dtype in _FLOATS and grad.dtype in _FLOATS and bool(table.bits or not repeatable)
+
+
+def _sum(
+    table: _Table, grad: _Gradient, ids: Tensor, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
+    if not ids.numel():
+        return grad.lines.new_zeros((table.books, table.size, table.width), dtype=dtype)
+    add = _sum_sorted if torch.are_deterministic_algorithms_enabled() else _sum_atomically
+    return add(table, grad, ids.contiguous(), padding_idx, dtype)
 
 
 def _sum_atomically(
-    table: _Table, grad: Tensor, ids: Tensor, padding_idx: int, dtype: torch.dtype
+    table: _Table, grad: _Gradient, ids: Tensor, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of the codebooks; lines that share a codeword add to it as they come."""
     # Few codewords and many lines: programs take turns at several copies.
     copies = min(MOST_COPIES, max(1, ids.numel() // (COPY_LOOKUPS * table.size)))
     shape = (copies, table.books, table.size, table.width)
-    total = grad.new_zeros(shape, dtype=torch.float32)
+    total = grad.lines.new_zeros(shape, dtype=torch.float32)
     lines = ids.numel() * table.parts
     grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
     _launch(
         _add_kernel,
         grid,
-        grad,
+        *grad,
         ids,
         table.codes,
         total,
@@ -1106,7 +1192,7 @@ def _sum_atomically(
 
 
 def _sum_sorted(
-    table: _Table, grad: Tensor, ids: Tensor, padding_idx: int, dtype: torch.dtype
+    table: _Table, grad: _Gradient, ids: Tensor, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of the codebooks; one program sums each codeword, always in the same order."""
     count = ids.numel()
@@ -1128,12 +1214,12 @@ def _sum_sorted(
     keys, order = keys.sort(dim=1, stable=True)
     edges = torch.arange(table.size + 1, dtype=torch.int32, device=ids.device)
     bounds = torch.searchsorted(keys, edges.repeat(table.books, 1))
-    out = grad.new_empty((table.books, table.size, table.width), dtype=dtype)
+    out = grad.lines.new_empty((table.books, table.size, table.width), dtype=dtype)
     tile = _tile(table.width)
     _launch(
         _segments_kernel,
         (table.books * table.size, _blocks(table.width, tile["COLUMNS"])),
-        grad,
+        *grad,
         order,
         bounds,
         out,
@@ -1305,5 +1391,6 @@ def register() -> None:
     LIBRARY.impl("lookup", lookup, "CUDA")
     LIBRARY.impl("lookup_backward", lookup_backward, "CUDA")
     LIBRARY.impl("bag", bag, "CUDA")
+    LIBRARY.impl("bag_backward", bag_backward, "CUDA")
     LIBRARY.impl("tiers", tiers, "CUDA")
     LIBRARY.impl("tiered", tiered, "CUDA")

@@ -126,6 +126,26 @@ def lookup_backward(
     return total.view(shape).to(dtype)
 
 
+def shares(
+    grad: Tensor,
+    ids: Tensor,
+    owner: Tensor,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
+    mode: str,
+) -> Tensor | None:
+    """What part (ids,) of the gradient of its bag each id gets, in any dtype; None: all of it."""
+    if per_sample_weights is not None:
+        return per_sample_weights.reshape(-1)
+    if mode != "mean":
+        return None
+    # Half precision does not count that far.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    kept = ids.ne(padding_idx).to(wide)
+    members = grad.new_zeros(len(grad), dtype=wide).index_add(0, owner, kept)
+    return members.clamp(min=1).reciprocal()[owner]
+
+
 def bag_backward(
     grad: Tensor,
     input: Tensor,
@@ -146,15 +166,10 @@ def bag_backward(
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim)."""
     ids = input.reshape(-1)
     owner = owners(input, offsets, include_last_offset)
+    share = shares(grad, ids, owner, per_sample_weights, padding_idx, mode)
     rows = grad[owner]
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.reshape(-1, 1)
-    elif mode == "mean":
-        # Half precision does not count that far.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        kept = ids.ne(padding_idx).to(wide)
-        members = grad.new_zeros(len(grad), dtype=wide).index_add(0, owner, kept)
-        rows = rows * members.clamp(min=1).reciprocal().to(grad.dtype)[owner, None]
+    if share is not None:
+        rows = rows * share[:, None].to(rows.dtype)
     layout = (num_embeddings, embedding_dim, bits, padding_idx)
     shape = (num_subvectors, codebook_size, subvector_dim)
     # The operator: rows may have a faster way than bags.
