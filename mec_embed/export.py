@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn import functional
 
-from .ops.reference import BLOCK_ROWS, count_ones
+from .ops.reference import BLOCK_ROWS, count_ones, tiered
 
 aten = torch.ops.aten
 _SUM, _MEAN, _MAX = 0, 1, 2  # as torch.embedding_bag counts its modes
@@ -48,7 +48,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
             own.lookup.default: _lookup,
             own.bag.default: _bag,
             own.tiers.default: _tiers,
-            own.tiered.default: _tiered,
+            own.tiered.default: tiered,  # calls the operators above, which are replaced in turn
             aten.embedding_bag.padding_idx: _embedding_bag,
         }
     )
@@ -129,48 +129,6 @@ def _tiers(
     # Rows of the other tier before a run, which is popular where its number is even.
     others = torch.where(even, starts - before, before)
     return (run & 1) == 0, ids - _take(others, run).squeeze(-1)
-
-
-def _tiered(
-    input: Tensor,
-    starts: Tensor,
-    before: Tensor,
-    bitmap: Tensor,
-    head_codes: Tensor,
-    head_codebooks: Tensor,
-    head_scales: Tensor | None,
-    tail_codes: Tensor,
-    tail_codebooks: Tensor,
-    tail_scales: Tensor | None,
-    num_embeddings: int,
-    embedding_dim: int,
-    head_rows: int,
-    head_bits: int,
-    tail_rows: int,
-    tail_bits: int,
-    padding_idx: int,
-    zero_padding: bool,
-    sparse: bool,
-    dtype: torch.dtype,
-    name: str,
-) -> Tensor:
-    """See :data:`mec_embed.ops.schema.tiered`."""
-    popular, place = _tiers(input, starts, before, bitmap, num_embeddings, name)
-    options = (-1, False, sparse, dtype, name)
-    found = []
-    for others, codes, books, scales, rows, bits in (
-        (~popular, head_codes, head_codebooks, head_scales, head_rows, head_bits),
-        (popular, tail_codes, tail_codebooks, tail_scales, tail_rows, tail_bits),
-    ):
-        own = place.masked_fill(others, 0)
-        if not bits and books.shape[1] == 1:
-            own = own.clamp(max=0)
-        table = (codes, books, scales, rows, embedding_dim, bits)
-        found.append(_lookup(own, *table, *options))
-    out = torch.where(popular[..., None], found[0], found[1])
-    if padding_idx >= 0 and zero_padding:
-        out = out.masked_fill((input == padding_idx)[..., None], 0)
-    return out
 
 
 def _tiers_by_bitmap(ids: Tensor, before: Tensor, bitmap: Tensor) -> tuple[Tensor, Tensor]:

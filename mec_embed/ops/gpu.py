@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
-from .schema import LIBRARY, owners
+from .schema import LIBRARY, count_bags, owners
 
 #: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
 #: each thread.
@@ -933,7 +933,7 @@ def bag(
             dtype,
             name,
         )
-    bags = len(input) if offsets is None else len(offsets) - include_last_offset
+    bags = count_bags(input, offsets, include_last_offset)
     out = codebooks.new_empty((bags, embedding_dim), dtype=dtype)
     if not out.numel():
         return out
@@ -1108,12 +1108,11 @@ def bag_backward(
     """
     shape = (num_subvectors, codebook_size, subvector_dim)
     table = _Table(codes, num_embeddings, embedding_dim, bits, *shape)
-    bags = len(input) if offsets is None else len(offsets) - include_last_offset
     if (
-        grad.shape != (bags, embedding_dim)
-        or not _takes(table, input, grad, offsets, per_sample_weights)
+        not _takes(table, input, grad, offsets, per_sample_weights)
         or not _takes_grad(table, grad, dtype)
         or not _takes_bags(input, offsets, per_sample_weights, mode, include_last_offset)
+        or grad.shape != (count_bags(input, offsets, include_last_offset), embedding_dim)
     ):
         return reference.bag_backward(
             grad,

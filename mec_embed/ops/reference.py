@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack
-from .schema import LIBRARY, owners
+from .schema import LIBRARY, owners, place_in_tier
 
 
 def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
@@ -300,9 +300,7 @@ def tiered(
         (~popular, head_codes, head_codebooks, head_scales, head_rows, head_bits),
         (popular, tail_codes, tail_codebooks, tail_scales, tail_rows, tail_bits),
     ):
-        own = place.masked_fill(others, 0)
-        if not bits and books.shape[1] == 1:
-            own, rows = own.clamp(max=0), 1
+        own = place_in_tier(place, bits, books.shape[1]).masked_fill(others, 0)
         # The operator: it may have a faster way.
         table = (codes, books, scales, rows, embedding_dim, bits)
         found.append(torch.ops.mec_embed.lookup(own, *table, *options))

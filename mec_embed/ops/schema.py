@@ -143,7 +143,7 @@ def _(
     dtype: torch.dtype,
     name: str,
 ) -> Tensor:
-    bags = input.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+    bags = count_bags(input, offsets, include_last_offset)
     return codebooks.new_empty((bags, embedding_dim), dtype=dtype)
 
 
@@ -284,6 +284,11 @@ def _grad_weights(
     return (found * flat.ne(layout[-1])).view(weights.shape).to(weights.dtype)
 
 
+def count_bags(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
+    """The bags of a call."""
+    return ids.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+
+
 def owners(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
     """The bag (ids,) of each id."""
     place = torch.arange(ids.numel(), device=ids.device)
@@ -313,15 +318,19 @@ def _differentiate_bag_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 def _save_tiered(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ids, *places, head_codes, head, _, tail_codes, tail, _ = inputs[:10]
-    rows, dim, head_rows, head_bits, tail_rows, tail_bits, padding_idx, _, sparse, _, name = inputs[
-        10:
-    ]
+    rows, dim, head_rows, head_bits, tail_rows, tail_bits, *options = inputs[10:]
+    padding_idx, _, sparse, _, name = options
     ctx.save_for_backward(ids, *places, head_codes, tail_codes)
     ctx.layouts = (
         (head_rows, dim, head_bits, -1, *head.shape, head.dtype),
         (tail_rows, dim, tail_bits, -1, *tail.shape, tail.dtype),
     )
     ctx.rows, ctx.padding_idx, ctx.sparse, ctx.name = rows, padding_idx, sparse, name
+
+
+def place_in_tier(place: Tensor, bits: int, size: int) -> Tensor:
+    """Rows of a tier as its codes or codewords have them: all are one where it has one codeword."""
+    return place.clamp(max=0) if not bits and size == 1 else place
 
 
 def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -333,8 +342,7 @@ def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[(5, 8)[tier]]:
             continue
         _, _, bits, _, _, size, *_ = ctx.layouts[tier]
-        own = place.clamp(max=0) if not bits and size == 1 else place
-        own = own.masked_fill(others | padding, -1)
+        own = place_in_tier(place, bits, size).masked_fill(others | padding, -1)
         found = _lookup_backward(grad, own, codes[tier], *ctx.layouts[tier])
         grads[tier] = found.to_sparse(2) if ctx.sparse else found
     return (*[None] * 5, grads[0], None, None, grads[1], *[None] * 12)
