@@ -228,9 +228,18 @@ class DecodedTable(nn.Module, ABC):
     def _pack_plan(self) -> bytes | None:
         """The table as the kernel takes it, or None where it cannot."""
 
+    def _plain_table(self) -> _Compressed | None:
+        """The table whose rows are this module's, if there is one that has them all."""
+        return None
+
     @abstractmethod
     def _like(self) -> Tensor:
         """A tensor with the dtype of the output, on the device of the table."""
+
+    def _replicate_for_data_parallel(self) -> DecodedTable:
+        replica: DecodedTable = super()._replicate_for_data_parallel()
+        replica._fast = ops.fast.NO_FAST_PATH
+        return replica
 
     def _apply(self, *args: Any, **options: Any) -> DecodedTable:
         # Tensors move or change their dtype.
@@ -358,6 +367,9 @@ class _Compressed(DecodedTable):
 
     def _tables(self) -> tuple[_Compressed, ...]:
         return (self,)
+
+    def _plain_table(self) -> _Compressed | None:
+        return None if self.layout.kind == "shared" else self
 
     def _places(self) -> ops.fast.Places:
         return ops.fast.places_of(self)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tier_model import arguments_of
 from torch import Tensor
 
-from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
+from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
 from mec_embed.modules import DecodedBags
 from mec_embed.ops import backends, cpu, reference
 from mec_embed.packing import pack
@@ -584,7 +584,7 @@ def test_a_map_that_names_rows_outside_of_its_tiers(runs: bool, wrong: int, coun
 CHANGES: dict[str, Any] = {
     "half": lambda table: table.half(),
     "there and back": lambda table: table.half().bfloat16().float(),
-    "data": lambda table: setattr(table.codebooks, "data", torch.randn(3, 16, 12)),
+    "data": lambda table: setattr(table.codebooks, "data", torch.randn_like(table.codebooks)),
     "in place": lambda table: table.codebooks.data.add_(1),
     "codes": lambda table: table.code_table.codes.copy_(table.codes.roll(1)),
     "other codes": lambda table: setattr(
@@ -632,9 +632,22 @@ def test_the_short_cut_gives_what_the_operator_gives() -> None:
     assert torch.equal(short, long)
 
 
+def test_replicas_have_no_short_cut() -> None:
+    """Their tensors are those of another device, and no attributes of a module as its are."""
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.arange(300)
+    with torch.no_grad():
+        table(ids)
+        replica = table._replicate_for_data_parallel()
+        assert replica._fast.rows(replica, ids) is None
+        assert replica._fast.bags(replica, ids[None], None, None) is None
+        assert table._fast.rows(table, ids) is not None
+
+
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("watch", ["vmap", "function mode", "dispatch mode", "fake ids"])
-def test_the_short_cut_is_not_taken_where_something_watches(watch: str) -> None:
-    table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=False)
+def test_the_short_cut_is_not_taken_where_something_watches(watch: str, trained: bool) -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=trained)
     ids, seen = torch.randint(300, (4, 2)), []
 
     class Functions(torch.overrides.TorchFunctionMode):
@@ -649,7 +662,8 @@ def test_the_short_cut_is_not_taken_where_something_watches(watch: str) -> None:
 
     expected = table(ids)
     if watch == "vmap":
-        assert torch.equal(torch.vmap(table)(ids), expected)
+        with torch.no_grad():
+            assert torch.equal(torch.vmap(table)(ids), expected)
         return
     if watch == "fake ids":
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -657,8 +671,43 @@ def test_the_short_cut_is_not_taken_where_something_watches(watch: str) -> None:
         assert table._fast.rows(table, fake) is None
         return
     with Functions() if watch == "function mode" else Operators():
-        assert torch.equal(table(ids), expected)
+        rows = table(ids)
+        assert torch.equal(rows, expected)
+        if trained:
+            rows.sum().backward()
     assert any("mec_embed" in name and "lookup" in name for name in seen)
+    # Torch leaves modes of functions out in the backward pass.
+    expects_gradient = trained and watch == "dispatch mode"
+    assert any("lookup_backward" in name for name in seen) == expects_gradient
+
+
+def test_gradients_past_the_dispatcher_are_those_of_the_operators() -> None:
+    """Once and twice; and the dispatcher is not asked."""
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.randint(300, (4, 2))
+    weights = torch.randn(4, 2, 12, requires_grad=True)
+
+    def gradients(look_up: Any) -> list[torch.Tensor]:
+        rows = look_up(ids)
+        (first,) = torch.autograd.grad((rows * weights).sum(), table.codebooks, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weights)
+        return [rows, first, second]
+
+    def dispatched(ids: torch.Tensor) -> torch.Tensor:
+        operator = torch.ops.mec_embed.lookup
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "lookup", operator)
+            return table._decode(ids)
+
+    expected = gradients(dispatched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.schema, "_SERVING", {})
+        no_backend = gradients(table)
+    with torch.profiler.profile() as profile:
+        found = gradients(table)
+    assert not [event for event in profile.events() if event.name.startswith("mec_embed::")]
+    for one, other, third in zip(found, expected, no_backend, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
 
 
 def test_the_short_cut_is_not_taken_where_a_tracer_watches() -> None:

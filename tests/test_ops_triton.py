@@ -6,6 +6,7 @@ functions, and are compiled for GPUs that are not there. The last tests need a G
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ops_cpu import CHANGES
 from tier_model import arguments_of
 from torch import Tensor
 
@@ -153,13 +155,13 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that ran."""
     names: list[str] = []
-    launch = kernels._launch
+    launch = kernels._Launcher.__call__
 
-    def record(kernel: Any, *arguments: Any, **constants: int) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *arguments, **constants)
+    def record(launcher: Any, *arguments: Any) -> None:
+        names.append(launcher.function.__name__)
+        launch(launcher, *arguments)
 
-    monkeypatch.setattr(kernels, "_launch", record)
+    monkeypatch.setattr(kernels._Launcher, "__call__", record)
     return names
 
 
@@ -389,13 +391,13 @@ def test_deterministic_gradients_of_bags(kind: Any, how: str, deterministic: Non
 def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(CodeLayout("additive", 30, 6, 2, 3))
     copies: list[Tensor] = []
-    launch = kernels._launch
+    launch = kernels._Launcher.__call__
 
-    def record(kernel: Any, grid: Any, *arguments: Any, **constants: int) -> None:
-        launch(kernel, grid, *arguments, **constants)
+    def record(launcher: Any, grid: Any, *arguments: Any) -> None:
+        launch(launcher, grid, *arguments)
         copies.append(arguments[5])
 
-    monkeypatch.setattr(kernels, "_launch", record)
+    monkeypatch.setattr(kernels._Launcher, "__call__", record)
     monkeypatch.setattr(kernels, "COPY_LOOKUPS", 5)
     monkeypatch.setattr(kernels, "CHUNKS", 16)
     arguments = case.backward(case.ids(50))
@@ -679,16 +681,76 @@ def test_each_operator_is_registered_with_the_arguments_of_its_schema(
 ) -> None:
     registered: dict[str, Any] = {}
 
-    class Recorder:
-        def impl(self, operator: str, function: Any, key: str) -> None:
-            assert key == "CUDA"
-            registered[operator] = function
+    def record(operator: str, device: str, function: Any) -> None:
+        assert device == "cuda"
+        registered[operator] = function
 
-    monkeypatch.setattr(gpu, "LIBRARY", Recorder())
+    monkeypatch.setattr(gpu, "serve", record)
+    monkeypatch.setattr(ops.fast, "rows_on_gpu", None)
     gpu.register()
     schema = getattr(torch.ops.mec_embed, name).default._schema
     names = [argument.name for argument in schema.arguments]
     assert list(inspect.signature(registered[name]).parameters) == names
+
+
+class Compiled:
+    """Stands for a kernel in Triton's language, and for what Triton compiles of it."""
+
+    arg_names = ("one", "other", "number", "WIDTH", "LINES")
+
+    def __init__(self) -> None:
+        self.compiling: list[tuple[Any, ...]] = []
+        self.running: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **constants: int) -> Any:
+            if not constants:
+                self.running.append((grid, *arguments))
+                return None
+            self.compiling.append((grid, *arguments, constants))
+            return self
+
+        return run
+
+
+def test_kernels_are_launched_as_they_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anew for what Triton compiles anew for."""
+    monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 6))
+    found, one = Compiled(), torch.zeros(64)
+    constants = {"LINES": 8, "WIDTH": 4, "num_warps": 2}
+    kernels._launch(found, (3,), one, None, 1, **constants)
+    assert found.compiling == [((3,), one, None, 1, constants)] and not found.running
+    for number in (1, 16, 37):
+        kernels._launch(found, (number, 2), one, None, number, **constants)
+        assert found.running.pop() == ((number, 2, 1), one, None, number, 4, 8)
+    other = {**constants, "WIDTH": 2}
+    for arguments, options in (
+        ((one[1:], None), constants),
+        ((one.double(), None), constants),
+        ((one, one), constants),
+        ((one, None), other),
+    ):
+        kernels._launch(found, (1,), *arguments, 1, **options)
+        assert not found.running
+        kernels._launch(found, (1,), *arguments, 1, **options)
+        assert found.running.pop()[1:] == (*arguments, 1, options["WIDTH"], 8)
+    assert len(found.compiling) == 5
+    monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 5))
+    early = Compiled()
+    for _ in range(3):
+        kernels._launch(early, (3,), one, None, 1, **constants)
+    assert len(early.compiling) == 3 and not early.running
+
+
+def test_kernels_are_compiled_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(gpu.triton, "jit", lambda function, **options: asked.update(options))
+
+    def example(ids: tl.tensor, lines: tl.int64, size: tl.int32, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def,name-defined]  # noqa: F821
+        """Nothing."""
+
+    gpu.kernel(example)
+    assert asked == {"do_not_specialize": ["lines", "size"]}
 
 
 def test_backends_names_triton_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -735,10 +797,10 @@ def launches(name: str) -> list[tuple[Any, ...]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_serves", lambda device: True)
         patch.setattr(
-            gpu,
-            "_launch",
-            lambda kernel, grid, *arguments, **constants: found.append(
-                (kernel, arguments, constants)
+            gpu._Launcher,
+            "__call__",
+            lambda launcher, grid, *arguments: found.append(
+                (launcher.function, arguments, launcher.constants)
             ),
         )
         patch.setattr(gpu, "COUNTED_BAGS", ((3, 128), (0, 32)))
@@ -979,3 +1041,53 @@ def test_gpu_opcheck(name: str) -> None:
             if name != "int8" and isinstance(argument, Tensor) and argument.is_floating_point():
                 argument.requires_grad_()
         torch.library.opcheck(operator.default, arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_gpu_short_cut_follows_what_changes(change: str | None) -> None:
+    case, ids = on_gpu("additive")
+    table = case.table
+    with torch.no_grad():
+        table(ids)
+        if change:
+            CHANGES[change](table)
+        for given in (ids, ids.int(), ids.t(), ids[:0], ids[0, 0], ids.flatten()[:1]):
+            found = table._fast.rows(table, given)
+            assert found is not None and found.dtype is table.output_dtype.dtype
+            assert torch.equal(found, table._decode(given))
+            on_cpu = copy.deepcopy(table).cpu()(given.cpu())
+            torch.testing.assert_close(found.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+    assert table._fast.rows(table, ids) is None, "a gradient is to flow"
+
+
+@needs_gpu
+def test_gpu_short_cut_leaves_the_rest_to_the_operators() -> None:
+    case, ids = on_gpu("additive")
+    table, rows = case.table, case.layout.num_embeddings
+    with torch.no_grad():
+        expected = table(ids)
+        assert table._fast.rows(table, ids.short()) is None
+        with pytest.raises(TypeError, match="int32 or int64"):
+            table(ids.short())
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
+            assert torch.equal(table(ids), expected)
+        table.oov_row = 2
+        assert torch.equal(table(ids + rows), table(torch.full_like(ids, 2)))
+        table.cpu()
+        assert torch.equal(table(ids.cpu()), expected.cpu())
+        table.cuda()
+        table.oov_row = None
+        assert torch.equal(table(ids), expected)
+        seen = []
+
+        class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Operators():
+            assert torch.equal(table(ids), expected)
+        assert any("mec_embed.lookup" in name for name in seen)

@@ -112,7 +112,7 @@ def _errors_of(errors: tl.tensor, parent: tl.tensor, BEAM: tl.constexpr) -> tl.t
     return tl.reduce(tl.where(taken, errors[None, :], 0.0), 1, _sum)
 
 
-@triton.jit
+@gpu.kernel
 def _search_kernel(
     alone: tl.tensor,
     gram: tl.tensor,

@@ -14,8 +14,8 @@ static struct {
 
 /* Names of attributes, interned. */
 #define NAMES(each) \
-    each(requires_grad) each(data_ptr) each(is_cpu) each(dtype) each(shape) each(is_contiguous) \
-    each(stride)
+    each(requires_grad) each(data_ptr) each(is_cpu) each(is_cuda) each(dtype) each(shape) \
+    each(is_contiguous) each(stride)
 #define DECLARE(name) PyObject *name;
 static struct { NAMES(DECLARE) } names;
 #define INTERN(name) \
@@ -93,14 +93,14 @@ static int has_gradient(PyObject *codebooks) {
     return 0;
 }
 
-/* 1: a plain tensor on the CPU that nothing watches; -1 with an exception set. */
-static int is_plain(PyObject *ids) {
+/* 1: a plain tensor on that device (is_cpu, is_cuda) that nothing watches; -1 with an exception set. */
+static int is_plain(PyObject *ids, PyObject *is_there) {
     if ((PyObject *)Py_TYPE(ids) != torch.tensor) return 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(torch.guards); i++) {
         const int watched = is_set(PyObject_CallNoArgs(PyTuple_GetItem(torch.guards, i)));
         if (watched) return watched < 0 ? -1 : 0;
     }
-    return attribute(ids, names.is_cpu);
+    return attribute(ids, is_there);
 }
 
 /* Items from one id to the next; 0 where they are not evenly spaced; -1 with an exception set.
@@ -146,28 +146,47 @@ static PyObject *make_output(PyObject *ids, int64_t dim, int64_t *count) {
     return out;
 }
 
+/* Of a plan for the tensors in `places` and `codebooks`; -1 with an exception set. */
+static int state_of(PyObject *places, PyObject *codebooks) {
+    const int state = check_places(places);
+    if (state != READY) return state;
+    const int flows = has_gradient(codebooks);
+    return flows < 0 ? -1 : flows ? GRADIENT : READY;
+}
+
+/* True, False, or None for READY, STALE, GRADIENT; NULL with an exception set. */
+static PyObject *answer_of(int state) {
+    if (state < 0) return NULL;
+    PyObject *answer = state == READY ? Py_True : state == STALE ? Py_False : Py_None;
+    Py_INCREF(answer);
+    return answer;
+}
+
 /* Bytes of one id where the kernel may read `ids` by a plan (or None) for the tensors in `places` and
  * `codebooks`; else 0, and in `answer` what the caller is to return: False where the plan is stale,
  * None where the operators must serve, NULL with an exception set. */
 static int may_read(PyObject *const *args, Plan *plan, PyObject **answer) {
     PyObject *packed = args[0], *places = args[1], *codebooks = args[2], *ids = args[3];
     *answer = NULL;
-    const int plain = is_plain(ids);
+    const int plain = is_plain(ids, names.is_cpu);
     const int bytes = plain == 1 ? id_bytes(ids) : plain;
     if (bytes < 0) return 0;
     int state = bytes ? STALE : GRADIENT;
     if (bytes && packed != Py_None) {
-        state = check_places(places);
-        if (state == READY) {
-            const int flows = has_gradient(codebooks);
-            state = flows < 0 ? -1 : flows ? GRADIENT : READY;
-        }
+        state = state_of(places, codebooks);
         if (state == READY && read_plan(packed, plan)) state = -1;
     }
     if (state == READY) return bytes;
-    if (state >= 0) *answer = state == STALE ? Py_False : Py_None;
-    Py_XINCREF(*answer);
+    *answer = answer_of(state);
     return 0;
+}
+
+/* places, codebooks, ids -> True where ids on a GPU may be looked up by what was made for the tensors
+ * in `places`, False where those are others, None where the operators must serve */
+PyObject *check_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    if (read_integers(args + 3, given - 3, 0, NULL)) return NULL;
+    const int plain = is_plain(args[2], names.is_cuda);
+    return answer_of(plain == 1 ? state_of(args[0], args[1]) : plain ? -1 : GRADIENT);
 }
 
 /* plan or None, places, codebooks, ids -> True, or as may_read */

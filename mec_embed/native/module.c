@@ -20,6 +20,7 @@ static PyMethodDef methods[] = {
     CALL(set_up, "Tell what torch offers; once."),
     CALL(fast_rows, "Rows of a module, where nothing watches."),
     CALL(check, "Whether a module's plan serves, and nothing watches."),
+    CALL(check_gpu, "Whether what was made for a module on a GPU serves, and nothing watches."),
     CALL(rows, "Decode rows."),
     CALL(bags, "Decode and reduce bags of rows."),
     CALL(gradient, "Gradient of the codebooks by that of rows."),

@@ -67,6 +67,7 @@ PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *set_up(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *check_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..layout import SCALE_DTYPE, packed_bytes
 from . import reference
-from .schema import LIBRARY
+from .schema import serve
 
 #: Codebooks that the kernel takes.
 MOST_CODEBOOKS = 256
@@ -519,9 +519,9 @@ def tiers(
 
 
 if available():
-    LIBRARY.impl("tiers", tiers, "CPU")
-    LIBRARY.impl("tiered", tiered, "CPU")
-    LIBRARY.impl("lookup", lookup, "CPU")
-    LIBRARY.impl("lookup_backward", lookup_backward, "CPU")
-    LIBRARY.impl("bag", bag, "CPU")
-    LIBRARY.impl("bag_backward", bag_backward, "CPU")
+    serve("tiers", "cpu", tiers)
+    serve("tiered", "cpu", tiered)
+    serve("lookup", "cpu", lookup)
+    serve("lookup_backward", "cpu", lookup_backward)
+    serve("bag", "cpu", bag)
+    serve("bag_backward", "cpu", bag_backward)

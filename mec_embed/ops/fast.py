@@ -1,36 +1,32 @@
-"""Lookups of whole modules by the C kernel, where nothing watches.
+"""Lookups of whole modules, where nothing watches.
 
 The dispatcher and autograd cost more than a lookup of a few rows, and a model makes dozens of
-them. So where plain CPU tensors meet no gradient, compiler, tracer or mode, a module goes straight
-to the kernel, which reads a plan that was packed for its tensors. Anything else, and every call
-that is to raise an error, takes the operators.
+them. So where plain tensors meet no gradient, compiler, tracer or mode, a module goes straight
+to the C kernel, which reads a plan that was packed for its tensors, or to what launches the kernel
+for them on a GPU. Anything else, and every call that is to raise an error, takes the operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cpu
+from .schema import GUARDS, PLAIN
 
 _compiling = torch.compiler.is_compiling
-#: Return 0, False or None where no mode, tracer or transform watches.
-_GUARDS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._get_tracing_state,
-    torch._C._functorch.peek_interpreter_stack,
-)
-_PLAIN = (Tensor, nn.Parameter)
+#: Makes lookups in a table on a GPU, see :meth:`mec_embed.ops.gpu.Rows.of`; None without kernels.
+rows_on_gpu: Callable[..., Any] | None = None
 
 if cpu.available():
     cpu.kernel.set_up(
         Tensor,
         torch.int32,
         torch.int64,
-        _GUARDS,
+        GUARDS,
         torch.is_grad_enabled,
         torch.get_num_threads,
         torch.empty(0, dtype=torch.float32, device="cpu").new_empty,
@@ -39,19 +35,17 @@ if cpu.available():
 
 def fields_of(table: Any) -> tuple[int, ...] | None:
     """A :class:`mec_embed.CompressedEmbedding` as the kernel takes it, or None."""
+    values = _values_of(table)
+    return None if values is None else cpu.table_fields(*values, table.layout.kind == "shared")
+
+
+def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int] | None:
+    """Codes, codebooks, scales, rows, dim and bits of a table; None where tensors are not plain."""
     layout, books = table.layout, table.codebook_set
-    codes, words, scales = table.codes, books.codebooks, books.scales
-    if not all(type(one) in _PLAIN for one in (codes, words, scales) if one is not None):
+    tensors = table.codes, books.codebooks, books.scales
+    if not all(type(one) in PLAIN for one in tensors if one is not None):
         return None
-    return cpu.table_fields(
-        codes,
-        words,
-        scales,
-        layout.num_embeddings,
-        layout.embedding_dim,
-        layout.bits,
-        layout.kind == "shared",
-    )
+    return (*tensors, layout.num_embeddings, layout.embedding_dim, layout.bits)
 
 
 #: Where tensors are that a plan was packed for: (dict, key, value, its ``data_ptr`` or None, its
@@ -91,7 +85,7 @@ class FastPath:
     A copy, or what was unpickled, starts without one.
     """
 
-    __slots__ = ("_codebooks", "_dtype", "_places", "_plan")
+    __slots__ = ("_codebooks", "_dtype", "_places", "_plan", "_rows")
 
     def __init__(self) -> None:
         """Without a plan."""
@@ -103,6 +97,7 @@ class FastPath:
     def forget(self) -> None:
         """Drop the plan, as dtypes may have changed."""
         self._plan: bytes | None = None
+        self._rows: Any = None
         self._places: Places = ()
         self._codebooks: tuple[Tensor, ...] = ()
         self._dtype: torch.dtype | None = None
@@ -116,7 +111,28 @@ class FastPath:
         out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
         if out is False:
             return self.rows(module, ids) if self._renew(module) else None
-        return out if out is None or self._dtype is None else out.to(self._dtype)
+        if out is None:
+            return self._rows_on_gpu(module, ids, zero_id)
+        return out if self._dtype is None else out.to(self._dtype)
+
+    def _rows_on_gpu(self, module: Any, ids: Tensor, zero_id: int) -> Tensor | None:
+        """Rows of a table on a GPU, where ids are not checked; or None."""
+        if rows_on_gpu is None or module.oov_row is not None:
+            return None
+        places, codebooks = self._places, self._codebooks
+        ready = self._rows is not None and cpu.kernel.check_gpu(places, codebooks, ids)
+        if ready:
+            return self._rows(ids, zero_id) if self._rows.takes(ids) else None
+        if ready is None or type(ids) is not Tensor or not ids.is_cuda:
+            return None
+        self.forget()
+        table = module._plain_table()
+        values = None if table is None else _values_of(table)
+        self._rows = None if values is None else rows_on_gpu(*values, module._like().dtype)
+        if self._rows is None:
+            return None
+        self._places, self._codebooks = module._places(), (table.codebooks,)
+        return self._rows_on_gpu(module, ids, zero_id)
 
     def bags(
         self, module: Any, input: Tensor, offsets: Tensor | None, weights: Tensor | None
@@ -125,7 +141,7 @@ class FastPath:
         if _compiling() or cpu.kernel is None:
             return None
         others = [tensor for tensor in (offsets, weights) if tensor is not None]
-        if not all(type(one) in _PLAIN and one.is_cpu for one in others):
+        if not all(type(one) in PLAIN and one.is_cpu for one in others):
             return None
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return None
@@ -159,3 +175,20 @@ class FastPath:
         self._codebooks = tuple(table.codebooks for table in module._tables())
         self._dtype = None if dtype is torch.float32 else dtype
         return True
+
+
+class _NoFastPath(FastPath):
+    """Of a replica of a module, whose tensors are not in the places of a module's."""
+
+    __slots__ = ()
+
+    def rows(self, module: Any, ids: Tensor) -> None:
+        """None: the operators must serve."""
+
+    def bags(
+        self, module: Any, input: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> None:
+        """None: the operators must serve."""
+
+
+NO_FAST_PATH = _NoFastPath()

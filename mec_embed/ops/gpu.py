@@ -13,7 +13,6 @@ Offsets are int64 throughout: a table may have more than 2**31 bits, bytes or en
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -26,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import SCALE_DTYPE, packed_bytes
-from . import reference
-from .schema import LIBRARY, count_bags, owners
+from . import fast, reference
+from .schema import count_bags, owners, serve
 
 #: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
 #: each thread.
@@ -56,9 +55,22 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Numbers of bfloat16 (8 bits of mantissa) that add up to any of a dtype; with a scale in bfloat16,
 #: an int8 has 15 bits.
 _TERMS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1, torch.int8: 2}
+#: Annotations of whole numbers.
+_NUMBERS = ("tl.int32", "tl.int64")
 #: What the kernels compile for, and by.
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 2)
+#: From here on compiled kernels are launched without Triton's cache of them.
+_DIRECT_TRITON = (3, 6)
+
+
+def kernel(function: Any) -> Any:
+    """What Triton compiles; once for all values of the numbers that it takes.
+
+    Triton would compile anew for a number that is 1 or a multiple of 16, such as of a last batch.
+    """
+    numbers = [name for name, kind in function.__annotations__.items() if kind in _NUMBERS]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @triton.jit
@@ -121,7 +133,7 @@ def _code(
     return code if EXACT else tl.minimum(code, size - 1).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def _floats_kernel(
     books: tl.tensor,
     scales: tl.tensor,
@@ -192,7 +204,7 @@ def _decode(
     return total
 
 
-@triton.jit
+@kernel
 def _rows_kernel(
     ids: tl.tensor,
     codes: tl.tensor,
@@ -239,7 +251,7 @@ def _rows_kernel(
     tl.store(place, tl.where(wanted, tile, 0), mask=inside[:, None])
 
 
-@triton.jit
+@kernel
 def _tiered_kernel(
     ids: tl.tensor,
     popular: tl.tensor,
@@ -366,7 +378,7 @@ def _bounds(
     return tl.maximum(start, 0), tl.where(inside, tl.minimum(end, count), 0)
 
 
-@triton.jit
+@kernel
 def _bags_kernel(
     ids: tl.tensor,
     offsets: tl.tensor,
@@ -440,7 +452,7 @@ def _joined(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     return tl.reshape(tl.join(one, other), [one.shape[0], 2 * one.shape[1]])
 
 
-@triton.jit
+@kernel
 def _counted_bags_kernel(
     ids: tl.tensor,
     offsets: tl.tensor,
@@ -538,7 +550,7 @@ def _counted_bags_kernel(
     tl.store(place, total, mask=(bag < bags)[:, None] & (columns < WIDTH)[None, :])
 
 
-@triton.jit
+@kernel
 def _add_kernel(
     grad: tl.tensor,
     owner: tl.tensor,
@@ -585,7 +597,7 @@ def _add_kernel(
         tl.atomic_add(total + (word * WIDTH)[:, None] + place, tile, mask=wanted, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _keys_kernel(
     ids: tl.tensor,
     codes: tl.tensor,
@@ -611,7 +623,7 @@ def _keys_kernel(
     tl.store(keys + book * count + place, code, mask=inside)
 
 
-@triton.jit
+@kernel
 def _segments_kernel(
     grad: tl.tensor,
     owner: tl.tensor,
@@ -649,7 +661,7 @@ def _segments_kernel(
     tl.store(out + word * WIDTH + columns, tl.reduce(total, 0, _plus), mask=columns < WIDTH)
 
 
-@triton.jit
+@kernel
 def _runs_kernel(
     ids: tl.tensor,
     starts: tl.tensor,
@@ -675,7 +687,7 @@ def _runs_kernel(
     tl.store(place + line, row - ahead, mask=inside)
 
 
-@triton.jit
+@kernel
 def _bitmap_kernel(
     ids: tl.tensor,
     before: tl.tensor,
@@ -712,11 +724,16 @@ INTERPRETED = not isinstance(_rows_kernel, triton.JITFunction)
 
 
 @functools.cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@functools.cache
 def _serves(device: torch.device) -> bool:
     """Whether Triton can compile for ``device``; it needs a C compiler for the code around."""
     if INTERPRETED:
         return True
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
+    if _triton_version() < _LEAST_TRITON:
         return False
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
@@ -728,11 +745,51 @@ def available() -> bool:
     return torch.cuda.is_available() and _serves(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-    """Run ``kernel`` on the device of its tensors, which need not be the current one."""
-    device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants)
+class _Launcher:
+    """A kernel, for constants and a device, and what was compiled of it.
+
+    Triton takes longer to find out what it has compiled than a small kernel takes to run.
+    """
+
+    def __init__(self, function: Any, device: torch.device, constants: tuple[tuple[str, int], ...]):
+        self.function, self.constants = function, dict(constants)
+        self.index = device.index if device.type == "cuda" else None
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.values: tuple[int, ...] = ()
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Run the kernel on its device, which need not be the current one."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                self(grid, *arguments)
+            return
+        # What Triton compiles for; numbers are all alike, see kernel().
+        kinds = [
+            (one.dtype, one.data_ptr() % 16) if isinstance(one, Tensor) else one is None
+            for one in arguments
+        ]
+        found = self.compiled.get(tuple(kinds))
+        if found is not None:
+            found[(*grid, 1, 1)[:3]](*arguments, *self.values)
+            return
+        found = self.function[grid](*arguments, **self.constants)
+        # The interpreter gives nothing; earlier launchers took no constants.
+        if found is not None and _triton_version() >= _DIRECT_TRITON:
+            names = self.function.arg_names[len(arguments) :]
+            self.values = tuple(self.constants[name] for name in names)
+            self.compiled[tuple(kinds)] = found
+
+
+@functools.cache
+def _launcher(
+    function: Any, device: torch.device, constants: tuple[tuple[str, int], ...]
+) -> _Launcher:
+    return _Launcher(function, device, constants)
+
+
+def _launch(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
+    """Run a kernel on the device of its tensors."""
+    _launcher(function, arguments[0].device, tuple(constants.items()))(grid, *arguments)
 
 
 def _power(number: int) -> int:
@@ -803,25 +860,29 @@ class _Table(NamedTuple):
         """What kernels are compiled for, to decode a row."""
         return {**self.constants(), "GROUP": self.group()}
 
-    def chunks(self, lines: int, chunks: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
-        """The grid for all chunks of ``lines`` codewords, and what says how many a program does."""
+    def chunks(self, chunks: int, warps: int) -> tuple[int, dict[str, int]]:
+        """Chunks of a codeword, and what says how many a program does."""
         vector = math.gcd(self.width, 4)
-        tile = {"CHUNKS": chunks, "VECTOR": vector, "num_warps": warps}
-        return (_blocks(lines * (self.width // vector), chunks),), tile
+        return self.width // vector, {"CHUNKS": chunks, "VECTOR": vector, "num_warps": warps}
 
 
-def _takes(table: _Table, *tensors: Tensor | None) -> bool:
-    """Whether the kernels can read ``table`` and ``tensors``, of which the first are ids."""
-    present = [table.codes, *(tensor for tensor in tensors if tensor is not None)]
-    ids = tensors[0]
+def _takes(table: _Table, ids: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the kernels can read ``ids``, ``table`` and ``tensors``."""
+    return ids.dtype in _ID_DTYPES and _reads(table, ids, *tensors)
+
+
+def _reads(table: _Table, *tensors: Tensor | None) -> bool:
+    """Whether the kernels can read ``table``, and ``tensors`` are where it is."""
+    codes = table.codes
+    device = codes.device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return False
     return (
-        ids is not None
-        and ids.dtype in _ID_DTYPES
-        and all(tensor.device == ids.device for tensor in present)
-        and table.codes.dtype is torch.uint8
-        and table.codes.is_contiguous()
+        codes.dtype is torch.uint8
+        and codes.is_contiguous()
         and table.readable()
-        and _serves(ids.device)
+        and _serves(device)
     )
 
 
@@ -835,6 +896,61 @@ def _takes_books(codebooks: Tensor, scales: Tensor | None, dtype: torch.dtype) -
     # Rows have no codes: their offsets are int64, as ids are.
     narrow = codebooks.shape[1] > 1 << 16 or codebooks[0].numel() < 1 << 31
     return known and narrow and codebooks.is_contiguous() and dtype in _FLOATS
+
+
+class Rows(NamedTuple):
+    """Lookups in a table: all but the ids."""
+
+    table: _Table
+    codebooks: Tensor
+    scales: Tensor | None
+    dtype: torch.dtype
+    chunks: int
+    launch: _Launcher
+
+    @staticmethod
+    def of(
+        codes: Tensor,
+        codebooks: Tensor,
+        scales: Tensor | None,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        dtype: torch.dtype,
+    ) -> Rows | None:
+        """Of a table as :data:`mec_embed.ops.schema.lookup` takes it; None if kernels cannot."""
+        table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
+        if not _reads(table, codebooks, scales) or not _takes_books(codebooks, scales, dtype):
+            return None
+        chunks, tile = table.chunks(CHUNKS, CHUNK_WARPS)
+        constants = {**table.row_constants(), **tile}
+        launch = _launcher(_rows_kernel, codebooks.device, tuple(constants.items()))
+        return Rows(table, codebooks, scales, dtype, chunks, launch)
+
+    def takes(self, ids: Tensor) -> bool:
+        """Whether the kernels can read these ids."""
+        return ids.dtype in _ID_DTYPES and ids.device == self.codebooks.device
+
+    def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
+        """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
+        table = self.table
+        out = self.codebooks.new_empty((*ids.shape, table.embedding_dim), dtype=self.dtype)
+        count = ids.numel()
+        if not count:
+            return out
+        lines = count * table.parts
+        self.launch(
+            (_blocks(lines * self.chunks, CHUNKS),),
+            ids.contiguous(),
+            table.codes,
+            *_unpacked(self.codebooks, self.scales, count),
+            out,
+            lines,
+            table.rows,
+            table.size,
+            zero_id,
+        )
+        return out
 
 
 def lookup(
@@ -852,44 +968,11 @@ def lookup(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.lookup`."""
-    table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
-    if not _takes(table, input, codebooks, scales) or not _takes_books(codebooks, scales, dtype):
-        return reference.lookup(
-            input,
-            codes,
-            codebooks,
-            scales,
-            num_embeddings,
-            embedding_dim,
-            bits,
-            padding_idx,
-            zero_padding,
-            sparse,
-            dtype,
-            name,
-        )
-    out = codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
-    if not out.numel():
-        return out
-    codebooks, scales = _unpacked(codebooks, scales, input.numel())
-    lines = input.numel() * table.parts
-    grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
-    _launch(
-        _rows_kernel,
-        grid,
-        input.contiguous(),
-        codes,
-        codebooks,
-        scales,
-        out,
-        lines,
-        table.rows,
-        table.size,
-        padding_idx if zero_padding else -1,
-        **table.row_constants(),
-        **tile,
-    )
-    return out
+    tables = codes, codebooks, scales, num_embeddings, embedding_dim, bits
+    rows = Rows.of(*tables, dtype)
+    if rows is None or not rows.takes(input):
+        return reference.lookup(input, *tables, padding_idx, zero_padding, sparse, dtype, name)
+    return rows(input, padding_idx if zero_padding else -1)
 
 
 def bag(
@@ -951,10 +1034,10 @@ def bag(
         _launch(_counted_bags_kernel, grid, ids, starts, *tables, *ends, MEAN=mean, **tile)
         return out
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
-    grid, tile = table.chunks(bags * table.parts, BAG_CHUNKS, BAG_CHUNK_WARPS)
+    chunks, tile = table.chunks(BAG_CHUNKS, BAG_CHUNK_WARPS)
     _launch(
         _bags_kernel,
-        grid,
+        (_blocks(bags * table.parts * chunks, BAG_CHUNKS),),
         ids,
         starts,
         weights,
@@ -1171,10 +1254,10 @@ def _sum_atomically(
     shape = (copies, table.books, table.size, table.width)
     total = grad.lines.new_zeros(shape, dtype=torch.float32)
     lines = ids.numel() * table.parts
-    grid, tile = table.chunks(lines, CHUNKS, CHUNK_WARPS)
+    chunks, tile = table.chunks(CHUNKS, CHUNK_WARPS)
     _launch(
         _add_kernel,
-        grid,
+        (_blocks(lines * chunks, CHUNKS),),
         *grad,
         ids,
         table.codes,
@@ -1386,10 +1469,11 @@ def _takes_map(
 
 
 def register() -> None:
-    """Let these functions serve the operators for tensors on a GPU."""
-    LIBRARY.impl("lookup", lookup, "CUDA")
-    LIBRARY.impl("lookup_backward", lookup_backward, "CUDA")
-    LIBRARY.impl("bag", bag, "CUDA")
-    LIBRARY.impl("bag_backward", bag_backward, "CUDA")
-    LIBRARY.impl("tiers", tiers, "CUDA")
-    LIBRARY.impl("tiered", tiered, "CUDA")
+    """Let these functions serve the operators, and modules, for tensors on a GPU."""
+    fast.rows_on_gpu = Rows.of
+    serve("lookup", "cuda", lookup)
+    serve("lookup_backward", "cuda", lookup_backward)
+    serve("bag", "cuda", bag)
+    serve("bag_backward", "cuda", bag_backward)
+    serve("tiers", "cuda", tiers)
+    serve("tiered", "cuda", tiered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ LIBRARY.define(
 #:
 #: Returns:
 #:     (*input.shape, embedding_dim) of ``dtype``.
-lookup = torch.ops.mec_embed.lookup
+lookup: Callable[..., Tensor]
 #: Decode rows and reduce each bag of them, as ``nn.EmbeddingBag`` does.
 #:
 #: Args:
@@ -76,7 +77,7 @@ lookup = torch.ops.mec_embed.lookup
 #:
 #: Returns:
 #:     (bags, embedding_dim) of ``dtype``.
-bag = torch.ops.mec_embed.bag
+bag: Callable[..., Tensor]
 #: Which tier each row of a table is in, and its place there; see :class:`mec_embed.tiers.TierMap`.
 #:
 #: Args:
@@ -87,7 +88,7 @@ bag = torch.ops.mec_embed.bag
 #:
 #: Returns:
 #:     Whether each id is popular, bool, and its row within its tier, int64; both as ``input``.
-tiers = torch.ops.mec_embed.tiers
+tiers: Callable[..., tuple[Tensor, Tensor]]
 #: Decode rows of a table in two tiers.
 #:
 #: Args:
@@ -100,11 +101,11 @@ tiers = torch.ops.mec_embed.tiers
 #:
 #: Returns:
 #:     (*input.shape, embedding_dim) of ``dtype``.
-tiered = torch.ops.mec_embed.tiered
+tiered: Callable[..., Tensor]
 #: Gradient of the codebooks, from that of rows (*input.shape, embedding_dim); ids that are
 #: ``padding_idx``, be it -1, pass none.
-_lookup_backward = torch.ops.mec_embed.lookup_backward
-_bag_backward = torch.ops.mec_embed.bag_backward
+_lookup_backward: Callable[..., Tensor]
+_bag_backward: Callable[..., Tensor]
 
 
 @torch.library.register_fake("mec_embed::lookup", lib=LIBRARY)
@@ -366,24 +367,78 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return (rows.masked_fill(skipped[..., None], 0), *[None] * 10)
 
 
-def _register_autograd(
-    name: str, differentiable: tuple[int, ...], save: _Save, differentiate: _Differentiate
-) -> None:
-    """Give an operator its derivative by the inputs of these numbers.
+#: Return 0, False or None where no mode, tracer or transform watches.
+GUARDS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._get_tracing_state,
+    torch._C._functorch.peek_interpreter_stack,
+)
+PLAIN = (Tensor, torch.nn.Parameter)
+#: (operator, whether for tensors on a GPU) -> what serves it there.
+_SERVING: dict[tuple[str, bool], Callable[..., Any]] = {}
 
-    As ``torch.library.register_autograd`` does, in a third of its time, which is longer than a
-    lookup takes: it walks through all arguments, and the schema, in every call.
+
+def serve(name: str, device: str, implementation: Callable[..., Any]) -> None:
+    """Let a function serve an operator for tensors on a kind of device, ``cpu`` or ``cuda``."""
+    LIBRARY.impl(name, implementation, device.upper())
+    _SERVING[name, device == "cuda"] = implementation
+
+
+def _serving(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any] | None:
+    """What the dispatcher would come to, where there is nothing else it would call on its way."""
+    if torch.compiler.is_compiling():
+        return None
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if type(tensor) not in PLAIN:
+            return None
+    on_gpu = given[0].is_cuda
+    for tensor in given:
+        if not (tensor.is_cuda if on_gpu else tensor.is_cpu):
+            return None
+    for guard in GUARDS:
+        if guard():
+            return None
+    return _SERVING.get((name, on_gpu))
+
+
+def _operator(name: str, tensors: int) -> Callable[..., Any]:
+    """An operator without derivative, the first ``tensors`` inputs of which are tensors or None."""
+    op = getattr(torch.ops.mec_embed, name)
+
+    def call(*inputs: Any) -> Any:
+        return (_serving(name, inputs[:tensors]) or op)(*inputs)
+
+    return call
+
+
+def _differentiable(
+    name: str,
+    tensors: int,
+    differentiable: tuple[int, ...],
+    save: _Save,
+    differentiate: _Differentiate,
+) -> Callable[..., Tensor]:
+    """An operator with a derivative by the inputs of these numbers.
+
+    The dispatcher and autograd take longer than a lookup of a few rows, and a model makes dozens of
+    them. So the operator gets an autograd kernel of its own, which takes a third of the time of
+    ``torch.library.register_autograd`` (that walks through all arguments, and the schema, in every
+    call), and plain tensors that nothing watches go past the dispatcher.
     """
-    op = getattr(torch.ops.mec_embed, name).default
+    op = getattr(torch.ops.mec_embed, name)
 
-    def call(keyset: Any, *inputs: Any) -> Tensor:
+    def below(keyset: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output: Tensor = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            output: Tensor = op.default.redispatch(
+                keyset & torch._C._after_autograd_keyset, *inputs
+            )
         return output
 
-    def forward(ctx: Any, *inputs_and_keyset: Any) -> Tensor:
-        *inputs, keyset = inputs_and_keyset
-        output = call(keyset, *inputs)
+    def forward(ctx: Any, *inputs_and_implementation: Any) -> Tensor:
+        *inputs, implementation = inputs_and_implementation
+        output: Tensor = implementation(*inputs)
         save(ctx, inputs, output)
         return output
 
@@ -394,19 +449,42 @@ def _register_autograd(
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"mec_embed_{name}", (torch.autograd.Function,), parts)
 
-    def implementation(keyset: Any, *inputs: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(
-            inputs[number] is not None and inputs[number].requires_grad for number in differentiable
-        ):
-            output: Tensor = function.apply(*inputs, keyset)
+    def differs(inputs: Sequence[Any]) -> bool:
+        if torch.is_grad_enabled():
+            for number in differentiable:
+                if inputs[number] is not None and inputs[number].requires_grad:
+                    return True
+        return False
+
+    def kernel(keyset: Any, *inputs: Any) -> Tensor:
+        if differs(inputs):
+            output: Tensor = function.apply(*inputs, functools.partial(below, keyset))
             return output
-        return call(keyset, *inputs)
+        return below(keyset, *inputs)
 
-    LIBRARY.impl(name, implementation, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def call(*inputs: Any) -> Tensor:
+        implementation = _serving(name, inputs[:tensors])
+        output: Tensor
+        if implementation is None:
+            output = op(*inputs)
+        elif differs(inputs):
+            output = function.apply(*inputs, implementation)
+        else:
+            output = implementation(*inputs)
+        return output
+
+    return call
 
 
-_register_autograd("lookup", (2,), _save_lookup, _differentiate_lookup)
-_register_autograd("bag", (2, 4), _save_bag, _differentiate_bag)
-_register_autograd("tiered", (5, 8), _save_tiered, _differentiate_tiered)
-_register_autograd("lookup_backward", (0,), _save_backward, _differentiate_backward)
-_register_autograd("bag_backward", (0, 3), _save_bag_backward, _differentiate_bag_backward)
+tiers = _operator("tiers", 4)
+lookup = _differentiable("lookup", 4, (2,), _save_lookup, _differentiate_lookup)
+bag = _differentiable("bag", 6, (2, 4), _save_bag, _differentiate_bag)
+tiered = _differentiable("tiered", 10, (5, 8), _save_tiered, _differentiate_tiered)
+_lookup_backward = _differentiable(
+    "lookup_backward", 3, (0,), _save_backward, _differentiate_backward
+)
+_bag_backward = _differentiable(
+    "bag_backward", 5, (0, 3), _save_bag_backward, _differentiate_bag_backward
+)

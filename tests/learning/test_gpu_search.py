@@ -129,10 +129,10 @@ def test_the_kernel_compiles_for_gpus(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launches: list[Any] = []
     monkeypatch.setattr(
-        gpu_search.gpu,
-        "_launch",
-        lambda kernel, grid, *arguments, **constants: launches.append(
-            (kernel, arguments, constants)
+        gpu_search.gpu._Launcher,
+        "__call__",
+        lambda launcher, grid, *arguments: launches.append(
+            (launcher.function, arguments, launcher.constants)
         ),
     )
     words = count * size
