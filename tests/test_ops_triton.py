@@ -6,7 +6,6 @@ functions, and are compiled for GPUs that are not there. The last tests need a G
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import sys
@@ -282,7 +281,8 @@ def test_programs_that_count_codewords_take_more_bags_where_there_are_many() -> 
         table = kernels._Table(*arguments(torch.zeros(1, dtype=torch.long))[2:6], 3, 5, width)
         for bags in (100, 1 << 14, 1 << 15):
             for dtype in (torch.float32, torch.int8):
-                grid, tile = kernels._counted(table, bags, dtype)
+                grid, launch = kernels._counted(table, bags, dtype, 0)
+                tile = launch.constants
                 assert grid == (-(-bags // tile["BAGS"]), -(-width // 64))
                 found[width, bags, dtype] = tile["BAGS"], tile["UNROLL"]
     assert found[64, 100, torch.int8] == (32, 4) and found[64, 1 << 14, torch.int8] == (64, 4)
@@ -753,6 +753,59 @@ def test_kernels_are_compiled_once_for_all_numbers(monkeypatch: pytest.MonkeyPat
     assert asked == {"do_not_specialize": ["lines", "size"]}
 
 
+class GpuKernel:
+    """Stands for the C kernel, for tensors that are to be taken for such on a GPU."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+    def fast_rows(self, *arguments: Any) -> None:
+        return None
+
+    def check_gpu(self, places: tuple[Any, ...], codebooks: tuple[Tensor, ...], ids: Tensor) -> int:
+        for number in range(0, len(places), 5):
+            held, key, value, where, address = places[number : number + 5]
+            if held.get(key) is not value or (where and where() != address):
+                return 0
+        return 2 if torch.is_grad_enabled() and codebooks[0].requires_grad else 1
+
+
+@pytest.mark.skipif(not ops.cpu.available(), reason="the C kernel was not built")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_the_short_cut_of_modules(
+    padding_idx: int | None, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 2, 8), padding_idx=padding_idx)
+    table, ids = case.table, case.ids(4, 5)
+    table.sparse = sparse
+    ids[0] = 3
+    weights = torch.randn(4, 5, 6)
+
+    def results() -> tuple[Tensor, Tensor]:
+        rows = table(ids)
+        return rows, torch.autograd.grad((rows * weights).sum(), table.codebooks)[0]
+
+    expected = results()
+    monkeypatch.setattr(ops.cpu, "kernel", GpuKernel(ops.cpu.kernel))
+    monkeypatch.setattr(ops.fast, "rows_on_gpu", kernels.Rows.of)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = results()
+    assert type(found[0].grad_fn).__name__ == "_TrainedRowsBackward"
+    assert found[1].is_sparse == sparse
+    for one, other in zip(found, expected, strict=True):
+        close(one.to_dense(), other.to_dense())
+    with torch.no_grad():
+        close(table._fast.rows(table, ids), expected[0])
+        table.codebook_set.store(2 * table.codebooks)
+        close(table._fast.rows(table, ids), 2 * expected[0])
+        table.oov_row = 3
+        assert table._fast.rows(table, ids) is None
+
+
 def test_backends_names_triton_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         assert ops.backends()["cuda"] == "torch"
@@ -1043,11 +1096,20 @@ def test_gpu_opcheck(name: str) -> None:
         torch.library.opcheck(operator.default, arguments)
 
 
+def of_table(table: CompressedEmbedding, ids: Tensor) -> tuple[Any, ...]:
+    """What a table passes to the operator."""
+    layout, books = table.layout, table.codebook_set
+    shape = layout.num_embeddings, layout.embedding_dim, layout.bits
+    options = table.padding_idx, table.zero_padding, False, table.output_dtype.dtype, "t"
+    return (ids, table.codes, books.codebooks.detach(), books.scales, *shape, *options)
+
+
 @needs_gpu
 @pytest.mark.parametrize("change", [None, *CHANGES])
 def test_gpu_short_cut_follows_what_changes(change: str | None) -> None:
-    case, ids = on_gpu("additive")
-    table = case.table
+    # Of 16 codewords, any bits are codes.
+    table = Case(CodeLayout("additive", 300, 12, 3, 16), "cuda", padding_idx=7).table
+    ids = torch.randint(300, (50, 7), device="cuda")
     with torch.no_grad():
         table(ids)
         if change:
@@ -1056,9 +1118,15 @@ def test_gpu_short_cut_follows_what_changes(change: str | None) -> None:
             found = table._fast.rows(table, given)
             assert found is not None and found.dtype is table.output_dtype.dtype
             assert torch.equal(found, table._decode(given))
-            on_cpu = copy.deepcopy(table).cpu()(given.cpu())
-            torch.testing.assert_close(found.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
-    assert table._fast.rows(table, ids) is None, "a gradient is to flow"
+            plain = reference.lookup(*of_table(table, given))
+            torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)
+    rows = table._fast.rows(table, ids)
+    books, weights = table.codebooks, torch.randn(rows.shape, device="cuda", dtype=rows.dtype)
+    gradients = [
+        torch.autograd.grad((given * weights).sum(), books, create_graph=True)[0]
+        for given in (rows, table._decode(ids))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
 
 @needs_gpu

@@ -181,12 +181,15 @@ static int may_read(PyObject *const *args, Plan *plan, PyObject **answer) {
     return 0;
 }
 
-/* places, codebooks, ids -> True where ids on a GPU may be looked up by what was made for the tensors
- * in `places`, False where those are others, None where the operators must serve */
+/* places, codebooks, ids -> of ids on a GPU, and what was made for the tensors in `places`: 0 where
+ * those are others now, 1 where it serves, 2 where it does and gradients are to flow to codebooks;
+ * None where the operators must serve */
 PyObject *check_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     if (read_integers(args + 3, given - 3, 0, NULL)) return NULL;
     const int plain = is_plain(args[2], names.is_cuda);
-    return answer_of(plain == 1 ? state_of(args[0], args[1]) : plain ? -1 : GRADIENT);
+    if (!plain) Py_RETURN_NONE;
+    const int state = plain < 0 ? -1 : state_of(args[0], args[1]);
+    return state < 0 ? NULL : PyLong_FromLong(state);
 }
 
 /* plan or None, places, codebooks, ids -> True, or as may_read */

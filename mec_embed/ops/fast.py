@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .schema import GUARDS, PLAIN
+from .schema import GUARDS, PLAIN, grad_codebooks
 
 _compiling = torch.compiler.is_compiling
 #: Makes lookups in a table on a GPU, see :meth:`mec_embed.ops.gpu.Rows.of`; None without kernels.
@@ -79,6 +79,34 @@ def places_in(tensors: dict[str, Any], *names: str) -> Places:
     return tuple(places)
 
 
+class _TrainedRows(torch.autograd.Function):
+    """Rows of a table on a GPU; gradients are those of the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codebooks: Tensor,
+        ids: Tensor,
+        rows: Any,
+        zero_id: int,
+        padding_idx: int,
+        sparse: bool,
+    ) -> Tensor:
+        """Decode, and keep what the gradient needs."""
+        table = rows.table
+        ctx.save_for_backward(ids, table.codes)
+        layout = table.num_embeddings, table.embedding_dim, table.bits, padding_idx
+        ctx.layout = (*layout, *codebooks.shape, codebooks.dtype)
+        ctx.sparse = sparse
+        out: Tensor = rows(ids, zero_id)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradient of the codebooks."""
+        return (grad_codebooks(ctx, grad), *[None] * 5)
+
+
 class FastPath:
     """The plan of one module, packed anew where its tensors are others than before.
 
@@ -119,11 +147,18 @@ class FastPath:
         """Rows of a table on a GPU, where ids are not checked; or None."""
         if rows_on_gpu is None or module.oov_row is not None:
             return None
-        places, codebooks = self._places, self._codebooks
-        ready = self._rows is not None and cpu.kernel.check_gpu(places, codebooks, ids)
-        if ready:
-            return self._rows(ids, zero_id) if self._rows.takes(ids) else None
-        if ready is None or type(ids) is not Tensor or not ids.is_cuda:
+        places, codebooks, state = self._places, self._codebooks, 0
+        if self._rows is not None:
+            state = cpu.kernel.check_gpu(places, codebooks, ids)
+        if state:
+            if not self._rows.takes(ids):
+                return None
+            if state == 1:
+                return self._rows(ids, zero_id)
+            padding_idx = -1 if module.padding_idx is None else module.padding_idx
+            options = zero_id, padding_idx, module.sparse
+            return _TrainedRows.apply(*codebooks, ids, self._rows, *options)
+        if state is None or type(ids) is not Tensor or not ids.is_cuda:
             return None
         self.forget()
         table = module._plain_table()

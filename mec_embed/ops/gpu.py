@@ -827,43 +827,88 @@ class _Table(NamedTuple):
         """Codewords in a row, one after the other."""
         return 1 if self.width == self.embedding_dim else self.books
 
+    @property
+    def aligned(self) -> int:
+        """1 where the codes may be read as words of 8 bytes."""
+        return int(self.codes.data_ptr() % 8 == 0)
+
     def readable(self) -> bool:
         """Whether no row or codeword is outside of its tensor."""
-        row_bits = self.bits * self.books
-        if not self.bits:
-            whole = self.books == 1
-        else:
-            whole = self.codes.numel() >= packed_bytes(self.num_embeddings, row_bits)
-        return whole and self.rows > 0 and self.width * self.parts == self.embedding_dim
+        least = _least_bytes(*self[1:])
+        return least is not None and self.codes.numel() >= least
 
     def code_constants(self) -> dict[str, int]:
         """What kernels are compiled for, to read a code."""
-        return {
-            "BITS": self.bits,
-            "ALIGNED": int(self.codes.data_ptr() % 8 == 0),
-            "EXACT": int(self.size == 1 << self.bits),
-        }
+        exact = int(self.size == 1 << self.bits)
+        return {"BITS": self.bits, "ALIGNED": self.aligned, "EXACT": exact}
 
-    def group(self) -> int:
-        """Codes of a row that are read at once: as few times as possible, and alike."""
-        summed = self.books // self.parts
-        most = max(1, _MOST_BITS // max(1, self.bits))
-        return _blocks(summed, _blocks(summed, most))
+    def chunked(self, function: Any, chunks: int, warps: int, **others: int) -> _Chunked:
+        """A kernel that works on ``chunks`` chunks of this table's rows in a program."""
+        shape = self[1:]
+        return _chunked(
+            function, self.codes.device, shape, self.aligned, chunks, warps, *others.items()
+        )
 
-    def constants(self) -> dict[str, int]:
-        """What kernels are compiled for, to read a row."""
-        summed = self.books // self.parts
-        shape = {"PARTS": self.parts, "SUMMED": summed, "WIDTH": self.width}
-        return {**shape, **self.code_constants()}
 
-    def row_constants(self) -> dict[str, int]:
-        """What kernels are compiled for, to decode a row."""
-        return {**self.constants(), "GROUP": self.group()}
+@functools.cache
+def _least_bytes(
+    num_embeddings: int, embedding_dim: int, bits: int, books: int, size: int, width: int
+) -> int | None:
+    """Bytes that the codes of a table of this shape have at least; None if there is none."""
+    table = _Table(torch.empty(0), num_embeddings, embedding_dim, bits, books, size, width)
+    if table.rows <= 0 or width * table.parts != embedding_dim or not (bits or books == 1):
+        return None
+    return packed_bytes(num_embeddings, bits * books) if bits else 0
 
-    def chunks(self, chunks: int, warps: int) -> tuple[int, dict[str, int]]:
-        """Chunks of a codeword, and what says how many a program does."""
-        vector = math.gcd(self.width, 4)
-        return self.width // vector, {"CHUNKS": chunks, "VECTOR": vector, "num_warps": warps}
+
+class _Chunked(NamedTuple):
+    """A kernel that works on chunks of rows."""
+
+    launch: _Launcher
+    in_word: int
+    chunks: int
+
+    def __call__(self, words: int, *arguments: Any) -> None:
+        """Run it for all chunks of ``words`` codewords, or of rows of additive codes."""
+        self.launch((_blocks(words * self.in_word, self.chunks),), *arguments)
+
+
+@functools.cache
+def _chunked(
+    function: Any,
+    device: torch.device,
+    shape: tuple[int, ...],
+    aligned: int,
+    chunks: int,
+    warps: int,
+    *others: tuple[str, int],
+) -> _Chunked:
+    vector = math.gcd(shape[-1], 4)
+    constants = {
+        **_row_constants(shape, aligned),
+        **dict(others),
+        "CHUNKS": chunks,
+        "VECTOR": vector,
+    }
+    taken = {name: value for name, value in constants.items() if name in function.arg_names}
+    launch = _launcher(function, device, (*taken.items(), ("num_warps", warps)))
+    return _Chunked(launch, shape[-1] // vector, chunks)
+
+
+def _row_constants(shape: tuple[int, ...], aligned: int) -> dict[str, int]:
+    """What kernels are compiled for, to decode a row."""
+    table = _Table(torch.empty(0), *shape)
+    summed = table.books // table.parts
+    # Codes of a row that are read at once: as few times as possible, and alike.
+    most = max(1, _MOST_BITS // max(1, table.bits))
+    return {
+        "PARTS": table.parts,
+        "SUMMED": summed,
+        "WIDTH": table.width,
+        **table.code_constants(),
+        "ALIGNED": aligned,
+        "GROUP": _blocks(summed, _blocks(summed, most)),
+    }
 
 
 def _takes(table: _Table, ids: Tensor, *tensors: Tensor | None) -> bool:
@@ -894,7 +939,8 @@ def _takes_books(codebooks: Tensor, scales: Tensor | None, dtype: torch.dtype) -
         known = codebooks.dtype is torch.int8 and scales.dtype is SCALE_DTYPE
         known = known and scales.is_contiguous() and scales.shape == codebooks.shape[:2]
     # Rows have no codes: their offsets are int64, as ids are.
-    narrow = codebooks.shape[1] > 1 << 16 or codebooks[0].numel() < 1 << 31
+    _, size, width = codebooks.shape
+    narrow = size > 1 << 16 or size * width < 1 << 31
     return known and narrow and codebooks.is_contiguous() and dtype in _FLOATS
 
 
@@ -905,8 +951,7 @@ class Rows(NamedTuple):
     codebooks: Tensor
     scales: Tensor | None
     dtype: torch.dtype
-    chunks: int
-    launch: _Launcher
+    launch: _Chunked
 
     @staticmethod
     def of(
@@ -922,10 +967,8 @@ class Rows(NamedTuple):
         table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
         if not _reads(table, codebooks, scales) or not _takes_books(codebooks, scales, dtype):
             return None
-        chunks, tile = table.chunks(CHUNKS, CHUNK_WARPS)
-        constants = {**table.row_constants(), **tile}
-        launch = _launcher(_rows_kernel, codebooks.device, tuple(constants.items()))
-        return Rows(table, codebooks, scales, dtype, chunks, launch)
+        launch = table.chunked(_rows_kernel, CHUNKS, CHUNK_WARPS)
+        return Rows(table, codebooks, scales, dtype, launch)
 
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
@@ -940,7 +983,7 @@ class Rows(NamedTuple):
             return out
         lines = count * table.parts
         self.launch(
-            (_blocks(lines * self.chunks, CHUNKS),),
+            lines,
             ids.contiguous(),
             table.codes,
             *_unpacked(self.codebooks, self.scales, count),
@@ -1028,25 +1071,13 @@ def bag(
     starts = None if offsets is None else offsets.contiguous()
     tables = codes, codebooks, scales, out
     mean = int(mode == "mean")
-    grid: tuple[int, ...]
     if counted:
-        grid, tile = _counted(table, bags, codebooks.dtype)
-        _launch(_counted_bags_kernel, grid, ids, starts, *tables, *ends, MEAN=mean, **tile)
+        grid, launch = _counted(table, bags, codebooks.dtype, mean)
+        launch(grid, ids, starts, *tables, *ends)
         return out
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
-    chunks, tile = table.chunks(BAG_CHUNKS, BAG_CHUNK_WARPS)
-    _launch(
-        _bags_kernel,
-        (_blocks(bags * table.parts * chunks, BAG_CHUNKS),),
-        ids,
-        starts,
-        weights,
-        *tables,
-        *ends,
-        MEAN=mean,
-        **table.row_constants(),
-        **tile,
-    )
+    chunked = table.chunked(_bags_kernel, BAG_CHUNKS, BAG_CHUNK_WARPS, MEAN=mean)
+    chunked(bags * table.parts, ids, starts, weights, *tables, *ends)
     return out
 
 
@@ -1082,11 +1113,28 @@ def _counts(table: _Table) -> bool:
 
 
 def _counted(
-    table: _Table, bags: int, dtype: torch.dtype
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and constants of the kernel that counts codewords."""
-    words = _power(_blocks(table.size, 4))
+    table: _Table, bags: int, dtype: torch.dtype, mean: int
+) -> tuple[tuple[int, int], _Launcher]:
+    """Grid and kernel that counts codewords."""
     together = next(each for least, each in COUNTED_BAGS if bags >= least)
+    shape = table[1:]
+    launch = _counting(table.codes.device, shape, table.aligned, dtype, together, mean)
+    tile = launch.constants
+    return (_blocks(bags, tile["BAGS"]), _blocks(table.width, tile["COLUMNS"])), launch
+
+
+@functools.cache
+def _counting(
+    device: torch.device,
+    shape: tuple[int, ...],
+    aligned: int,
+    dtype: torch.dtype,
+    together: int,
+    mean: int,
+) -> _Launcher:
+    """The kernel that counts codewords of ``together`` bags in a program, or of fewer."""
+    table = _Table(torch.empty(0), *shape)
+    words = _power(_blocks(table.size, 4))
     terms, unroll = _TERMS[dtype], COUNTED_UNROLL
     # A thread has 255 registers, and sums, counts and codewords take most of them.
     if together > 64 and table.width > 64:
@@ -1094,7 +1142,8 @@ def _counted(
     elif together > 64 and terms > 2:
         unroll = 1
     columns = min(max(16, _power(table.width)), 64)
-    tile = {
+    constants = {
+        "MEAN": mean,
         "BOOKS": table.books,
         "WIDTH": table.width,
         "TERMS": terms,
@@ -1106,8 +1155,9 @@ def _counted(
         "UNROLL": unroll,
         "num_warps": COUNTED_WARPS,
         **table.code_constants(),
+        "ALIGNED": aligned,
     }
-    return (_blocks(bags, together), _blocks(table.width, columns)), tile
+    return _launcher(_counted_bags_kernel, device, tuple(constants.items()))
 
 
 def _takes_bags(
@@ -1254,10 +1304,9 @@ def _sum_atomically(
     shape = (copies, table.books, table.size, table.width)
     total = grad.lines.new_zeros(shape, dtype=torch.float32)
     lines = ids.numel() * table.parts
-    chunks, tile = table.chunks(CHUNKS, CHUNK_WARPS)
-    _launch(
-        _add_kernel,
-        (_blocks(lines * chunks, CHUNKS),),
+    add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
+    add(
+        lines,
         *grad,
         ids,
         table.codes,
@@ -1267,8 +1316,6 @@ def _sum_atomically(
         table.size,
         padding_idx,
         copies,
-        **table.constants(),
-        **tile,
     )
     return (total[0] if copies == 1 else total.sum(0)).to(dtype)
 
@@ -1374,10 +1421,10 @@ def tiered(
     if not out.numel():
         return out
     popular, place = tiers(input, starts, before, bitmap, num_embeddings, name)
-    vector = math.gcd(head.width, tail.width, 4)
-    _launch(
-        _tiered_kernel,
-        (_blocks(out.numel() // vector, CHUNKS),),
+    shapes = head[1:], tail[1:]
+    chunked = _tiered(input.device, *shapes, head.aligned, tail.aligned, CHUNKS, CHUNK_WARPS)
+    chunked(
+        input.numel(),
         input.contiguous(),
         popular,
         place,
@@ -1393,14 +1440,32 @@ def tiered(
         tail.rows,
         tail.size,
         padding_idx if zero_padding else -1,
-        DIM=embedding_dim,
-        CHUNKS=CHUNKS,
-        VECTOR=vector,
-        num_warps=CHUNK_WARPS,
-        **{f"HEAD_{key}": value for key, value in head.row_constants().items()},
-        **{f"TAIL_{key}": value for key, value in tail.row_constants().items()},
     )
     return out
+
+
+@functools.cache
+def _tiered(
+    device: torch.device,
+    head: tuple[int, ...],
+    tail: tuple[int, ...],
+    head_aligned: int,
+    tail_aligned: int,
+    chunks: int,
+    warps: int,
+) -> _Chunked:
+    """The kernel that decodes rows of two tiers of these shapes."""
+    dim, vector = head[1], math.gcd(head[-1], tail[-1], 4)
+    constants = {
+        **{f"HEAD_{key}": value for key, value in _row_constants(head, head_aligned).items()},
+        **{f"TAIL_{key}": value for key, value in _row_constants(tail, tail_aligned).items()},
+        "DIM": dim,
+        "CHUNKS": chunks,
+        "VECTOR": vector,
+        "num_warps": warps,
+    }
+    launch = _launcher(_tiered_kernel, device, tuple(constants.items()))
+    return _Chunked(launch, dim // vector, chunks)
 
 
 def tiers(

@@ -233,13 +233,15 @@ def _save_lookup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.sparse = sparse
 
 
+def grad_codebooks(ctx: Any, grad: Tensor) -> Tensor:
+    """Gradient of the codebooks from that of rows, of what :func:`_save_lookup` kept."""
+    found = _lookup_backward(grad, *ctx.saved_tensors, *ctx.layout)
+    return found.to_sparse(2) if ctx.sparse else found
+
+
 def _differentiate_lookup(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_codebooks = None
-    if ctx.needs_input_grad[2]:
-        grad_codebooks = _lookup_backward(grad, *ctx.saved_tensors, *ctx.layout)
-        if ctx.sparse:
-            grad_codebooks = grad_codebooks.to_sparse(2)
-    return (None, None, grad_codebooks, *[None] * 9)
+    found = grad_codebooks(ctx, grad) if ctx.needs_input_grad[2] else None
+    return (None, None, found, *[None] * 9)
 
 
 def _save_bag(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -337,13 +339,16 @@ def place_in_tier(place: Tensor, bits: int, size: int) -> Tensor:
 def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ids, starts, before, bitmap, *codes = ctx.saved_tensors
     popular, place = tiers(ids, starts, before, bitmap, ctx.rows, ctx.name)
-    padding = ids == ctx.padding_idx
+    none = place.new_full((), -1)
     grads: list[Tensor | None] = [None, None]
-    for tier, others in enumerate((~popular, popular)):
+    for tier in range(2):
         if not ctx.needs_input_grad[(5, 8)[tier]]:
             continue
         _, _, bits, _, _, size, *_ = ctx.layouts[tier]
-        own = place_in_tier(place, bits, size).masked_fill(others | padding, -1)
+        own = place_in_tier(place, bits, size)
+        own = torch.where(popular, own, none) if tier == 0 else torch.where(popular, none, own)
+        if ctx.padding_idx >= 0:
+            own = own.masked_fill(ids == ctx.padding_idx, -1)
         found = _lookup_backward(grad, own, codes[tier], *ctx.layouts[tier])
         grads[tier] = found.to_sparse(2) if ctx.sparse else found
     return (*[None] * 5, grads[0], None, None, grads[1], *[None] * 12)
