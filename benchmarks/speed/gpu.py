@@ -6,7 +6,8 @@ measurement is of ``CALLS`` lookups of fresh ids, the same for all methods, one 
 other. They are timed twice: as a CUDA graph, which is what the GPU takes, and one by one from
 Python, which for small batches is what the processor takes to launch them. ``gradient`` is a lookup
 and the gradient of the table, dense, or of the codebooks; ``tables`` are lookups in ``TABLES``
-tables, one after the other.
+tables, one after the other, ``tables gradient`` these and all gradients; ``tiers`` are rows of a
+table whose popular fifth has other codes than the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.hardware import processor
 from benchmarks.lines import append
 from benchmarks.speed.lookup import BAG, SHAPES, id_batches, plain_torch
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
+from mec_embed.tiers import TieredEmbedding, TierMap
 
 COLUMNS = (
     "what", "rows", "dim", "batch", "ids", "timing", "method", "microseconds", "speed", "gb_s",
@@ -54,7 +56,7 @@ def main() -> None:
                 continue
             methods = _methods(rows, dim)
             for what, kind, batch in itertools.product(options.what, options.ids, options.batches):
-                lookups = batch * {"bags": BAG, "tables": TABLES}.get(what, 1)
+                lookups = batch * MANY.get(what, 1)
                 if lookups > MOST_LOOKUPS or what not in methods:
                     continue
                 bar.set_postfix_str(f"{rows:,} x {dim}: {what}, {kind}, batch {batch}")
@@ -75,7 +77,9 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-WHATS = ("rows", "bags", "gradient", "tables")
+WHATS = ("rows", "tiers", "bags", "gradient", "tables", "tables gradient")
+#: Lookups for each of a batch, where there are several.
+MANY = {"bags": BAG, "tables": TABLES, "tables gradient": TABLES}
 
 
 def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
@@ -93,11 +97,13 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
         methods["rows"][name], methods["bags"][name] = table, bag
     methods["rows"]["plain torch"] = plain_torch(table)
     methods["gradient"][name] = _gradient(table, table.codebooks)
+    methods["tiers"] = {"dense": dense, name: _tiered(rows, dim)}
     methods["rows"]["fill"] = methods["bags"]["fill"] = _fill(dim)
     if rows * dim <= MOST_ENTRIES:
         many = {"dense": [nn.Embedding(rows, dim, _weight=weight.clone()) for _ in range(TABLES)]}
         many[name] = [_compressed(rows, dim, dtype)[0] for _ in range(TABLES)]
         methods["tables"] = {key: _in_turn(tables) for key, tables in many.items()}
+        methods["tables gradient"] = {key: _gradients(tables) for key, tables in many.items()}
     return methods
 
 
@@ -106,15 +112,16 @@ def _in_turn(tables: Sequence[nn.Module]) -> Lookup:
 
 
 def _compressed(
-    rows: int, dim: int, dtype: torch.dtype
+    rows: int, dim: int, dtype: torch.dtype, less: int = 1
 ) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
-    """A table with random codes, for rows and for bags."""
-    layout = CodeLayout("additive", rows, dim, *SHAPES[dim], dtype)
+    """A table with random codes, so many times ``less``, for rows and for bags."""
+    count, size = SHAPES[dim][0] // less, SHAPES[dim][1]
+    layout = CodeLayout("additive", rows, dim, count, size, dtype)
     with torch.device(DEVICE):
         table = CompressedEmbedding(layout)
         # All sizes are powers of two, so that any bits are codes.
         table.code_table.codes.random_(0, 256)
-        table.codebook_set.store(torch.randn(*SHAPES[dim], dim))
+        table.codebook_set.store(torch.randn(count, size, dim))
         shared = {"code_table": table.code_table, "codebook_set": table.codebook_set}
         return table, CompressedEmbeddingBag(layout, mode="sum", **shared)
 
@@ -128,6 +135,24 @@ def _gradient(table: nn.Module, weight: Tensor) -> Lookup:
     return differentiate
 
 
+def _gradients(tables: Sequence[nn.Module]) -> Lookup:
+    parameters = [parameter for table in tables for parameter in table.parameters()]
+
+    def differentiate(ids: Tensor) -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(torch.cat([table(ids) for table in tables], 1).sum(), parameters)
+
+    return differentiate
+
+
+def _tiered(rows: int, dim: int) -> TieredEmbedding:
+    """A table of which a fifth, here and there, has twice as many codes as the others."""
+    popular = torch.rand(rows) < 0.2
+    head, _ = _compressed(int(popular.sum()), dim, torch.float32)
+    tail, _ = _compressed(int((~popular).sum()), dim, torch.float32, less=2)
+    return TieredEmbedding(TierMap.of(popular), head, tail).to(DEVICE)
+
+
 def _fill(dim: int) -> Lookup:
     return lambda ids: torch.full((len(ids), dim), 1.0, device=DEVICE)
 
@@ -139,7 +164,7 @@ def _compare(
     inputs = [next(batches) for _ in range(CALLS)]
     with torch.no_grad():
         timings = {"eager": {name: _eager(one, inputs) for name, one in methods.items()}}
-        if label["what"] != "gradient":
+        if "gradient" not in str(label["what"]):
             timings["graph"] = {name: _graph(one, inputs) for name, one in methods.items()}
         for timing, measures in timings.items():
             seconds: dict[str, list[float]] = {name: [] for name in methods}

@@ -52,8 +52,10 @@ def test_methods_on_a_gpu_agree(monkeypatch):
     for name in ("dense", "mec_embed int8", "mec_embed float32"):
         torch.testing.assert_close(bags[name], rows[name].view(2, 20, 16).sum(1))
     assert {len(one) for one in tables.values()} == {gpu.TABLES}
-    for method in methods["gradient"].values():
-        method(ids)
+    assert methods["tiers"]["mec_embed float32"](ids).shape == (40, 16)
+    for what in ("gradient", "tables gradient"):
+        for method in methods[what].values():
+            method(ids)
 
 
 def test_models_before_and_after(tmp_path, monkeypatch):
