@@ -228,8 +228,8 @@ class DecodedTable(nn.Module, ABC):
     def _pack_plan(self) -> bytes | None:
         """The table as the kernel takes it, or None where it cannot."""
 
-    def _plain_table(self) -> _Compressed | None:
-        """The table whose rows are this module's, if there is one that has them all."""
+    def _rows_on_gpu(self) -> Any:
+        """The table as the kernels on a GPU take it, or None where they cannot."""
         return None
 
     @abstractmethod
@@ -368,8 +368,8 @@ class _Compressed(DecodedTable):
     def _tables(self) -> tuple[_Compressed, ...]:
         return (self,)
 
-    def _plain_table(self) -> _Compressed | None:
-        return None if self.layout.kind == "shared" else self
+    def _rows_on_gpu(self) -> Any:
+        return None if self.layout.kind == "shared" else ops.fast.rows_on_gpu(self)
 
     def _places(self) -> ops.fast.Places:
         return ops.fast.places_of(self)

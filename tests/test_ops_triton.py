@@ -686,7 +686,7 @@ def test_each_operator_is_registered_with_the_arguments_of_its_schema(
         registered[operator] = function
 
     monkeypatch.setattr(gpu, "serve", record)
-    monkeypatch.setattr(ops.fast, "rows_on_gpu", None)
+    monkeypatch.setattr(ops.fast, "on_gpu", None)
     gpu.register()
     schema = getattr(torch.ops.mec_embed, name).default._schema
     names = [argument.name for argument in schema.arguments]
@@ -773,12 +773,23 @@ class GpuKernel:
         return 2 if torch.is_grad_enabled() and codebooks[0].requires_grad else 1
 
 
-@pytest.mark.skipif(not ops.cpu.available(), reason="the C kernel was not built")
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes modules take tensors for such on a GPU, and interpreted kernels for compiled ones."""
+    if not ops.cpu.available():
+        pytest.skip("the C kernel was not built")
+
+    def begin() -> None:
+        monkeypatch.setattr(ops.cpu, "kernel", GpuKernel(ops.cpu.kernel))
+        monkeypatch.setattr(ops.fast, "on_gpu", kernels)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
+    return begin
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 3])
-def test_the_short_cut_of_modules(
-    padding_idx: int | None, sparse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_short_cut_of_modules(padding_idx: int | None, sparse: bool, as_on_gpu: Any) -> None:
     case = Case(CodeLayout("additive", 30, 6, 2, 8), padding_idx=padding_idx)
     table, ids = case.table, case.ids(4, 5)
     table.sparse = sparse
@@ -790,9 +801,7 @@ def test_the_short_cut_of_modules(
         return rows, torch.autograd.grad((rows * weights).sum(), table.codebooks)[0]
 
     expected = results()
-    monkeypatch.setattr(ops.cpu, "kernel", GpuKernel(ops.cpu.kernel))
-    monkeypatch.setattr(ops.fast, "rows_on_gpu", kernels.Rows.of)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    as_on_gpu()
     found = results()
     assert type(found[0].grad_fn).__name__ == "_TrainedRowsBackward"
     assert found[1].is_sparse == sparse
@@ -804,6 +813,32 @@ def test_the_short_cut_of_modules(
         close(table._fast.rows(table, ids), 2 * expected[0])
         table.oov_row = 3
         assert table._fast.rows(table, ids) is None
+
+
+@pytest.mark.parametrize("kind", ["bitmap", "runs"])
+def test_the_short_cut_of_tiers(kind: str, as_on_gpu: Any) -> None:
+    popular = torch.arange(300) < 60 if kind == "runs" else torch.rand(300) < 0.2
+    tiers = [
+        Case(CodeLayout("additive", int(rows), 6, count, 8), padding_idx=None).table
+        for rows, count in ((popular.sum(), 3), ((~popular).sum(), 1))
+    ]
+    table = TieredEmbedding(TierMap.of(popular), *tiers, padding_idx=7)
+    ids = torch.randint(300, (5, 9))
+    ids[0] = 7
+    expected = table(ids).detach()
+    as_on_gpu()
+    with torch.no_grad():
+        for given, wanted in ((ids, expected), (ids.int(), expected), (ids[:0], expected[:0])):
+            found = table._fast.rows(table, given)
+            assert found is not None
+            close(found, wanted)
+        table.tier_map.before.add_(1)  # in place: also of the kernel
+        assert not torch.equal(table._fast.rows(table, ids), expected)
+        table.tier_map.before = table.tier_map.before - 1
+        close(table._fast.rows(table, ids), expected)
+        table.tail.codebook_set.store(2 * table.tail.codebooks)
+        close(table._fast.rows(table, ids), table._decode(ids))
+    assert table._fast.rows(table, ids) is None, "gradients flow to two sets of codebooks"
 
 
 def test_backends_names_triton_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1159,3 +1194,23 @@ def test_gpu_short_cut_leaves_the_rest_to_the_operators() -> None:
         with Operators():
             assert torch.equal(table(ids), expected)
         assert any("mec_embed.lookup" in name for name in seen)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["bitmap", "runs"])
+def test_gpu_short_cut_of_tiers(kind: str) -> None:
+    popular = torch.arange(3000) < 600 if kind == "runs" else torch.rand(3000) < 0.2
+    tiers = [
+        Case(CodeLayout("additive", int(rows), 40, count, 20), "cuda").table
+        for rows, count in ((popular.sum(), 6), ((~popular).sum(), 2))
+    ]
+    table = TieredEmbedding(TierMap.of(popular).cuda(), *tiers, padding_idx=7)
+    ids = torch.randint(3000, (500, 7), device="cuda")
+    with torch.no_grad():
+        found = table._fast.rows(table, ids)
+        assert found is not None
+        torch.testing.assert_close(found, table._decode(ids))
+        popular_ids, places = reference.tiers(ids, *arguments_of(table, ids)[1:4], 3000, "t")
+        rows = [tier._decode(places.clamp(max=tier.num_embeddings - 1)) for tier in tiers]
+        expected = torch.where(popular_ids[..., None], *rows)
+        torch.testing.assert_close(found, expected.masked_fill((ids == 7)[..., None], 0))

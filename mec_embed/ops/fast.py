@@ -8,7 +8,6 @@ for them on a GPU. Anything else, and every call that is to raise an error, take
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from . import cpu
 from .schema import GUARDS, PLAIN, grad_codebooks
 
 _compiling = torch.compiler.is_compiling
-#: Makes lookups in a table on a GPU, see :meth:`mec_embed.ops.gpu.Rows.of`; None without kernels.
-rows_on_gpu: Callable[..., Any] | None = None
+#: The kernels for tables on a GPU, :mod:`mec_embed.ops.gpu`; None without.
+on_gpu: Any = None
 
 if cpu.available():
     cpu.kernel.set_up(
@@ -37,6 +36,12 @@ def fields_of(table: Any) -> tuple[int, ...] | None:
     """A :class:`mec_embed.CompressedEmbedding` as the kernel takes it, or None."""
     values = _values_of(table)
     return None if values is None else cpu.table_fields(*values, table.layout.kind == "shared")
+
+
+def rows_on_gpu(table: Any) -> Any:
+    """A :class:`mec_embed.CompressedEmbedding` as :class:`mec_embed.ops.gpu.Rows`, or None."""
+    values = _values_of(table)
+    return None if values is None else on_gpu.Rows.of(*values, table.output_dtype.dtype)
 
 
 def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int] | None:
@@ -145,7 +150,7 @@ class FastPath:
 
     def _rows_on_gpu(self, module: Any, ids: Tensor, zero_id: int) -> Tensor | None:
         """Rows of a table on a GPU, where ids are not checked; or None."""
-        if rows_on_gpu is None or module.oov_row is not None:
+        if on_gpu is None or module.oov_row is not None:
             return None
         places, codebooks, state = self._places, self._codebooks, 0
         if self._rows is not None:
@@ -155,18 +160,19 @@ class FastPath:
                 return None
             if state == 1:
                 return self._rows(ids, zero_id)
+            if len(codebooks) > 1:
+                return None
             padding_idx = -1 if module.padding_idx is None else module.padding_idx
             options = zero_id, padding_idx, module.sparse
             return _TrainedRows.apply(*codebooks, ids, self._rows, *options)
         if state is None or type(ids) is not Tensor or not ids.is_cuda:
             return None
         self.forget()
-        table = module._plain_table()
-        values = None if table is None else _values_of(table)
-        self._rows = None if values is None else rows_on_gpu(*values, module._like().dtype)
+        self._rows = module._rows_on_gpu()
         if self._rows is None:
             return None
-        self._places, self._codebooks = module._places(), (table.codebooks,)
+        self._places = module._places()
+        self._codebooks = tuple(table.codebooks for table in module._tables())
         return self._rows_on_gpu(module, ids, zero_id)
 
     def bags(

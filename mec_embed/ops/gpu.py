@@ -17,6 +17,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -705,15 +706,20 @@ def _bitmap_kernel(
     block = row // BLOCK_ROWS
     within = (row % BLOCK_ROWS).to(tl.int32)
     own = bitmap + block * (BLOCK_ROWS // 8)
-    one = tl.full([LINES], 1, tl.int32)
+    words = own.to(tl.pointer_type(tl.uint64))
+    one = tl.full([LINES], 1, tl.uint64)
     rank = tl.load(before + block).to(tl.int64)
-    for number in range(BLOCK_ROWS // 8):
-        kept = tl.minimum(tl.maximum(within - number * 8, 0), 8)
-        byte = tl.load(own + number).to(tl.int32) & ((one << kept) - 1)
-        # The number of ones: in pairs of bits, then in fours, then in the byte.
-        byte -= (byte >> 1) & 0x55
-        byte = (byte & 0x33) + ((byte >> 2) & 0x33)
-        rank += (byte + (byte >> 4)) & 0x0F
+    for number in tl.static_range(BLOCK_ROWS // 64):
+        kept = tl.minimum(tl.maximum(within - number * 64, 0), 64)
+        half = kept // 2
+        # In two steps, as a shift by all 64 bits is not defined.
+        below = ((one << half.to(tl.uint64)) << (kept - half).to(tl.uint64)) - 1
+        word = tl.load(words + number) & below
+        # The number of ones: in pairs of bits, then in fours, in bytes, and in the word.
+        word -= (word >> 1) & 0x5555555555555555
+        word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
+        word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
+        rank += ((word * 0x0101010101010101) >> 56).to(tl.int64)
     known = ((tl.load(own + within // 8).to(tl.int32) >> (within % 8)) & 1) != 0
     tl.store(popular + line, known, mask=inside)
     tl.store(place + line, tl.where(known, rank, row - rank), mask=inside)
@@ -970,9 +976,14 @@ class Rows(NamedTuple):
         launch = table.chunked(_rows_kernel, CHUNKS, CHUNK_WARPS)
         return Rows(table, codebooks, scales, dtype, launch)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.codebooks.device
+
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
-        return ids.dtype in _ID_DTYPES and ids.device == self.codebooks.device
+        return ids.dtype in _ID_DTYPES and ids.device == self.device
 
     def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
         """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
@@ -1361,6 +1372,103 @@ def _sum_sorted(
     return out
 
 
+class Map(NamedTuple):
+    """Which tier each row of a table is in, see :class:`mec_embed.tiers.TierMap`."""
+
+    starts: Tensor
+    before: Tensor
+    bitmap: Tensor
+    rows: int
+
+    def readable(self) -> bool:
+        """Whether the kernels can read it without leaving its tensors."""
+        starts, before, bitmap = self.starts, self.before, self.bitmap
+        ranks, size = before.shape[0], bitmap.shape[0]
+        if size:
+            blocks = _blocks(self.rows, reference.BLOCK_ROWS)
+            whole = ranks == blocks and size == blocks * reference.BLOCK_ROWS // 8
+            whole = whole and bitmap.data_ptr() % 8 == 0
+        else:
+            whole = ranks == starts.shape[0] > 0
+        for tensor in (starts, before, bitmap):
+            whole = whole and tensor.is_contiguous() and tensor.device == before.device
+        kinds = starts.dtype, before.dtype, bitmap.dtype
+        expected = torch.int64, torch.int32 if size else torch.int64, torch.uint8
+        return whole and kinds == expected and self.rows > 0 and _serves(before.device)
+
+    def takes(self, ids: Tensor) -> bool:
+        """Whether the kernels can read these ids."""
+        return ids.dtype in _ID_DTYPES and ids.device == self.before.device
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each id is popular, and its place in its tier."""
+        popular = torch.empty(ids.shape, dtype=torch.bool, device=ids.device)
+        place = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+        count = ids.numel()
+        if not count:
+            return popular, place
+        ends = popular, place, count, self.rows
+        ids, grid = ids.contiguous(), (_blocks(count, TILE), 1)
+        if self.bitmap.shape[0]:
+            options = {"BLOCK_ROWS": reference.BLOCK_ROWS, "LINES": TILE}
+            _launch(_bitmap_kernel, grid, ids, self.before, self.bitmap, *ends, **options)
+        else:
+            runs = self.starts.shape[0]
+            _launch(_runs_kernel, grid, ids, self.starts, self.before, *ends, runs, LINES=TILE)
+        return popular, place
+
+
+class TieredRows(NamedTuple):
+    """Lookups in a table of two tiers: all but the ids."""
+
+    places: Map
+    head: Rows
+    tail: Rows
+    launch: _Chunked
+
+    @staticmethod
+    def of(places: Map, head: Rows | None, tail: Rows | None) -> TieredRows | None:
+        """Of two tiers; None if kernels cannot."""
+        if head is None or tail is None or not places.readable():
+            return None
+        if not head.device == tail.device == places.before.device:
+            return None
+        one, other = head.table, tail.table
+        shapes, aligned = (one[1:], other[1:]), (one.aligned, other.aligned)
+        launch = _tiered(head.device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
+        return TieredRows(places, head, tail, launch)
+
+    def takes(self, ids: Tensor) -> bool:
+        """Whether the kernels can read these ids."""
+        return self.places.takes(ids)
+
+    def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
+        """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
+        head, tail, count = self.head, self.tail, ids.numel()
+        dim = head.table.embedding_dim
+        out = head.codebooks.new_empty((*ids.shape, dim), dtype=head.dtype)
+        if not count:
+            return out
+        self.launch(
+            count,
+            ids.contiguous(),
+            *self.places(ids),
+            head.table.codes,
+            *_unpacked(head.codebooks, head.scales, count),
+            tail.table.codes,
+            *_unpacked(tail.codebooks, tail.scales, count),
+            out,
+            count,
+            self.places.rows,
+            head.table.rows,
+            head.table.size,
+            tail.table.rows,
+            tail.table.size,
+            zero_id,
+        )
+        return out
+
+
 def tiered(
     input: Tensor,
     starts: Tensor,
@@ -1385,15 +1493,13 @@ def tiered(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.tiered`."""
-    head = _Table(head_codes, head_rows, embedding_dim, head_bits, *head_codebooks.shape)
-    tail = _Table(tail_codes, tail_rows, embedding_dim, tail_bits, *tail_codebooks.shape)
-    if (
-        not _takes(head, input, head_codebooks, head_scales)
-        or not _takes(tail, input, tail_codebooks, tail_scales)
-        or not _takes_books(head_codebooks, head_scales, dtype)
-        or not _takes_books(tail_codebooks, tail_scales, dtype)
-        or not _takes_map(input, starts, before, bitmap, num_embeddings)
-    ):
+    tiers = (
+        (head_codes, head_codebooks, head_scales, head_rows, embedding_dim, head_bits),
+        (tail_codes, tail_codebooks, tail_scales, tail_rows, embedding_dim, tail_bits),
+    )
+    places = Map(starts, before, bitmap, num_embeddings)
+    rows = TieredRows.of(places, *(Rows.of(*tier, dtype) for tier in tiers))
+    if rows is None or not rows.takes(input):
         return reference.tiered(
             input,
             starts,
@@ -1417,31 +1523,7 @@ def tiered(
             dtype,
             name,
         )
-    out = head_codebooks.new_empty((*input.shape, embedding_dim), dtype=dtype)
-    if not out.numel():
-        return out
-    popular, place = tiers(input, starts, before, bitmap, num_embeddings, name)
-    shapes = head[1:], tail[1:]
-    chunked = _tiered(input.device, *shapes, head.aligned, tail.aligned, CHUNKS, CHUNK_WARPS)
-    chunked(
-        input.numel(),
-        input.contiguous(),
-        popular,
-        place,
-        head_codes,
-        *_unpacked(head_codebooks, head_scales, input.numel()),
-        tail_codes,
-        *_unpacked(tail_codebooks, tail_scales, input.numel()),
-        out,
-        input.numel(),
-        num_embeddings,
-        head.rows,
-        head.size,
-        tail.rows,
-        tail.size,
-        padding_idx if zero_padding else -1,
-    )
-    return out
+    return rows(input, padding_idx if zero_padding else -1)
 
 
 @functools.cache
@@ -1472,70 +1554,15 @@ def tiers(
     input: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """See :data:`mec_embed.ops.schema.tiers`."""
-    if not _takes_map(input, starts, before, bitmap, num_embeddings):
+    places = Map(starts, before, bitmap, num_embeddings)
+    if not places.readable() or not places.takes(input):
         return reference.tiers(input, starts, before, bitmap, num_embeddings, name)
-    popular = torch.empty(input.shape, dtype=torch.bool, device=input.device)
-    place = torch.empty(input.shape, dtype=torch.int64, device=input.device)
-    count = input.numel()
-    if not count:
-        return popular, place
-    ids, grid = input.contiguous(), (_blocks(count, TILE), 1)
-    if len(bitmap):
-        _launch(
-            _bitmap_kernel,
-            grid,
-            ids,
-            before,
-            bitmap,
-            popular,
-            place,
-            count,
-            num_embeddings,
-            BLOCK_ROWS=reference.BLOCK_ROWS,
-            LINES=TILE,
-        )
-    else:
-        _launch(
-            _runs_kernel,
-            grid,
-            ids,
-            starts,
-            before,
-            popular,
-            place,
-            count,
-            num_embeddings,
-            len(starts),
-            LINES=TILE,
-        )
-    return popular, place
-
-
-def _takes_map(
-    ids: Tensor, starts: Tensor, before: Tensor, bitmap: Tensor, num_embeddings: int
-) -> bool:
-    """Whether the kernels can read this map without leaving its tensors."""
-    blocks = _blocks(num_embeddings, reference.BLOCK_ROWS)
-    if len(bitmap):
-        whole = len(before) == blocks and len(bitmap) == blocks * reference.BLOCK_ROWS // 8
-    else:
-        whole = len(before) == len(starts) > 0
-    kinds = starts.dtype, before.dtype, bitmap.dtype
-    expected = torch.int64, torch.int32 if len(bitmap) else torch.int64, torch.uint8
-    return (
-        whole
-        and kinds == expected
-        and num_embeddings > 0
-        and ids.dtype in _ID_DTYPES
-        and all(one.device == ids.device for one in (starts, before, bitmap))
-        and all(one.is_contiguous() for one in (starts, before, bitmap))
-        and _serves(ids.device)
-    )
+    return places(input)
 
 
 def register() -> None:
     """Let these functions serve the operators, and modules, for tensors on a GPU."""
-    fast.rows_on_gpu = Rows.of
+    fast.on_gpu = sys.modules[__name__]
     serve("lookup", "cuda", lookup)
     serve("lookup_backward", "cuda", lookup_backward)
     serve("bag", "cuda", bag)
