@@ -710,6 +710,41 @@ def test_gradients_past_the_dispatcher_are_those_of_the_operators() -> None:
         assert torch.equal(one, other) and torch.equal(one, third)
 
 
+def test_gradients_that_are_not_in_memory_as_they_are() -> None:
+    """Many at once, negated when read, and zeros that are nowhere."""
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    bags = _bag(CodeLayout("additive", 300, 12, 3, 16), mode="sum")
+    ids, weights = torch.randint(300, (4, 2)), torch.rand(4, 2, requires_grad=True)
+    for rows, inputs in (
+        (table(ids), [table.codebooks]),
+        (bags(ids, None, weights), [bags.codebooks, weights]),
+    ):
+
+        def gradients(grad: Tensor, rows: Any = rows, inputs: Any = inputs, **many: Any) -> Any:
+            return torch.autograd.grad(rows, inputs, grad, retain_graph=True, **many)
+
+        several = torch.randn(3, *rows.shape)
+        expected = list(zip(*(gradients(one) for one in several), strict=True))
+        for found, one in zip(gradients(several, is_grads_batched=True), expected, strict=True):
+            torch.testing.assert_close(found, torch.stack(one))
+        for found, one in zip(gradients(torch._neg_view(several[0])), expected, strict=True):
+            assert torch.equal(found, -one[0])
+        assert not any(one.any() for one in gradients(torch._efficientzerotensor(rows.shape)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_codebooks_and_weights_that_are_negated_when_read(trained: bool) -> None:
+    bags = _bag(CodeLayout("additive", 300, 12, 3, 16), mode="sum")
+    ids, weights = torch.randint(300, (4, 2)), torch.rand(4, 2)
+    swapped = {"codebook_set.codebooks": torch._neg_view(bags.codebooks.detach())}
+    with torch.set_grad_enabled(trained):
+        expected = bags(ids, None, weights)
+        assert torch.equal(bags(ids, None, torch._neg_view(weights)), -expected)
+        found = torch.func.functional_call(bags, swapped, (ids, None, weights))
+        assert torch.equal(found, -expected)
+        assert torch.equal(bags(ids, None, weights), expected)
+
+
 def test_the_short_cut_is_not_taken_where_a_tracer_watches() -> None:
     table = _table(CodeLayout("additive", 300, 12, 3, 16), requires_grad=False)
     ids = torch.randint(300, (9,))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .schema import GUARDS, PLAIN, grad_codebooks
+from .schema import GUARDS, PLAIN, grad_codebooks, is_virtual
 
 _compiling = torch.compiler.is_compiling
 #: The kernels for tables on a GPU, :mod:`mec_embed.ops.gpu`; None without.
@@ -49,6 +49,8 @@ def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int
     layout, books = table.layout, table.codebook_set
     tensors = table.codes, books.codebooks, books.scales
     if not all(type(one) in PLAIN for one in tensors if one is not None):
+        return None
+    if is_virtual(books.codebooks):
         return None
     return (*tensors, layout.num_embeddings, layout.embedding_dim, layout.bits)
 
@@ -184,7 +186,9 @@ class FastPath:
         others = [tensor for tensor in (offsets, weights) if tensor is not None]
         if not all(type(one) in PLAIN and one.is_cpu for one in others):
             return None
-        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        if weights is not None and (
+            is_virtual(weights) or (weights.requires_grad and torch.is_grad_enabled())
+        ):
             return None
         ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
         if ready is False:

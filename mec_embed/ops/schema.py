@@ -390,13 +390,34 @@ def serve(name: str, device: str, implementation: Callable[..., Any]) -> None:
     _SERVING[name, device == "cuda"] = implementation
 
 
-def _serving(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any] | None:
-    """What the dispatcher would come to, where there is nothing else it would call on its way."""
+def is_virtual(tensor: Tensor) -> bool:
+    """Whether the memory of a plain tensor does not hold its values; the dispatcher makes them.
+
+    Those of many gradients at once (``is_grads_batched``), of a part of complex numbers, or zeros.
+    """
+    return (
+        tensor.is_neg()
+        or tensor._is_zerotensor()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def _serving(
+    name: str, tensors: Sequence[Tensor | None], computed: tuple[int, ...] = ()
+) -> Callable[..., Any] | None:
+    """What the dispatcher would come to, where there is nothing else it would call on its way.
+
+    The tensors of the numbers ``computed`` may come from anywhere, as gradients do.
+    """
     if torch.compiler.is_compiling():
         return None
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
         if type(tensor) not in PLAIN:
+            return None
+    for number in computed:
+        one = tensors[number]
+        if one is not None and is_virtual(one):
             return None
     on_gpu = given[0].is_cuda
     for tensor in given:
@@ -470,7 +491,7 @@ def _differentiable(
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
     def call(*inputs: Any) -> Tensor:
-        implementation = _serving(name, inputs[:tensors])
+        implementation = _serving(name, inputs[:tensors], differentiable)
         output: Tensor
         if implementation is None:
             output = op(*inputs)
