@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tier_model import arguments_of
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
 from mec_embed.modules import DecodedBags
@@ -620,6 +621,31 @@ def test_copies_have_a_short_cut_of_their_own() -> None:
         for one in copies:
             assert torch.equal(one(ids), before)
             assert torch.equal(one._fast.rows(one, ids), before)
+
+
+class Twice(torch.nn.Module):
+    """Twice what is given."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        return 2 * given
+
+
+def test_codebooks_that_are_made_anew_have_no_short_cut() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.arange(300)
+    with torch.no_grad():
+        expected = 2 * table(ids)
+        parametrize.register_parametrization(table.codebook_set, "codebooks", Twice())
+        assert table._fast.rows(table, ids) is None
+        assert torch.equal(table(ids), expected)
+    table(ids).sum().backward()
+    table.codebook_set.parametrizations["codebooks"].original.data.zero_()
+    assert not table(ids).any()
+    pruned = _table(CodeLayout("additive", 300, 12, 3, 16))
+    prune.random_unstructured(pruned.codebook_set, "codebooks", 0.5)
+    for trained in (True, False):
+        with torch.set_grad_enabled(trained):
+            assert torch.equal(pruned(ids), pruned._decode(ids))
 
 
 def test_the_short_cut_gives_what_the_operator_gives() -> None:

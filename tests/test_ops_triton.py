@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops_cpu import CHANGES
+from test_ops_cpu import CHANGES, Twice
 from tier_model import arguments_of
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
 from mec_embed.ops import reference
@@ -813,6 +814,35 @@ def test_the_short_cut_of_modules(padding_idx: int | None, sparse: bool, as_on_g
         close(table._fast.rows(table, ids), 2 * expected[0])
         table.oov_row = 3
         assert table._fast.rows(table, ids) is None
+
+
+def test_parametrized_codebooks_have_no_short_cut(as_on_gpu: Any) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 2, 8), padding_idx=None)
+    table, ids = case.table, case.ids(4, 5)
+    expected = table(ids)
+    parametrize.register_parametrization(table.codebook_set, "codebooks", Twice())
+    as_on_gpu()
+    assert table._fast.rows(table, ids) is None
+    close(table(ids), 2 * expected)
+
+
+def test_another_thread_forgets_what_is_ready(as_on_gpu: Any) -> None:
+    case = Case(CodeLayout("additive", 30, 6, 2, 8), padding_idx=None)
+    table, ids = case.table, case.ids(4, 5)
+    expected = table(ids)
+    as_on_gpu()
+    kernel = ops.cpu.kernel
+    check = kernel.check_gpu
+
+    def interrupted(*arguments: Any) -> int:
+        state = check(*arguments)
+        table._fast.forget()
+        return state
+
+    kernel.check_gpu = interrupted
+    found = table._fast.rows(table, ids)
+    close(found, expected)
+    assert found.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["bitmap", "runs"])

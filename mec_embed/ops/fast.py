@@ -45,10 +45,15 @@ def rows_on_gpu(table: Any) -> Any:
 
 
 def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int] | None:
-    """Codes, codebooks, scales, rows, dim and bits of a table; None where tensors are not plain."""
+    """Codes, codebooks, scales, rows, dim and bits of a table; None where tensors are not plain.
+
+    Or codebooks neither parameter nor buffer: parametrized ones, say, are made anew at each access.
+    """
     layout, books = table.layout, table.codebook_set
     tensors = table.codes, books.codebooks, books.scales
     if not all(type(one) in PLAIN for one in tensors if one is not None):
+        return None
+    if not ("codebooks" in books._parameters or "codebooks" in books._buffers):
         return None
     if is_virtual(books.codebooks):
         return None
@@ -154,27 +159,29 @@ class FastPath:
         """Rows of a table on a GPU, where ids are not checked; or None."""
         if on_gpu is None or module.oov_row is not None:
             return None
-        places, codebooks, state = self._places, self._codebooks, 0
-        if self._rows is not None:
+        ready, state = self._rows, 0
+        if ready is not None:
+            # What another thread forgets meanwhile is still whole here.
+            rows, places, codebooks = ready
             state = cpu.kernel.check_gpu(places, codebooks, ids)
         if state:
-            if not self._rows.takes(ids):
+            if not rows.takes(ids):
                 return None
             if state == 1:
-                return self._rows(ids, zero_id)
+                return rows(ids, zero_id)
             if len(codebooks) > 1:
                 return None
             padding_idx = -1 if module.padding_idx is None else module.padding_idx
             options = zero_id, padding_idx, module.sparse
-            return _TrainedRows.apply(*codebooks, ids, self._rows, *options)
+            return _TrainedRows.apply(*codebooks, ids, rows, *options)
         if state is None or type(ids) is not Tensor or not ids.is_cuda:
             return None
         self.forget()
-        self._rows = module._rows_on_gpu()
-        if self._rows is None:
+        rows = module._rows_on_gpu()
+        if rows is None:
             return None
-        self._places = module._places()
-        self._codebooks = tuple(table.codebooks for table in module._tables())
+        codebooks = tuple(table.codebooks for table in module._tables())
+        self._rows = rows, module._places(), codebooks
         return self._rows_on_gpu(module, ids, zero_id)
 
     def bags(
@@ -213,12 +220,14 @@ class FastPath:
         dtype = module._like().dtype
         if dtype is torch.float64:
             return False
-        self._plan = module._pack_plan()
-        if self._plan is None:
+        plan = module._pack_plan()
+        if plan is None:
             return False
         self._places = module._places()
         self._codebooks = tuple(table.codebooks for table in module._tables())
         self._dtype = None if dtype is torch.float32 else dtype
+        # Last, as another thread may read it: without places, any plan would serve.
+        self._plan = plan
         return True
 
 
