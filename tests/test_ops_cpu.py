@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import gc
 import os
 import pickle
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -646,6 +648,18 @@ def test_codebooks_that_are_made_anew_have_no_short_cut() -> None:
     for trained in (True, False):
         with torch.set_grad_enabled(trained):
             assert torch.equal(pruned(ids), pruned._decode(ids))
+
+
+def test_no_plan_keeps_the_graph_that_codebooks_were_computed_by() -> None:
+    table = _table(CodeLayout("additive", 300, 12, 3, 16))
+    ids = torch.arange(300)
+    books = torch.randn(3, 16, 12, requires_grad=True) * 1
+    node = weakref.ref(books)
+    found = torch.func.functional_call(table, {"codebook_set.codebooks": books}, (ids,))
+    assert found.requires_grad
+    del books, found
+    gc.collect()
+    assert node() is None
 
 
 def test_the_short_cut_gives_what_the_operator_gives() -> None:

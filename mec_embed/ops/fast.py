@@ -48,6 +48,7 @@ def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int
     """Codes, codebooks, scales, rows, dim and bits of a table; None where tensors are not plain.
 
     Or codebooks neither parameter nor buffer: parametrized ones, say, are made anew at each access.
+    Or those that were computed, as a plan would keep the graph of it.
     """
     layout, books = table.layout, table.codebook_set
     tensors = table.codes, books.codebooks, books.scales
@@ -55,7 +56,7 @@ def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int
         return None
     if not ("codebooks" in books._parameters or "codebooks" in books._buffers):
         return None
-    if is_virtual(books.codebooks):
+    if not books.codebooks.is_leaf or is_virtual(books.codebooks):
         return None
     return (*tensors, layout.num_embeddings, layout.embedding_dim, layout.bits)
 
