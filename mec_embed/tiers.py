@@ -143,6 +143,11 @@ class _Tiered(DecodedTable):
         name: str = "embedding",
     ) -> None:
         super().__init__()
+        if head.embedding_dim != tail.embedding_dim:
+            raise ValueError(
+                f"table {name!r}: rows of the tiers have {head.embedding_dim} and "
+                f"{tail.embedding_dim} entries, expected as many in both"
+            )
         self.num_embeddings = tier_map.rows
         self.embedding_dim = head.embedding_dim
         self.padding_idx = padding_idx
@@ -250,6 +255,7 @@ class TieredEmbedding(DecodedRows, _Tiered):
     Raises:
         IndexError: an id outside ``0..num_embeddings - 1`` (checked on the CPU).
         TypeError: ids of another dtype.
+        ValueError: tiers whose rows differ in length.
 
     Example:
         >>> head = CompressedEmbedding(CodeLayout("additive", 10, 8, 4, 16))

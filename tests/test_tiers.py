@@ -316,6 +316,13 @@ def test_state_dict_round_trip(popular, books) -> None:
 
 
 @pytest.mark.parametrize("cls", [TieredEmbedding, TieredEmbeddingBag])
+def test_rows_of_both_tiers_are_as_long(cls) -> None:
+    head, tail = (CompressedEmbedding(CodeLayout("additive", 5, dim, 2, 8)) for dim in (6, 4))
+    with pytest.raises(ValueError, match="'items': rows of the tiers have 6 and 4 entries"):
+        cls(TierMap.of(torch.arange(10) < 5), head, tail, name="items")
+
+
+@pytest.mark.parametrize("cls", [TieredEmbedding, TieredEmbeddingBag])
 def test_wrong_ids(cls) -> None:
     module = tiered(cls)
     with pytest.raises(IndexError, match="'user'.*60.*0..59"):
