@@ -736,11 +736,13 @@ def test_kernels_are_launched_as_they_were_compiled(monkeypatch: pytest.MonkeyPa
         kernels._launch(found, (1,), *arguments, 1, **options)
         assert found.running.pop()[1:] == (*arguments, 1, options["WIDTH"], 8)
     assert len(found.compiling) == 5
-    monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 5))
-    early = Compiled()
-    for _ in range(3):
-        kernels._launch(early, (3,), one, None, 1, **constants)
-    assert len(early.compiling) == 3 and not early.running
+    for version, hip in ((3, 5), None), ((3, 6), "6.4"):
+        monkeypatch.setattr(kernels, "_triton_version", lambda version=version: version)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        anew = Compiled()
+        for _ in range(3):
+            kernels._launch(anew, (3,), one, None, 1, **constants)
+        assert len(anew.compiling) == 3 and not anew.running
 
 
 def test_kernels_are_compiled_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

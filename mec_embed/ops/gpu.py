@@ -779,8 +779,10 @@ class _Launcher:
             found[(*grid, 1, 1)[:3]](*arguments, *self.values)
             return
         found = self.function[grid](*arguments, **self.constants)
-        # The interpreter gives nothing; earlier launchers took no constants.
-        if found is not None and _triton_version() >= _DIRECT_TRITON:
+        # The interpreter gives nothing; earlier launchers took no constants. For AMD's GPUs Triton
+        # compiles anew for tensors of 2 GB as well.
+        direct = _triton_version() >= _DIRECT_TRITON and torch.version.hip is None
+        if found is not None and direct:
             names = self.function.arg_names[len(arguments) :]
             self.values = tuple(self.constants[name] for name in names)
             self.compiled[tuple(kinds)] = found
