@@ -768,12 +768,17 @@ class GpuKernel:
     def fast_rows(self, *arguments: Any) -> None:
         return None
 
-    def check_gpu(self, places: tuple[Any, ...], codebooks: tuple[Tensor, ...], ids: Tensor) -> int:
+    def check_gpu(
+        self, places: tuple[Any, ...], codebooks: tuple[Tensor, ...], ids: Tensor
+    ) -> int | None:
+        if type(ids) is not Tensor or any(guard() for guard in ops.schema.GUARDS):
+            return None
         for number in range(0, len(places), 5):
             held, key, value, where, address = places[number : number + 5]
             if held.get(key) is not value or (where and where() != address):
                 return 0
-        return 2 if torch.is_grad_enabled() and codebooks[0].requires_grad else 1
+        trained = any(one.requires_grad for one in codebooks)
+        return 2 if torch.is_grad_enabled() and trained else 1
 
 
 @pytest.fixture
@@ -826,6 +831,17 @@ def test_parametrized_codebooks_have_no_short_cut(as_on_gpu: Any) -> None:
     as_on_gpu()
     assert table._fast.rows(table, ids) is None
     close(table(ids), 2 * expected)
+
+
+def test_nothing_is_made_ready_where_something_watches(as_on_gpu: Any) -> None:
+    """It would be made of what the mode gives for tensors."""
+    case = Case(CodeLayout("additive", 30, 6, 2, 8), padding_idx=None)
+    table, ids = case.table, case.ids(4, 5)
+    as_on_gpu()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert table._fast.rows(table, ids) is None
+    assert table._fast._rows is None
+    assert table._fast.rows(table, ids) is not None
 
 
 def test_another_thread_forgets_what_is_ready(as_on_gpu: Any) -> None:

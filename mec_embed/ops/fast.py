@@ -160,12 +160,12 @@ class FastPath:
         """Rows of a table on a GPU, where ids are not checked; or None."""
         if on_gpu is None or module.oov_row is not None:
             return None
-        ready, state = self._rows, 0
-        if ready is not None:
-            # What another thread forgets meanwhile is still whole here.
-            rows, places, codebooks = ready
-            state = cpu.kernel.check_gpu(places, codebooks, ids)
-        if state:
+        # Read once: another thread may forget it meanwhile.
+        rows, places, codebooks = self._rows or (None, (), ())
+        state = cpu.kernel.check_gpu(places, codebooks, ids)
+        if state is None:
+            return None
+        if rows is not None and state:
             if not rows.takes(ids):
                 return None
             if state == 1:
@@ -175,8 +175,6 @@ class FastPath:
             padding_idx = -1 if module.padding_idx is None else module.padding_idx
             options = zero_id, padding_idx, module.sparse
             return _TrainedRows.apply(*codebooks, ids, rows, *options)
-        if state is None or type(ids) is not Tensor or not ids.is_cuda:
-            return None
         self.forget()
         rows = module._rows_on_gpu()
         if rows is None:
