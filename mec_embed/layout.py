@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,6 +49,9 @@ class CodeLayout:
         codebook_dtype: a floating dtype (trainable) or ``torch.int8`` (frozen, a bfloat16 scale a
             codeword).
 
+    Attributes:
+        bits: of one code; 0 where there are none.
+
     Raises:
         ValueError: numbers that are out of range or do not go together.
         TypeError: numbers that are no integers.
@@ -64,6 +67,8 @@ class CodeLayout:
     num_subvectors: int
     codebook_size: int
     codebook_dtype: torch.dtype = torch.float32
+    # Not a property: torch 2.4 cannot compile what computes it.
+    bits: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(CodeKind):
@@ -92,11 +97,8 @@ class CodeLayout:
             raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
         if self.codebook_dtype is not torch.int8 and not self.codebook_dtype.is_floating_point:
             raise ValueError(f"codebook_dtype must be floating or int8, got {self.codebook_dtype}")
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code; 0 where there are none."""
-        return 0 if self.kind in ("rows", "shared") else bits_for(self.codebook_size)
+        coded = self.kind not in ("rows", "shared")
+        object.__setattr__(self, "bits", bits_for(self.codebook_size) if coded else 0)
 
     @property
     def row_bits(self) -> int:
