@@ -36,6 +36,8 @@ Labels = Callable[[Any], Tensor]
 
 #: Part of the length of a row that one step moves, relative to the learning rate of the network.
 _ROW_RATE = 20.0
+#: Ids of a column that are counted apart.
+_MOST_IDS = 1 << 22
 #: Part of all steps in which the learning rate rises.
 _WARM_UP = 0.05
 
@@ -49,7 +51,8 @@ def distill(
     lr: float = 2e-3,
     mix: float = 0.5,
     labels: Labels | None = None,
-    label_weight: float = 0.1,
+    label_weight: float = 0.5,
+    rare: int = 200,
     temperature: float = 1.0,
     network: Network = "trained",
     forward: Forward = default_forward,
@@ -79,6 +82,12 @@ def distill(
             ``mix`` leaves alone is then ``label_weight`` of their label and the rest of the
             teacher's probability. None: the teacher alone.
         label_weight: part of the label in a target, 0 to 1.
+        rare: with labels, ids that occur less often than this in ``batches`` are shuffled between
+            the rows whose labels count, each column by itself. The rows of rare ids have learnt
+            these very labels by heart, and codes were chosen for such rows; the same labels once
+            more would teach the model to trust that (docs/experiments.md). Columns are the integer
+            ones of ``mix``. They are counted in a pass over ``batches`` before the first epoch, in
+            up to 16 MB a column; beyond 4 million ids some are counted together. 0: none is rare.
         temperature: the teacher's logits are divided by it. Models of click logs tend to be too
             sure of themselves; with the temperature of the least log loss on a validation split
             (Guo et al., 2017, arXiv 1706.04599), commonly 1 to 2, the compressed model is
@@ -118,7 +127,7 @@ def distill(
         ... )
     """
     check_batches(batches)
-    _check_options(epochs, mix, labels, label_weight, temperature, network)
+    _check_options(epochs, mix, labels, label_weight, rare, temperature, network)
     books = _codebook_sets(model)
     dtypes = [book.codebooks.dtype for book in books]
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +136,8 @@ def distill(
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
         best = _Best(model, optimizer, score, list(zip(codebooks, dtypes, strict=True)))
-        loss_of = _Loss(model, teacher, forward, labels, label_weight, temperature)
+        counts = count_ids(batches) if labels is not None and rare and epochs else {}
+        loss_of = _Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
         with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
             for epoch in range(epochs):
                 bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
@@ -231,13 +241,18 @@ class _Loss:
         labels: Labels | None,
         label_weight: float,
         temperature: float,
+        counts: Mapping[Any, Tensor],
+        rare: int,
     ) -> None:
         self.model, self.teacher, self.forward = model, teacher, forward
+        self.counts, self.rare = counts, rare
         self.labels, self.label_weight, self.temperature = labels, label_weight, temperature
         self.probabilities: bool | None = None
 
     def __call__(self, batch: Any, mix: float, generator: torch.Generator) -> Tensor:
         inputs = mixed(batch, mix, generator)
+        if self.counts:
+            inputs = without_rare(inputs, self.counts, self.rare, mix, generator)
         with torch.no_grad():
             target = prediction(self.forward(self.teacher, inputs))
         output = prediction(self.forward(self.model, inputs))
@@ -268,10 +283,17 @@ class _Loss:
 
 
 def _check_options(
-    epochs: int, mix: float, labels: Any, label_weight: float, temperature: float, network: str
+    epochs: int,
+    mix: float,
+    labels: Any,
+    label_weight: float,
+    rare: int,
+    temperature: float,
+    network: str,
 ) -> None:
-    if epochs < 0:
-        raise ValueError(f"epochs must be 0 or more, got {epochs}")
+    for name, count in (("epochs", epochs), ("rare", rare)):
+        if count < 0:
+            raise ValueError(f"{name} must be 0 or more, got {count}")
     if network not in get_args(Network):
         raise ValueError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
     for name, value in (("mix", mix), ("label_weight", label_weight)):
@@ -371,16 +393,75 @@ def _reset(name: str, module: nn.Module, kept: set[int]) -> None:
 
 def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
     """``batch`` with some columns shuffled between the rows of its first ``part``."""
+    if part <= 0:
+        return batch
+    return _with_columns(batch, lambda columns: _shuffled(columns, part, generator))
+
+
+def count_ids(batches: Iterable[Any]) -> dict[Any, Tensor]:
+    """How often each id occurs in each integer column: ``found[column][id % len]``."""
+    found: dict[Any, Tensor] = {}
+    for batch in batches:
+        for name, column in _columns(_first(batch)).items():
+            if not _holds_ids(column):
+                continue
+            ids = column.flatten().long() % _MOST_IDS
+            known = found.get(name, ids.new_zeros(1, dtype=torch.int32))
+            least = 1 << int(ids.max()).bit_length() if len(ids) else 1
+            if least > len(known):
+                known = F.pad(known, (0, least - len(known)))
+            found[name] = known.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+    return found
+
+
+def without_rare(
+    batch: Any, counts: Mapping[Any, Tensor], least: int, part: float, generator: torch.Generator
+) -> Any:
+    """``batch`` with ids that occur less than ``least`` times shuffled, but in its first ``part``.
+
+    Between the rows that have such an id in that column; the others keep theirs.
+    """
+
+    def change(columns: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        changed = dict(columns)
+        for name, column in columns.items():
+            if name not in counts or not _holds_ids(column):
+                continue
+            start = int(part * len(column))
+            ids = column[start:].flatten()
+            known = counts[name].to(ids.device)
+            rare = (known[ids.long() % _MOST_IDS % len(known)] < least).nonzero()[:, 0]
+            order = torch.randperm(len(rare), generator=generator).to(rare.device)
+            ids = ids.index_copy(0, rare, ids[rare[order]])
+            changed[name] = torch.cat([column[:start], ids.view_as(column[start:])])
+        return changed
+
+    return _with_columns(batch, change)
+
+
+def _with_columns(batch: Any, change: Callable[[dict[Any, Tensor]], dict[Any, Tensor]]) -> Any:
+    """``batch`` with other columns."""
     if isinstance(batch, (tuple, list)) and batch:
-        items = [mixed(batch[0], part, generator), *batch[1:]]
+        items = [_with_columns(batch[0], change), *batch[1:]]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     columns = _columns(batch)
-    if not columns or part <= 0:
+    if not columns:
         return batch
-    shuffled = _shuffled(list(columns.values()), part, generator)
+    changed = change(columns)
     if isinstance(batch, Tensor):
-        return torch.stack(shuffled, 1)
-    return {**batch, **dict(zip(columns, shuffled, strict=True))}
+        return torch.stack(list(changed.values()), 1)
+    return {**batch, **changed}
+
+
+def _first(batch: Any) -> Any:
+    """What of a batch may have columns."""
+    while isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    return batch
+
+
+def _holds_ids(column: Tensor) -> bool:
+    return column.dtype in (torch.int32, torch.int64)
 
 
 def _columns(batch: Any) -> dict[Any, Tensor]:
@@ -398,9 +479,7 @@ def _columns(batch: Any) -> dict[Any, Tensor]:
 
 def _rows_mixed(batch: Any, part: float, predictions: int) -> int:
     """How many of the predictions for ``batch``, the first ones, are not of its own rows."""
-    while isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    columns = _columns(batch)
+    columns = _columns(_first(batch))
     if not columns or part <= 0:
         return 0
     rows = len(next(iter(columns.values())))
@@ -413,15 +492,18 @@ def _rows_mixed(batch: Any, part: float, predictions: int) -> int:
     return int(part * predictions) if rows else 0
 
 
-def _shuffled(columns: list[Tensor], part: float, generator: torch.Generator) -> list[Tensor]:
+def _shuffled(
+    columns: dict[Any, Tensor], part: float, generator: torch.Generator
+) -> dict[Any, Tensor]:
     """Columns with one in ten, at least one, permuted over the first ``part`` of the rows."""
-    columns = list(columns)
-    rows = int(part * len(columns[0]))
-    count = max(1, len(columns) // 10)
-    for column in torch.randperm(len(columns), generator=generator)[:count].tolist():
-        order = torch.randperm(rows, generator=generator).to(columns[column].device)
-        columns[column] = torch.cat([columns[column][order], columns[column][rows:]])
-    return columns
+    changed, names = dict(columns), list(columns)
+    rows = int(part * len(columns[names[0]]))
+    count = max(1, len(names) // 10)
+    for number in torch.randperm(len(names), generator=generator)[:count].tolist():
+        column = columns[names[number]]
+        order = torch.randperm(rows, generator=generator).to(column.device)
+        changed[names[number]] = torch.cat([column[order], column[rows:]])
+    return changed
 
 
 def _as_stored(codebooks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from click_model import ClickModel
 from torch import Tensor, nn
 
 from mec_embed import CompressedEmbedding, CompressionConfig, compress, distill
-from mec_embed.distill import mixed
+from mec_embed.distill import count_ids, mixed, without_rare
 
 DTYPES = [None, "float16", "bfloat16", "int8"]
 
@@ -541,6 +541,7 @@ def test_the_target_is_the_teacher_and_a_part_of_the_labels(
         target, output = target.sigmoid(), output.sigmoid()
     target = (1 - weight) * target + weight * labels[:, 0]
     options = {"labels": lambda batch: batch[1], "label_weight": weight, "epochs": 1, "mix": 0}
+    options["rare"] = 0
     [loss] = _distill(model, teacher, [(ids, labels)], **options)
     assert loss == pytest.approx(float(F.binary_cross_entropy(output, target)), rel=1e-4)
 
@@ -556,6 +557,7 @@ def test_temperature_divides_the_logits_of_the_teacher(probabilities: bool, weig
     output = output if probabilities else output.sigmoid()
     target = (1 - weight) * (logits / 2.5).sigmoid() + weight * labels[:, 0]
     options = {"labels": lambda batch: batch[1], "label_weight": weight, "epochs": 1, "mix": 0}
+    options["rare"] = 0
     [loss] = _distill(model, teacher, [(ids, labels)], temperature=2.5, **options)
     assert loss == pytest.approx(float(F.binary_cross_entropy(output, target)), rel=1e-4)
 
@@ -573,7 +575,7 @@ def test_a_student_of_a_softened_teacher_is_less_sure() -> None:
 def test_rows_that_were_mixed_keep_the_teacher_alone() -> None:
     model, teacher = _pair()
     ids = _batches(1)[0]
-    options = {"label_weight": 1.0, "epochs": 1, "mix": 0.5}
+    options = {"label_weight": 1.0, "epochs": 1, "mix": 0.5, "rare": 0}
     losses = []
     for changed in (slice(0, 64), slice(64, 128)):
         labels = torch.zeros(128)
@@ -621,6 +623,65 @@ def test_labels_of_rows_that_are_not_those_of_the_columns() -> None:
     assert len(_distill(model, teacher, [batch], mix=0, **options)) == 1
 
 
+Named = namedtuple("Named", "ids labels")
+WRAPS: dict[str, tuple[Any, Any]] = {
+    "tensor": (lambda ids: ids, lambda batch: batch),
+    "tuple": (lambda ids: (ids, ids[:, 0]), lambda batch: batch[0]),
+    "named": (lambda ids: Named([ids], 1), lambda batch: batch.ids[0]),
+    "mapping": (
+        lambda ids: {**dict(enumerate(ids.unbind(1))), "price": ids[:, 0].float()},
+        lambda batch: torch.stack([batch[column] for column in range(3)], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_rare_ids_are_shuffled_where_labels_count(kind: str) -> None:
+    wrap, ids_of = WRAPS[kind]
+    ids = torch.stack([torch.arange(400) % 20, torch.arange(400), torch.arange(400) % 400 // 2], 1)
+    ids[::2, 2] = 500
+    batches = [wrap(part) for part in ids.split(100)]
+    counts = count_ids(batches)
+    for column in range(3):
+        expected = torch.bincount(ids[:, column])
+        assert torch.equal(counts[column][: len(expected)].long(), expected)
+    assert set(counts) == {0, 1, 2}
+    found = without_rare(batches[1], counts, 3, 0.3, torch.Generator().manual_seed(0))
+    assert type(found) is type(batches[1])
+    before, after = ids[100:200], ids_of(found)
+    # All of the first column are popular, none of the second, half of the third.
+    assert torch.equal(before[:30], after[:30]) and torch.equal(before[:, 0], after[:, 0])
+    assert torch.equal(before[::2, 2], after[::2, 2])
+    for column in (1, 2):
+        assert not torch.equal(before[:, column], after[:, column])
+        assert torch.equal(before[:, column].sort().values, after[:, column].sort().values)
+    again = without_rare(batches[1], counts, 3, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(ids_of(again), after)
+    kept = without_rare(batches[1], counts, 1, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(ids_of(kept), before)
+
+
+def test_ids_of_histories_are_counted_and_shuffled_one_by_one() -> None:
+    histories = torch.tensor([[1, 0, 0], [2, 3, 0], [1, 4, 0], [1, 5, 6]])
+    batch = {"history": histories, "user": torch.tensor([1, 1, 2, 1])}
+    counts = count_ids([batch])
+    assert counts["history"].tolist() == [4, 3, 1, 1, 1, 1, 1, 0]
+    found = without_rare(batch, counts, 2, 0.0, torch.Generator().manual_seed(1))
+    popular = histories < 2
+    assert torch.equal(found["history"][popular], histories[popular])
+    assert sorted(found["history"][~popular].tolist()) == [2, 3, 4, 5, 6]
+    assert found["history"].tolist() != histories.tolist()
+    assert torch.equal(found["user"], batch["user"])
+
+
+def test_of_many_ids_some_are_counted_together() -> None:
+    batch = torch.tensor([[1, 2], [1 + (1 << 22), 2], [1 << 40, -3]])
+    counts = count_ids([batch])
+    assert counts[0][:2].tolist() == [1, 2] and counts[1][2] == 2
+    found = without_rare(batch, counts, 2, 0.0, torch.Generator())
+    assert torch.equal(found, batch)
+
+
 def test_labels_of_several_tasks() -> None:
     model, teacher = _pair()
     ids = _batches(1, 5)[0]
@@ -628,6 +689,7 @@ def test_labels_of_several_tasks() -> None:
         "forward": lambda some, ids: some(ids)[:, None].expand(-1, 2),
         "label_weight": 1.0,
         "epochs": 1,
+        "rare": 0,
     }
     losses = []
     for changed in (slice(0, 0), slice(0, 2), slice(3, 5)):
@@ -649,13 +711,15 @@ def test_labels_teach_what_the_teacher_does_not_know() -> None:
 
     other = copy.deepcopy(model)
     _distill(model, teacher, batches, epochs=8)
-    _distill(other, teacher, batches, epochs=8, labels=lambda batch: batch[1], label_weight=0.8)
+    options = {"labels": lambda batch: batch[1], "label_weight": 0.8, "rare": 0}
+    _distill(other, teacher, batches, epochs=8, **options)
     assert loss_of(other) < loss_of(model) - 0.05
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"labels": lambda batch: batch[:, 0], "rare": -1}, ValueError, "rare must be 0 or more"),
         (
             {"labels": lambda batch: None},
             TypeError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -14,14 +15,17 @@ from benchmarks.quality.common import PARTS, Base
 from benchmarks.quality.posthoc import freeze, thaw
 from examples.ctr.training import evaluate
 from mec_embed import CompressedEmbedding, distill
-from mec_embed.distill import mixed
+from mec_embed.distill import count_ids, mixed, without_rare
 
 Batches = list[tuple[Tensor, Tensor]]
 
 #: Learning rates that a baseline may choose from, by validation; ours has one.
 RATES = (3e-4, 2e-3)
-#: Of :func:`mec_embed.distill`: part of a batch that is mixed, part of a label in a target.
-MIX, LABEL_WEIGHT = 0.5, 0.1
+#: Of :func:`mec_embed.distill`: part of a batch that is mixed.
+MIX = 0.5
+#: Part of a label in a target, and what counts as a rare id, whose label is not to be learnt again;
+#: the first takes labels as they are, which suits tables that know none, such as hashed ones.
+LABELS = ((0.1, 0), (0.5, 200))
 #: Epochs with labels: a fresh network needs some.
 LABEL_EPOCHS = 4
 
@@ -34,7 +38,8 @@ def tune(
     Args:
         model: not changed.
         base: its teacher.
-        labels: labels are mixed into the targets, and a fresh network is tried as well.
+        labels: labels are mixed into the targets, and a fresh network is tried as well; baselines
+            have five trials to choose from by validation, ours two.
         calibrated: the teacher is softened so that its validation log loss is the least, and the
             best is that of the least validation log loss.
     """
@@ -79,7 +84,8 @@ def logits_of(model: nn.Module, base: Base, split: str) -> tuple[Tensor, Tensor]
 def _ours(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    for network in ("trained", "fresh") if labels else ("trained",):
+    trials = (("fresh", *LABELS[0]), ("trained", *LABELS[1])) if labels else (("trained", 0.0, 0),)
+    for network, weight, rare in trials:
         tuned = copy.deepcopy(model)
         distill(
             tuned,
@@ -88,7 +94,8 @@ def _ours(
             epochs=LABEL_EPOCHS if labels else base.settings.distill_epochs,
             mix=MIX,
             labels=(lambda batch: batch[1]) if labels else None,
-            label_weight=LABEL_WEIGHT,
+            label_weight=weight,
+            rare=rare,
             temperature=temperature,
             network=network,  # type: ignore[arg-type]
             # A softened teacher's AUC is the same from the start on.
@@ -102,12 +109,13 @@ def _ours(
 def _others(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    for rate in RATES:
-        yield _distilled(copy.deepcopy(model), base, batches, rate, labels, temperature)
+    for rate, (weight, rare) in itertools.product(RATES, LABELS if labels else ((0.0, 0),)):
+        tuned = copy.deepcopy(model)
+        yield _distilled(tuned, base, batches, rate, labels, temperature, weight, rare)
     if labels:
         fresh = copy.deepcopy(model)
         _draw_anew(fresh, base.seed)
-        yield _distilled(fresh, base, batches, RATES[-1], labels, temperature)
+        yield _distilled(fresh, base, batches, RATES[-1], labels, temperature, *LABELS[0])
 
 
 def _draw_anew(model: nn.Module, seed: int) -> None:
@@ -125,6 +133,8 @@ def _distilled(
     rate: float,
     labels: bool,
     temperature: float,
+    weight: float,
+    rare: int,
 ) -> nn.Module:
     """Plain distillation: the loss, batches and schedule of :func:`mec_embed.distill`."""
     is_half = thaw(model)
@@ -133,14 +143,17 @@ def _distilled(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     epochs = LABEL_EPOCHS if labels else base.settings.distill_epochs
     steps = epochs * len(batches)
+    counts = count_ids(batches) if rare else {}
     best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
     for step in range(steps):
         batch = batches[step % len(batches)]
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        weight = LABEL_WEIGHT if labels else 0.0
-        _loss(model, base, batch, generator, weight, temperature).backward()
+        inputs = mixed(batch, MIX, generator)
+        if rare:
+            inputs = without_rare(inputs, counts, rare, MIX, generator)
+        _loss(model, base, inputs, weight, temperature).backward()
         optimizer.step()
         if labels and (step + 1) % len(batches) == 0:
             # Ours keeps its best epoch.
@@ -155,10 +168,13 @@ def _distilled(
 
 
 def _loss(
-    model: nn.Module, base: Base, batch: tuple[Tensor, Tensor], generator: torch.Generator,
-    label_weight: float, temperature: float,
-) -> Tensor:  # fmt: skip
-    ids, own = mixed(batch, MIX, generator)
+    model: nn.Module,
+    base: Base,
+    inputs: tuple[Tensor, Tensor],
+    label_weight: float,
+    temperature: float,
+) -> Tensor:
+    ids, own = inputs
     with torch.no_grad():
         target = (base.model.eval()(ids) / temperature).sigmoid()
     whole = int(MIX * len(target))
