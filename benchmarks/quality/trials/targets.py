@@ -1,4 +1,4 @@
-"""Trial: what is distilled from: labels beside the teacher, mixed columns, a fresh network.
+"""Trial: what is distilled from: labels, rare ids, mixed columns, a fresh network.
 
 ``python -m benchmarks.quality.trials.targets --data ml1m_ge4 --network fresh --mix 0.5 1`` prints,
 for each combination of the options, every epoch and at last the best one: its validation AUC, and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 
@@ -23,22 +24,23 @@ def main() -> None:
     parser = common.parser(__doc__, data="criteo_dac80k", model="DeepFM", ratio=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--label-weight", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--label-weight", type=float, nargs="+", default=[0.0, 0.5])
+    parser.add_argument("--rare", type=int, nargs="+", default=[0, 200])
     parser.add_argument("--mix", type=float, nargs="+", default=[0.5])
     parser.add_argument("--network", nargs="+", default=["trained"])
     options = parser.parse_args()
     base = common.base_of(options, options.seed)
     model = common.compressed(base, options.ratio)
-    for weight, mix, network in itertools.product(
-        options.label_weight, options.mix, options.network
+    for weight, rare, mix, network in itertools.product(
+        options.label_weight, options.rare, options.mix, options.network
     ):
-        print(f"label weight {weight}, mix {mix}, network {network}", flush=True)
-        _distill(copy.deepcopy(model), base, options.epochs, weight, mix, network)
+        print(f"label weight {weight}, rare {rare}, mix {mix}, network {network}", flush=True)
+        labels = (lambda batch: batch[1]) if weight else None
+        choice = {"mix": mix, "network": network, "labels": labels, "label_weight": weight}
+        _distill(copy.deepcopy(model), base, options.epochs, choice | {"rare": rare})
 
 
-def _distill(
-    model: torch.nn.Module, base: Base, epochs: int, weight: float, mix: float, network: str
-) -> None:
+def _distill(model: torch.nn.Module, base: Base, epochs: int, choice: dict[str, Any]) -> None:
     uncompressed = evaluate(base.model, base.data, "test")
 
     def score(one: torch.nn.Module) -> float:
@@ -48,8 +50,6 @@ def _distill(
         return valid.auc
 
     batches = list(base.batches(base.seed + 1))
-    labels = (lambda batch: batch[1]) if weight else None
-    choice = {"mix": mix, "network": network, "labels": labels, "label_weight": weight}
     distill(
         model,
         base.model,
@@ -58,7 +58,7 @@ def _distill(
         score=score,
         seed=base.seed,
         progress=False,
-        **choice,  # type: ignore[arg-type]
+        **choice,
     )
     print("  the best epoch:")
     score(model)
