@@ -519,9 +519,4 @@ def tiers(
 
 
 if available():
-    serve("tiers", "cpu", tiers)
-    serve("tiered", "cpu", tiered)
-    serve("lookup", "cpu", lookup)
-    serve("lookup_backward", "cpu", lookup_backward)
-    serve("bag", "cpu", bag)
-    serve("bag_backward", "cpu", bag_backward)
+    serve("cpu", tiers, tiered, lookup, lookup_backward, bag, bag_backward)

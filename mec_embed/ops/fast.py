@@ -1,9 +1,10 @@
 """Lookups of whole modules, where nothing watches.
 
 The dispatcher and autograd cost more than a lookup of a few rows, and a model makes dozens of
-them. So where plain tensors meet no gradient, compiler, tracer or mode, a module goes straight
-to the C kernel, which reads a plan that was packed for its tensors, or to what launches the kernel
-for them on a GPU. Anything else, and every call that is to raise an error, takes the operators.
+them. So where plain tensors meet no compiler, tracer or mode, a module goes straight to the C
+kernel, if no gradient is to flow, which reads a plan that was packed for its tensors, or to what
+launches the kernel for them on a GPU. Anything else, and every call that is to raise an error,
+takes the operators.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .schema import GUARDS, PLAIN, grad_codebooks, is_virtual
+from .schema import GUARDS, PLAIN, grad_codebooks, is_virtual, keep_lookup
 
 _compiling = torch.compiler.is_compiling
 #: The kernels for tables on a GPU, :mod:`mec_embed.ops.gpu`; None without.
@@ -107,10 +108,8 @@ class _TrainedRows(torch.autograd.Function):
     ) -> Tensor:
         """Decode, and keep what the gradient needs."""
         table = rows.table
-        ctx.save_for_backward(ids, table.codes)
         layout = table.num_embeddings, table.embedding_dim, table.bits, padding_idx
-        ctx.layout = (*layout, *codebooks.shape, codebooks.dtype)
-        ctx.sparse = sparse
+        keep_lookup(ctx, ids, table.codes, codebooks, layout, sparse)
         out: Tensor = rows(ids, zero_id)
         return out
 

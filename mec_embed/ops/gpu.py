@@ -1565,9 +1565,4 @@ def tiers(
 def register() -> None:
     """Let these functions serve the operators, and modules, for tensors on a GPU."""
     fast.on_gpu = sys.modules[__name__]
-    serve("lookup", "cuda", lookup)
-    serve("lookup_backward", "cuda", lookup_backward)
-    serve("bag", "cuda", bag)
-    serve("bag_backward", "cuda", bag_backward)
-    serve("tiers", "cuda", tiers)
-    serve("tiered", "cuda", tiered)
+    serve("cuda", tiers, tiered, lookup, lookup_backward, bag, bag_backward)

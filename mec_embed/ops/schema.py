@@ -228,13 +228,25 @@ _Differentiate = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 
 def _save_lookup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ids, codes, codebooks, _, rows, dim, bits, padding_idx, _, sparse, _, _ = inputs
+    keep_lookup(ctx, ids, codes, codebooks, (rows, dim, bits, padding_idx), sparse)
+
+
+def keep_lookup(
+    ctx: Any,
+    ids: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    layout: tuple[int, int, int, int],
+    sparse: bool,
+) -> None:
+    """Keep what :func:`grad_codebooks` needs; ``layout``: rows, dim, bits and ``padding_idx``."""
     ctx.save_for_backward(ids, codes)
-    ctx.layout = (rows, dim, bits, padding_idx, *codebooks.shape, codebooks.dtype)
+    ctx.layout = (*layout, *codebooks.shape, codebooks.dtype)
     ctx.sparse = sparse
 
 
 def grad_codebooks(ctx: Any, grad: Tensor) -> Tensor:
-    """Gradient of the codebooks from that of rows, of what :func:`_save_lookup` kept."""
+    """Gradient of the codebooks from that of rows, of what :func:`keep_lookup` kept."""
     found = _lookup_backward(grad, *ctx.saved_tensors, *ctx.layout)
     return found.to_sparse(2) if ctx.sparse else found
 
@@ -384,10 +396,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _SERVING: dict[tuple[str, bool], Callable[..., Any]] = {}
 
 
-def serve(name: str, device: str, implementation: Callable[..., Any]) -> None:
-    """Let a function serve an operator for tensors on a kind of device, ``cpu`` or ``cuda``."""
-    LIBRARY.impl(name, implementation, device.upper())
-    _SERVING[name, device == "cuda"] = implementation
+def serve(device: str, *implementations: Callable[..., Any]) -> None:
+    """Let functions serve the operators of their names on a device, ``cpu`` or ``cuda``."""
+    for implementation in implementations:
+        name = implementation.__name__
+        LIBRARY.impl(name, implementation, device.upper())
+        _SERVING[name, device == "cuda"] = implementation
 
 
 def is_virtual(tensor: Tensor) -> bool:
