@@ -369,7 +369,9 @@ class _Compressed(DecodedTable):
         return (self,)
 
     def _rows_on_gpu(self) -> Any:
-        return None if self.layout.kind == "shared" else ops.fast.rows_on_gpu(self)
+        if self.layout.kind == "shared":
+            return None
+        return ops.fast.on_gpu.lookups_in(ops.fast.decoded_on_gpu(self))
 
     def _places(self) -> ops.fast.Places:
         return ops.fast.places_of(self)

@@ -202,11 +202,12 @@ class _Tiered(DecodedTable):
 
     def _rows_on_gpu(self) -> Any:
         fast, places = ops.fast, self.tier_map
-        tiers = [fast.rows_on_gpu(tier) for tier in self.tiers]
+        tiers = [fast.decoded_on_gpu(tier) for tier in self.tiers]
         tensors = places.starts, places.before, places.bitmap
         if not all(type(tensor) is Tensor for tensor in tensors):
             return None
-        return fast.on_gpu.TieredRows.of(fast.on_gpu.Map(*tensors, self.num_embeddings), *tiers)
+        places = fast.on_gpu.Map(*tensors, self.num_embeddings)
+        return fast.on_gpu.lookups_in_tiers(places, *tiers)
 
     def _decode(self, ids: Tensor) -> Tensor:
         places, head, tail = self.tier_map, self.head, self.tail

@@ -396,14 +396,14 @@ def test_hot_codewords_are_summed_in_several_copies(monkeypatch: pytest.MonkeyPa
 
     def record(launcher: Any, grid: Any, *arguments: Any) -> None:
         launch(launcher, grid, *arguments)
-        copies.append(arguments[5])
+        copies.append(arguments[5].view(arguments[-1], -1))
 
     monkeypatch.setattr(kernels._Launcher, "__call__", record)
     monkeypatch.setattr(kernels, "COPY_LOOKUPS", 5)
     monkeypatch.setattr(kernels, "CHUNKS", 16)
     arguments = case.backward(case.ids(50))
     found = kernels.lookup_backward(*arguments)
-    assert len(copies[0]) == 3 and copies[0].flatten(1).ne(0).any(1).all()
+    assert len(copies[0]) == 3 and copies[0].ne(0).any(1).all()
     close(found, reference.lookup_backward(*arguments))
 
 
@@ -640,7 +640,7 @@ def test_runs_that_do_not_start_at_the_first_row_are_not_read_before_their_start
     starts, empty = torch.tensor([99, 5])[1:], torch.zeros(0, dtype=torch.uint8)
     arguments = (torch.tensor([2]), starts, torch.tensor([0]), empty, 9, "t")
     popular, place = kernels.tiers(*arguments)
-    assert popular.tolist() == [True] and place.tolist() == [2 - 5]
+    assert popular.tolist() == [True] and place.tolist() == [0]
 
 
 def test_views_are_read_as_they_look() -> None:
@@ -694,57 +694,6 @@ def test_each_operator_is_registered_with_the_arguments_of_its_schema(
     assert list(inspect.signature(registered[name]).parameters) == names
 
 
-class Compiled:
-    """Stands for a kernel in Triton's language, and for what Triton compiles of it."""
-
-    arg_names = ("one", "other", "number", "WIDTH", "LINES")
-
-    def __init__(self) -> None:
-        self.compiling: list[tuple[Any, ...]] = []
-        self.running: list[tuple[Any, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*arguments: Any, **constants: int) -> Any:
-            if not constants:
-                self.running.append((grid, *arguments))
-                return None
-            self.compiling.append((grid, *arguments, constants))
-            return self
-
-        return run
-
-
-def test_kernels_are_launched_as_they_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anew for what Triton compiles anew for."""
-    monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 6))
-    found, one = Compiled(), torch.zeros(64)
-    constants = {"LINES": 8, "WIDTH": 4, "num_warps": 2}
-    kernels._launch(found, (3,), one, None, 1, **constants)
-    assert found.compiling == [((3,), one, None, 1, constants)] and not found.running
-    for number in (1, 16, 37):
-        kernels._launch(found, (number, 2), one, None, number, **constants)
-        assert found.running.pop() == ((number, 2, 1), one, None, number, 4, 8)
-    other = {**constants, "WIDTH": 2}
-    for arguments, options in (
-        ((one[1:], None), constants),
-        ((one.double(), None), constants),
-        ((one, one), constants),
-        ((one, None), other),
-    ):
-        kernels._launch(found, (1,), *arguments, 1, **options)
-        assert not found.running
-        kernels._launch(found, (1,), *arguments, 1, **options)
-        assert found.running.pop()[1:] == (*arguments, 1, options["WIDTH"], 8)
-    assert len(found.compiling) == 5
-    for version, hip in ((3, 5), None), ((3, 6), "6.4"):
-        monkeypatch.setattr(kernels, "_triton_version", lambda version=version: version)
-        monkeypatch.setattr(torch.version, "hip", hip)
-        anew = Compiled()
-        for _ in range(3):
-            kernels._launch(anew, (3,), one, None, 1, **constants)
-        assert len(anew.compiling) == 3 and not anew.running
-
-
 def test_kernels_are_compiled_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(gpu.triton, "jit", lambda function, **options: asked.update(options))
@@ -753,7 +702,8 @@ def test_kernels_are_compiled_once_for_all_numbers(monkeypatch: pytest.MonkeyPat
         """Nothing."""
 
     gpu.kernel(example)
-    assert asked == {"do_not_specialize": ["lines", "size"]}
+    assert asked.pop("do_not_specialize") == ["lines", "size"]
+    assert asked == {"do_not_specialize_on_alignment": ["ids"]}
 
 
 class GpuKernel:
@@ -768,8 +718,13 @@ class GpuKernel:
     def fast_rows(self, *arguments: Any) -> None:
         return None
 
-    def check_gpu(
-        self, places: tuple[Any, ...], codebooks: tuple[Tensor, ...], ids: Tensor
+    def rows_on_gpu(
+        self,
+        places: tuple[Any, ...],
+        codebooks: tuple[Tensor, ...],
+        ready: Any,
+        ids: Tensor,
+        zero_id: int,
     ) -> int | None:
         if type(ids) is not Tensor or any(guard() for guard in ops.schema.GUARDS):
             return None
@@ -781,18 +736,19 @@ class GpuKernel:
         return 2 if torch.is_grad_enabled() and trained else 1
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes modules take tensors for such on a GPU, and interpreted kernels for compiled ones."""
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Make modules take tensors for such on a GPU, and interpreted kernels for compiled ones."""
     if not ops.cpu.available():
         pytest.skip("the C kernel was not built")
+    patch.setattr(ops.cpu, "kernel", GpuKernel(ops.cpu.kernel))
+    patch.setattr(ops.fast, "on_gpu", kernels)
+    patch.setattr(torch.Tensor, "is_cuda", True)
 
-    def begin() -> None:
-        monkeypatch.setattr(ops.cpu, "kernel", GpuKernel(ops.cpu.kernel))
-        monkeypatch.setattr(ops.fast, "on_gpu", kernels)
-        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
-    return begin
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins :func:`stand_in` where the test wants it to."""
+    return lambda: stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -850,27 +806,26 @@ def test_another_thread_forgets_what_is_ready(as_on_gpu: Any) -> None:
     expected = table(ids)
     as_on_gpu()
     kernel = ops.cpu.kernel
-    check = kernel.check_gpu
+    check = kernel.rows_on_gpu
 
     def interrupted(*arguments: Any) -> int:
         state = check(*arguments)
         table._fast.forget()
         return state
 
-    kernel.check_gpu = interrupted
+    kernel.rows_on_gpu = interrupted
     found = table._fast.rows(table, ids)
     close(found, expected)
     assert found.requires_grad
 
 
+def some_popular(kind: str) -> Tensor:
+    return torch.arange(300) < 60 if kind == "runs" else torch.rand(300) < 0.2
+
+
 @pytest.mark.parametrize("kind", ["bitmap", "runs"])
 def test_the_short_cut_of_tiers(kind: str, as_on_gpu: Any) -> None:
-    popular = torch.arange(300) < 60 if kind == "runs" else torch.rand(300) < 0.2
-    tiers = [
-        Case(CodeLayout("additive", int(rows), 6, count, 8), padding_idx=None).table
-        for rows, count in ((popular.sum(), 3), ((~popular).sum(), 1))
-    ]
-    table = TieredEmbedding(TierMap.of(popular), *tiers, padding_idx=7)
+    table = in_tiers(some_popular(kind), 6, "additive", "additive", padding_idx=7)
     ids = torch.randint(300, (5, 9))
     ids[0] = 7
     expected = table(ids).detach()
@@ -886,7 +841,91 @@ def test_the_short_cut_of_tiers(kind: str, as_on_gpu: Any) -> None:
         close(table._fast.rows(table, ids), expected)
         table.tail.codebook_set.store(2 * table.tail.codebooks)
         close(table._fast.rows(table, ids), table._decode(ids))
-    assert table._fast.rows(table, ids) is None, "gradients flow to two sets of codebooks"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(["bitmap", "runs"]),
+    head=st.sampled_from(["additive", "product", "rows"]),
+    tail=st.sampled_from(["additive", "product", "one row", "rows"]),
+    sparse=st.booleans(),
+    padding=st.booleans(),
+    repeatable=st.booleans(),
+    copies=st.booleans(),
+    shape=st.sampled_from([(5, 9), (0, 3), (400,), "column"]),
+)
+def test_gradients_on_the_short_cut_of_tiers(
+    kind: str,
+    head: str,
+    tail: str,
+    sparse: bool,
+    padding: bool,
+    repeatable: bool,
+    copies: bool,
+    shape: Any,
+) -> None:
+    table = in_tiers(some_popular(kind), 12, head, tail, padding_idx=7 if padding else None)
+    table.head.sparse = table.tail.sparse = sparse
+    ids = torch.randint(300, (50, 3))[:, 1] if shape == "column" else torch.randint(300, shape)
+    ids[:1] = 7
+    weights = torch.randn(*ids.shape, 12)
+    books = table.head.codebooks, table.tail.codebooks
+
+    def results() -> tuple[Tensor, ...]:
+        rows = table(ids)
+        return (rows, *torch.autograd.grad((rows * weights).sum(), books))
+
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        expected = results()
+        with pytest.MonkeyPatch.context() as patch:
+            if copies:
+                patch.setattr(kernels, "COPY_LOOKUPS", 1)
+                patch.setattr(kernels, "CHUNKS", 16)
+            stand_in(patch)
+            found = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert type(found[0].grad_fn).__name__ == "_TrainedRowsBackward"
+    assert found[1].is_sparse == sparse
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_gradients_of_gradients_on_the_short_cut(in_parts: bool, as_on_gpu: Any) -> None:
+    table: Any = Case(CodeLayout("additive", 300, 6, 2, 8), padding_idx=None).table
+    if in_parts:
+        table = in_tiers(some_popular("bitmap"), 6, "additive", "additive")
+    ids, books = torch.randint(300, (4, 5)), list(table.parameters())
+
+    def results() -> tuple[Tensor, ...]:
+        rows = table(ids)
+        first = torch.autograd.grad(rows.square().sum(), books, create_graph=True)
+        return torch.autograd.grad(sum(one.square().sum() for one in first), books)
+
+    expected = results()
+    as_on_gpu()
+    for one, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_many_gradients_at_once_on_the_short_cut(in_parts: bool, as_on_gpu: Any) -> None:
+    table: Any = Case(CodeLayout("additive", 300, 6, 2, 8), padding_idx=None).table
+    if in_parts:
+        table = in_tiers(some_popular("bitmap"), 6, "additive", "additive")
+    ids, books = torch.randint(300, (20,)), list(table.parameters())
+    weights = torch.randn(3, 20, 6)
+
+    def results() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(table(ids), books, weights, is_grads_batched=True)
+
+    expected = results()
+    as_on_gpu()
+    for one, other in zip(results(), expected, strict=True):
+        close(one, other)
 
 
 def test_backends_names_triton_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

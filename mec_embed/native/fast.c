@@ -15,7 +15,7 @@ static struct {
 /* Names of attributes, interned. */
 #define NAMES(each) \
     each(requires_grad) each(data_ptr) each(is_cpu) each(is_cuda) each(dtype) each(shape) \
-    each(is_contiguous) each(stride)
+    each(is_contiguous) each(stride) each(get_device)
 #define DECLARE(name) PyObject *name;
 static struct { NAMES(DECLARE) } names;
 #define INTERN(name) \
@@ -49,15 +49,25 @@ static int is_set(PyObject *value) {
 
 static int attribute(PyObject *of, PyObject *name) { return is_set(PyObject_GetAttr(of, name)); }
 
-static int64_t integer(PyObject *value) {
+int64_t as_integer(PyObject *value) {
     if (!value) return -1;
     const int64_t number = PyLong_AsLongLong(value);
     Py_DECREF(value);
     return number;
 }
 
-static int64_t address(PyObject *tensor) {
-    return integer(PyObject_CallMethodObjArgs(tensor, names.data_ptr, NULL));
+int64_t address_of(PyObject *tensor) {
+    return as_integer(PyObject_CallMethodObjArgs(tensor, names.data_ptr, NULL));
+}
+
+int64_t device_of(PyObject *tensor) {
+    return as_integer(PyObject_CallMethodObjArgs(tensor, names.get_device, NULL));
+}
+
+int has_dtype(PyObject *tensor, PyObject *dtype) {
+    PyObject *found = PyObject_GetAttr(tensor, names.dtype);
+    Py_XDECREF(found); /* torch holds its dtypes */
+    return found == dtype;
 }
 
 enum { STALE, READY, GRADIENT };
@@ -74,7 +84,7 @@ static int check_places(PyObject *places) {
         if (PyDict_GetItemWithError(PyTuple_GetItem(places, i), PyTuple_GetItem(places, i + 1)) !=
             value)
             return PyErr_Occurred() ? -1 : STALE;
-        if (where != Py_None && integer(PyObject_CallNoArgs(where)) !=
+        if (where != Py_None && as_integer(PyObject_CallNoArgs(where)) !=
                                     PyLong_AsLongLong(PyTuple_GetItem(places, i + 4)))
             return PyErr_Occurred() ? -1 : STALE;
     }
@@ -96,16 +106,17 @@ static int has_gradient(PyObject *codebooks) {
 /* 1: a plain tensor on that device (is_cpu, is_cuda) that nothing watches; -1 with an exception set. */
 static int is_plain(PyObject *ids, PyObject *is_there) {
     if ((PyObject *)Py_TYPE(ids) != torch.tensor) return 0;
+    const int there = attribute(ids, is_there);
+    if (there != 1) return there;
     for (Py_ssize_t i = 0; i < PyTuple_Size(torch.guards); i++) {
         const int watched = is_set(PyObject_CallNoArgs(PyTuple_GetItem(torch.guards, i)));
         if (watched) return watched < 0 ? -1 : 0;
     }
-    return attribute(ids, is_there);
+    return 1;
 }
 
-/* Items from one id to the next; 0 where they are not evenly spaced; -1 with an exception set.
- * A column of a batch (B, F), as most models look up, is no contiguous tensor. */
-static int64_t spacing(PyObject *ids) {
+/* A column of a batch (B, F), as most models look up, is no contiguous tensor. */
+int64_t spacing(PyObject *ids) {
     const int contiguous = is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL));
     if (contiguous) return contiguous;
     PyObject *strides = PyObject_CallMethodObjArgs(ids, names.stride, NULL);
@@ -116,8 +127,7 @@ static int64_t spacing(PyObject *ids) {
     return stride;
 }
 
-/* Bytes of one id, 0 for other dtypes; -1 with an exception set. */
-static int id_bytes(PyObject *ids) {
+int id_bytes(PyObject *ids) {
     PyObject *dtype = PyObject_GetAttr(ids, names.dtype);
     if (!dtype) return -1;
     const int bytes = dtype == torch.int64 ? 8 : dtype == torch.int32 ? 4 : 0;
@@ -125,8 +135,7 @@ static int id_bytes(PyObject *ids) {
     return bytes;
 }
 
-/* A tensor (*ids.shape, dim), and the number of ids. */
-static PyObject *make_output(PyObject *ids, int64_t dim, int64_t *count) {
+PyObject *make_output(PyObject *new_empty, PyObject *ids, int64_t dim, int64_t *count) {
     PyObject *shape = PyObject_GetAttr(ids, names.shape);
     if (!shape) return NULL;
     const Py_ssize_t axes = PyTuple_Size(shape);
@@ -140,7 +149,7 @@ static PyObject *make_output(PyObject *ids, int64_t dim, int64_t *count) {
     }
     PyObject *last = PyLong_FromLongLong(dim);
     if (whole && last && !PyTuple_SetItem(whole, axes, last))
-        out = PyObject_CallObject(torch.new_empty, whole); /* sizes as arguments parse faster */
+        out = PyObject_CallObject(new_empty, whole); /* sizes as arguments parse faster */
     Py_XDECREF(whole);
     Py_DECREF(shape);
     return out;
@@ -181,15 +190,18 @@ static int may_read(PyObject *const *args, Plan *plan, PyObject **answer) {
     return 0;
 }
 
-/* places, codebooks, ids -> of ids on a GPU, and what was made for the tensors in `places`: 0 where
- * those are others now, 1 where it serves, 2 where it does and gradients are to flow to codebooks;
- * None where the operators must serve */
-PyObject *check_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    if (read_integers(args + 3, given - 3, 0, NULL)) return NULL;
-    const int plain = is_plain(args[2], names.is_cuda);
+/* places, codebooks, mec_embed.ops.gpu.Lookups.ready or None, ids, zero id -> of ids on a GPU: the
+ * rows; or 0 where the tensors in `places` are others now, 1 where they are not, and 2 where gradients
+ * are to flow to codebooks; None where the operators must serve */
+PyObject *rows_on_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long zero_id;
+    if (read_integers(args + 4, given - 4, 1, &zero_id)) return NULL;
+    const int plain = is_plain(args[3], names.is_cuda);
     if (!plain) Py_RETURN_NONE;
     const int state = plain < 0 ? -1 : state_of(args[0], args[1]);
-    return state < 0 ? NULL : PyLong_FromLong(state);
+    PyObject *rows = NULL;
+    if (state == READY && args[2] != Py_None) rows = decode_on_gpu(args[2], args[3], zero_id);
+    return rows || PyErr_Occurred() ? rows : PyLong_FromLong(state);
 }
 
 /* plan or None, places, codebooks, ids -> True, or as may_read */
@@ -213,12 +225,12 @@ PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     if (stride < 0) return NULL;
     if (!stride) Py_RETURN_NONE;
     int64_t count;
-    PyObject *out = make_output(ids, plan.dim, &count);
+    PyObject *out = make_output(torch.new_empty, ids, plan.dim, &count);
     if (!out) return NULL;
-    const int64_t from = address(ids), to = address(out);
+    const int64_t from = address_of(ids), to = address_of(out);
     const int64_t threads = count * plan.dim < THREAD_ENTRIES
                                 ? 1
-                                : integer(PyObject_CallNoArgs(torch.threads));
+                                : as_integer(PyObject_CallNoArgs(torch.threads));
     const int broken = PyErr_Occurred() != NULL;
     if (!broken &&
         !decode_ids(&plan, from, bytes, stride, count, zero_id, to, (int)threads))

@@ -1034,14 +1034,7 @@ DISPATCHED static int64_t tiers_part(const void *what, int64_t begin, int64_t en
 /* ---- Calls ---- */
 
 int read_plan(PyObject *packed, Plan *plan) {
-    char *data;
-    Py_ssize_t length;
-    if (PyBytes_AsStringAndSize(packed, &data, &length)) return -1;
-    if (length != (Py_ssize_t)sizeof *plan) {
-        PyErr_SetString(PyExc_ValueError, "a plan of another version of the kernel");
-        return -1;
-    }
-    memcpy(plan, data, sizeof *plan);
+    if (read_packed(packed, plan, sizeof *plan)) return -1;
     for (int64_t t = 0; t < plan->tiers && t < 2; t++) {
         const Table *table = plan->table + t;
         if (table->books < 1 || table->books > MOST_CODEBOOKS || table->bits < 0 ||

@@ -13,6 +13,18 @@ int read_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, lo
     return 0;
 }
 
+int read_packed(PyObject *packed, void *to, size_t size) {
+    char *data;
+    Py_ssize_t length;
+    if (PyBytes_AsStringAndSize(packed, &data, &length)) return -1;
+    if (length != (Py_ssize_t)size) {
+        PyErr_SetString(PyExc_ValueError, "packed for another version of the kernel");
+        return -1;
+    }
+    memcpy(to, data, size);
+    return 0;
+}
+
 #define CALL(function, text) \
     {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, text}
 
@@ -20,7 +32,9 @@ static PyMethodDef methods[] = {
     CALL(set_up, "Tell what torch offers; once."),
     CALL(fast_rows, "Rows of a module, where nothing watches."),
     CALL(check, "Whether a module's plan serves, and nothing watches."),
-    CALL(check_gpu, "Whether what was made for a module on a GPU serves, and nothing watches."),
+    CALL(rows_on_gpu, "Rows of a module on a GPU, where nothing watches."),
+    CALL(set_up_gpu, "Tell how to launch kernels on a GPU; once."),
+    CALL(launch, "Launch a kernel on a GPU."),
     CALL(rows, "Decode rows."),
     CALL(bags, "Decode and reduce bags of rows."),
     CALL(gradient, "Gradient of the codebooks by that of rows."),

@@ -38,6 +38,23 @@ void prepare_threads(void);
 /* Read `wanted` integers from the arguments of a call; -1 with an exception set if they are not. */
 int read_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, long long *values);
 
+/* Copy what Python packed into a bytes object of that size; -1 with an exception set. */
+int read_packed(PyObject *packed, void *to, size_t size);
+
+/* Of tensors. What gives a number gives -1 with an exception set, too. */
+int64_t as_integer(PyObject *value); /* takes the reference */
+int64_t address_of(PyObject *tensor);
+int64_t device_of(PyObject *tensor); /* number of its GPU */
+int has_dtype(PyObject *tensor, PyObject *dtype);
+int id_bytes(PyObject *ids);    /* of one id; 0 for other dtypes */
+int64_t spacing(PyObject *ids); /* items from one id to the next; 0 where they are not evenly spaced */
+
+/* A tensor (*ids.shape, dim) by that function, and the number of ids. */
+PyObject *make_output(PyObject *new_empty, PyObject *ids, int64_t dim, int64_t *count);
+
+/* Rows of ids by mec_embed.ops.gpu.Lookups.ready; NULL where it cannot, also without an exception. */
+PyObject *decode_on_gpu(PyObject *ready, PyObject *ids, int64_t zero_id);
+
 /* Entries of the output below which a second thread costs more than it brings. */
 #define THREAD_ENTRIES (1 << 16)
 
@@ -67,7 +84,9 @@ PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *set_up(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
-PyObject *check_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *rows_on_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *set_up_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *launch(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *bags_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given);

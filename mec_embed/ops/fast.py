@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .schema import GUARDS, PLAIN, grad_codebooks, is_virtual, keep_lookup
+from .schema import (
+    GUARDS,
+    PLAIN,
+    grad_codebooks,
+    grads_tiered,
+    is_virtual,
+    keep_lookup,
+    keep_tiered,
+)
 
 _compiling = torch.compiler.is_compiling
 #: The kernels for tables on a GPU, :mod:`mec_embed.ops.gpu`; None without.
@@ -39,10 +47,10 @@ def fields_of(table: Any) -> tuple[int, ...] | None:
     return None if values is None else cpu.table_fields(*values, table.layout.kind == "shared")
 
 
-def rows_on_gpu(table: Any) -> Any:
-    """A :class:`mec_embed.CompressedEmbedding` as :class:`mec_embed.ops.gpu.Rows`, or None."""
+def decoded_on_gpu(table: Any) -> Any:
+    """A :class:`mec_embed.CompressedEmbedding` as :class:`mec_embed.ops.gpu.Decoded`, or None."""
     values = _values_of(table)
-    return None if values is None else on_gpu.Rows.of(*values, table.output_dtype.dtype)
+    return None if values is None else on_gpu.Decoded.of(*values, table.output_dtype.dtype)
 
 
 def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int] | None:
@@ -60,6 +68,13 @@ def _values_of(table: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int, int
     if not books.codebooks.is_leaf or is_virtual(books.codebooks):
         return None
     return (*tensors, layout.num_embeddings, layout.embedding_dim, layout.bits)
+
+
+def _serves_on_gpu(grad: Tensor) -> bool:
+    """Whether kernels may sum a gradient, of which none is to be made in turn."""
+    if torch.is_grad_enabled() or _compiling() or type(grad) is not Tensor or is_virtual(grad):
+        return False
+    return not any(guard() for guard in GUARDS)
 
 
 #: Where tensors are that a plan was packed for: (dict, key, value, its ``data_ptr`` or None, its
@@ -94,29 +109,45 @@ def places_in(tensors: dict[str, Any], *names: str) -> Places:
 
 
 class _TrainedRows(torch.autograd.Function):
-    """Rows of a table on a GPU; gradients are those of the operator."""
+    """Rows of a table on a GPU; gradients are those of the operators."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        codebooks: Tensor,
-        ids: Tensor,
-        rows: Any,
-        zero_id: int,
-        padding_idx: int,
-        sparse: bool,
+        ctx: Any, ids: Tensor, rows: Any, options: tuple[Any, ...], *codebooks: Tensor
     ) -> Tensor:
         """Decode, and keep what the gradient needs."""
-        table = rows.table
-        layout = table.num_embeddings, table.embedding_dim, table.bits, padding_idx
-        keep_lookup(ctx, ids, table.codes, codebooks, layout, sparse)
-        out: Tensor = rows(ids, zero_id)
-        return out
+        zero_id, padding_idx, sparse, name = options
+        tables = [table.table for table in rows.tables]
+        layouts = [table[1:4] for table in tables]
+        if rows.places is None:
+            table = (tables[0].codes, codebooks[0], (*layouts[0], padding_idx))
+            keep_lookup(ctx, ids, *table, sparse)
+        else:
+            *tier_map, all_rows = rows.places
+            tensors = ids, *tier_map, *(table.codes for table in tables)
+            head, tail = (
+                (*layout, -1, *one.shape, one.dtype)
+                for layout, one in zip(layouts, codebooks, strict=True)
+            )
+            keep_tiered(ctx, tensors, (head, tail), all_rows, padding_idx, sparse, name)
+        ctx.table, ctx.padding_idx = rows, padding_idx
+        # Whether they serve was asked before.
+        out = cpu.kernel.rows_on_gpu((), (), rows.ready, ids, zero_id)
+        return out if isinstance(out, Tensor) else rows.prepare(ids, zero_id)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The gradient of the codebooks."""
-        return (grad_codebooks(ctx, grad), *[None] * 5)
+        """The gradients of the codebooks."""
+        needed = ctx.needs_input_grad[3:]
+        if _serves_on_gpu(grad):
+            ids = ctx.saved_tensors[0]
+            found = ctx.table.gradients(grad, ids, ctx.padding_idx)
+            if found is not None:
+                grads = [one.to_sparse(2) if ctx.sparse else one for one in found]
+                return (None, None, None, *grads)
+        if ctx.table.places is None:
+            return (None, None, None, grad_codebooks(ctx, grad))
+        return (None, None, None, *grads_tiered(ctx, grad, needed))
 
 
 class FastPath:
@@ -161,19 +192,18 @@ class FastPath:
             return None
         # Read once: another thread may forget it meanwhile.
         rows, places, codebooks = self._rows or (None, (), ())
-        state = cpu.kernel.check_gpu(places, codebooks, ids)
-        if state is None:
-            return None
+        ready = None if rows is None else rows.ready
+        state = cpu.kernel.rows_on_gpu(places, codebooks, ready, ids, zero_id)
+        if type(state) is not int:
+            return state  # the rows, or None
         if rows is not None and state:
             if not rows.takes(ids):
                 return None
             if state == 1:
-                return rows(ids, zero_id)
-            if len(codebooks) > 1:
-                return None
+                return rows.prepare(ids, zero_id)
             padding_idx = -1 if module.padding_idx is None else module.padding_idx
-            options = zero_id, padding_idx, module.sparse
-            return _TrainedRows.apply(*codebooks, ids, rows, *options)
+            options = zero_id, padding_idx, module.sparse, module.name
+            return _TrainedRows.apply(ids, rows, options, *codebooks)
         self.forget()
         rows = module._rows_on_gpu()
         if rows is None:

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import SCALE_DTYPE, packed_bytes
-from . import fast, reference
+from . import cpu, driver, fast, reference
 from .schema import count_bags, owners, serve
 
 #: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
@@ -51,6 +52,8 @@ MOST_COPIES = 16
 _MOST_BITS = 57
 #: Lookups from which on int8 codebooks are made float32 first.
 UNPACK_LOOKUPS = 1 << 16
+#: More lookups than a call can have.
+_ANY_LOOKUPS = 1 << 40
 _ID_DTYPES = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Numbers of bfloat16 (8 bits of mantissa) that add up to any of a dtype; with a scale in bfloat16,
@@ -58,20 +61,21 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _TERMS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1, torch.int8: 2}
 #: Annotations of whole numbers.
 _NUMBERS = ("tl.int32", "tl.int64")
+#: Tensors of kernels that may start at any address.
+_ANYWHERE = ["ids"]
 #: What the kernels compile for, and by.
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 2)
-#: From here on compiled kernels are launched without Triton's cache of them.
-_DIRECT_TRITON = (3, 6)
 
 
 def kernel(function: Any) -> Any:
     """What Triton compiles; once for all values of the numbers that it takes.
 
-    Triton would compile anew for a number that is 1 or a multiple of 16, such as of a last batch.
+    Triton would compile anew for a number that is 1 or a multiple of 16, such as of a last batch,
+    and for ids that start elsewhere, such as one column of a batch.
     """
     numbers = [name for name, kind in function.__annotations__.items() if kind in _NUMBERS]
-    return triton.jit(function, do_not_specialize=numbers)
+    return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=_ANYWHERE)
 
 
 @triton.jit
@@ -208,14 +212,15 @@ def _decode(
 @kernel
 def _rows_kernel(
     ids: tl.tensor,
+    out: tl.tensor,
+    stride: tl.int64,
+    count: tl.int64,
+    zero_id: tl.int64,
     codes: tl.tensor,
     books: tl.tensor,
     scales: tl.tensor,
-    out: tl.tensor,
-    lines: tl.int64,
     rows: tl.int64,
     size: tl.int64,
-    zero_id: tl.int64,
     PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     BITS: tl.constexpr,
@@ -226,9 +231,10 @@ def _rows_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
+    """Decode ``count`` ids, ``stride`` apart; what :class:`_Lookups` gives comes first."""
     line, column = _chunks(WIDTH, CHUNKS, VECTOR)
-    inside = line < lines
-    row = _read_ids(ids, line // PARTS, inside, rows)
+    inside = line < count * PARTS
+    row = _read_ids(ids, line // PARTS * stride, inside, rows)
     tile = _decode(
         codes,
         books,
@@ -252,25 +258,86 @@ def _rows_kernel(
     tl.store(place, tl.where(wanted, tile, 0), mask=inside[:, None])
 
 
+@triton.jit
+def _in_runs(
+    row: tl.tensor, starts: tl.tensor, before: tl.tensor, runs: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """As :func:`_place`, of a map by runs."""
+    run = row * 0 - 1
+    for number in range(runs):
+        run += (row >= tl.load(starts + number)).to(tl.int64)
+    run = tl.maximum(run, 0)
+    known = run % 2 == 0
+    earlier = tl.load(before + run)
+    return known, row - tl.where(known, tl.load(starts + run) - earlier, earlier)
+
+
+@triton.jit
+def _in_bitmap(
+    row: tl.tensor, before: tl.tensor, bitmap: tl.tensor, BLOCK_ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """As :func:`_place`, of a map by bitmap."""
+    block = row // BLOCK_ROWS
+    within = (row % BLOCK_ROWS).to(tl.int32)
+    own = bitmap + block * (BLOCK_ROWS // 8)
+    words = own.to(tl.pointer_type(tl.uint64))
+    one = (within * 0 + 1).to(tl.uint64)
+    rank = tl.load(before + block).to(tl.int64)
+    for number in tl.static_range(BLOCK_ROWS // 64):
+        kept = tl.minimum(tl.maximum(within - number * 64, 0), 64)
+        half = kept // 2
+        # In two steps, as a shift by all 64 bits is not defined.
+        below = ((one << half.to(tl.uint64)) << (kept - half).to(tl.uint64)) - 1
+        word = tl.load(words + number) & below
+        # The number of ones: in pairs of bits, then in fours, in bytes, and in the word.
+        word -= (word >> 1) & 0x5555555555555555
+        word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
+        word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
+        rank += ((word * 0x0101010101010101) >> 56).to(tl.int64)
+    known = ((tl.load(own + within // 8).to(tl.int32) >> (within % 8)) & 1) != 0
+    return known, tl.where(known, rank, row - rank)
+
+
+@triton.jit
+def _place(
+    row: tl.tensor,
+    starts: tl.tensor,
+    before: tl.tensor,
+    bitmap: tl.tensor,
+    runs: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Whether rows are popular, and their places in their tiers; by the map that there is."""
+    if bitmap is None:
+        known, own = _in_runs(row, starts, before, runs)
+    else:
+        known, own = _in_bitmap(row, before, bitmap, BLOCK_ROWS)
+    return known, tl.maximum(own, 0)
+
+
 @kernel
 def _tiered_kernel(
     ids: tl.tensor,
-    popular: tl.tensor,
-    place: tl.tensor,
+    out: tl.tensor,
+    stride: tl.int64,
+    count: tl.int64,
+    zero_id: tl.int64,
+    starts: tl.tensor,
+    before: tl.tensor,
+    bitmap: tl.tensor,
     head_codes: tl.tensor,
     head_books: tl.tensor,
     head_scales: tl.tensor,
     tail_codes: tl.tensor,
     tail_books: tl.tensor,
     tail_scales: tl.tensor,
-    out: tl.tensor,
-    lines: tl.int64,
     rows: tl.int64,
+    runs: tl.int64,
     head_rows: tl.int64,
     head_size: tl.int64,
     tail_rows: tl.int64,
     tail_size: tl.int64,
-    zero_id: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
     HEAD_PARTS: tl.constexpr,
     HEAD_SUMMED: tl.constexpr,
     HEAD_BITS: tl.constexpr,
@@ -289,10 +356,11 @@ def _tiered_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
+    """As :func:`_rows_kernel`."""
     line, column = _chunks(DIM, CHUNKS, VECTOR)
-    inside = line < lines
-    known = tl.load(popular + line, mask=inside, other=0) != 0
-    own = tl.maximum(tl.load(place + line, mask=inside, other=0), 0)
+    inside = line < count
+    row = _read_ids(ids, line * stride, inside, rows)
+    known, own = _place(row, starts, before, bitmap, runs, BLOCK_ROWS)
     # Both tiers are decoded, the one that an id is not of at its first row, which is cached.
     one = _decode(
         head_codes,
@@ -330,10 +398,10 @@ def _tiered_kernel(
         CHUNKS,
         VECTOR,
     )
-    wanted = _read_ids(ids, line, inside, rows) != zero_id
+    wanted = (row != zero_id)[:, None]
     tile = tl.where(known[:, None], one, other)
     entries = out + (line * DIM + column)[:, None] + tl.arange(0, VECTOR)[None, :]
-    tl.store(entries, tl.where(wanted[:, None], tile, 0), mask=inside[:, None])
+    tl.store(entries, tl.where(wanted, tile, 0), mask=inside[:, None])
 
 
 @triton.jit
@@ -551,6 +619,36 @@ def _counted_bags_kernel(
     tl.store(place, total, mask=(bag < bags)[:, None] & (columns < WIDTH)[None, :])
 
 
+@triton.jit
+def _add(
+    tile: tl.tensor,
+    codes: tl.tensor,
+    total: tl.tensor,
+    row: tl.tensor,
+    part: tl.tensor,
+    place: tl.tensor,
+    wanted: tl.tensor,
+    size: tl.tensor,
+    copies: tl.tensor,
+    PARTS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Add gradients (CHUNKS, VECTOR) of rows to those of their codewords, at ``place`` there."""
+    first = tl.program_id(0) % copies * (PARTS * SUMMED) * size
+    for number in range(SUMMED):
+        word = first + row
+        if BITS > 0:
+            book = part + number
+            code = _code(codes, row, book, size, PARTS * SUMMED, BITS, ALIGNED, EXACT)
+            word = first + book * size + code
+        # Relaxed: nobody reads the sums before the kernel ends.
+        tl.atomic_add(total + (word * WIDTH)[:, None] + place, tile, mask=wanted, sem="relaxed")
+
+
 @kernel
 def _add_kernel(
     grad: tl.tensor,
@@ -559,7 +657,8 @@ def _add_kernel(
     ids: tl.tensor,
     codes: tl.tensor,
     total: tl.tensor,
-    lines: tl.int64,
+    stride: tl.int64,
+    count: tl.int64,
     rows: tl.int64,
     size: tl.int64,
     padding: tl.int64,
@@ -574,28 +673,120 @@ def _add_kernel(
     VECTOR: tl.constexpr,
 ) -> None:
     line, column = _chunks(WIDTH, CHUNKS, VECTOR)
-    inside = line < lines
-    row = _read_ids(ids, line // PARTS, inside, rows)
+    number, part = line // PARTS, line % PARTS
+    inside = number < count
+    row = _read_ids(ids, number * stride, inside, rows)
     place = column[:, None] + tl.arange(0, VECTOR)[None, :]
-    given = tl.load(ids + line // PARTS, mask=inside, other=0).to(tl.int64) != padding
+    given = tl.load(ids + number * stride, mask=inside, other=0).to(tl.int64) != padding
     wanted = (inside & given & (row != padding))[:, None]
     source = line
     if owner is not None:
-        source = tl.load(owner + line // PARTS, mask=inside, other=0) * PARTS + line % PARTS
+        source = tl.load(owner + number, mask=inside, other=0) * PARTS + part
     entries = grad + (source * WIDTH)[:, None] + place
     tile = tl.load(entries, mask=wanted, other=0).to(tl.float32)
     if share is not None:
-        tile *= tl.load(share + line // PARTS, mask=inside, other=0).to(tl.float32)[:, None]
-    first = tl.program_id(0) % copies * (PARTS * SUMMED) * size
-    for number in range(SUMMED):
-        if BITS == 0:
-            word = row
-        else:
-            book = line % PARTS + number
-            code = _code(codes, row, book, size, PARTS * SUMMED, BITS, ALIGNED, EXACT)
-            word = first + book * size + code
-        # Relaxed: nobody reads the sums before the kernel ends.
-        tl.atomic_add(total + (word * WIDTH)[:, None] + place, tile, mask=wanted, sem="relaxed")
+        tile *= tl.load(share + number, mask=inside, other=0).to(tl.float32)[:, None]
+    _add(
+        tile,
+        codes,
+        total,
+        row,
+        part,
+        place,
+        wanted,
+        size,
+        copies,
+        PARTS,
+        SUMMED,
+        BITS,
+        ALIGNED,
+        EXACT,
+        WIDTH,
+    )
+
+
+@kernel
+def _add_tiered_kernel(
+    grad: tl.tensor,
+    ids: tl.tensor,
+    starts: tl.tensor,
+    before: tl.tensor,
+    bitmap: tl.tensor,
+    head_codes: tl.tensor,
+    tail_codes: tl.tensor,
+    head_total: tl.tensor,
+    tail_total: tl.tensor,
+    stride: tl.int64,
+    count: tl.int64,
+    padding: tl.int64,
+    head_copies: tl.int64,
+    tail_copies: tl.int64,
+    rows: tl.int64,
+    runs: tl.int64,
+    head_rows: tl.int64,
+    head_size: tl.int64,
+    tail_rows: tl.int64,
+    tail_size: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
+    HEAD_PARTS: tl.constexpr,
+    HEAD_SUMMED: tl.constexpr,
+    HEAD_BITS: tl.constexpr,
+    HEAD_ALIGNED: tl.constexpr,
+    HEAD_EXACT: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    TAIL_PARTS: tl.constexpr,
+    TAIL_SUMMED: tl.constexpr,
+    TAIL_BITS: tl.constexpr,
+    TAIL_ALIGNED: tl.constexpr,
+    TAIL_EXACT: tl.constexpr,
+    TAIL_WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    line, column = _chunks(DIM, CHUNKS, VECTOR)
+    inside = line < count
+    row = _read_ids(ids, line * stride, inside, rows)
+    known, own = _place(row, starts, before, bitmap, runs, BLOCK_ROWS)
+    given = tl.load(ids + line * stride, mask=inside, other=0).to(tl.int64) != padding
+    wanted = inside & given & (row != padding)
+    vector = tl.arange(0, VECTOR)[None, :]
+    entries = grad + (line * DIM + column)[:, None] + vector
+    tile = tl.load(entries, mask=wanted[:, None], other=0).to(tl.float32)
+    _add(
+        tile,
+        head_codes,
+        head_total,
+        tl.where(known, tl.minimum(own, head_rows - 1), 0),
+        column // HEAD_WIDTH,
+        (column % HEAD_WIDTH)[:, None] + vector,
+        (wanted & known)[:, None],
+        head_size,
+        head_copies,
+        HEAD_PARTS,
+        HEAD_SUMMED,
+        HEAD_BITS,
+        HEAD_ALIGNED,
+        HEAD_EXACT,
+        HEAD_WIDTH,
+    )
+    _add(
+        tile,
+        tail_codes,
+        tail_total,
+        tl.where(known, 0, tl.minimum(own, tail_rows - 1)),
+        column // TAIL_WIDTH,
+        (column % TAIL_WIDTH)[:, None] + vector,
+        (wanted & ~known)[:, None],
+        tail_size,
+        tail_copies,
+        TAIL_PARTS,
+        TAIL_SUMMED,
+        TAIL_BITS,
+        TAIL_ALIGNED,
+        TAIL_EXACT,
+        TAIL_WIDTH,
+    )
 
 
 @kernel
@@ -663,66 +854,25 @@ def _segments_kernel(
 
 
 @kernel
-def _runs_kernel(
+def _places_kernel(
     ids: tl.tensor,
     starts: tl.tensor,
-    before: tl.tensor,
-    popular: tl.tensor,
-    place: tl.tensor,
-    count: tl.int64,
-    rows: tl.int64,
-    runs: tl.int64,
-    LINES: tl.constexpr,
-) -> None:
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    inside = line < count
-    row = _read_ids(ids, line, inside, rows)
-    run = tl.full([LINES], -1, tl.int64)
-    for number in range(runs):
-        run += (row >= tl.load(starts + number)).to(tl.int64)
-    run = tl.maximum(run, 0)
-    known = run % 2 == 0
-    earlier = tl.load(before + run)
-    ahead = tl.where(known, tl.load(starts + run) - earlier, earlier)
-    tl.store(popular + line, known, mask=inside)
-    tl.store(place + line, row - ahead, mask=inside)
-
-
-@kernel
-def _bitmap_kernel(
-    ids: tl.tensor,
     before: tl.tensor,
     bitmap: tl.tensor,
     popular: tl.tensor,
     place: tl.tensor,
     count: tl.int64,
     rows: tl.int64,
+    runs: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     inside = line < count
     row = _read_ids(ids, line, inside, rows)
-    block = row // BLOCK_ROWS
-    within = (row % BLOCK_ROWS).to(tl.int32)
-    own = bitmap + block * (BLOCK_ROWS // 8)
-    words = own.to(tl.pointer_type(tl.uint64))
-    one = tl.full([LINES], 1, tl.uint64)
-    rank = tl.load(before + block).to(tl.int64)
-    for number in tl.static_range(BLOCK_ROWS // 64):
-        kept = tl.minimum(tl.maximum(within - number * 64, 0), 64)
-        half = kept // 2
-        # In two steps, as a shift by all 64 bits is not defined.
-        below = ((one << half.to(tl.uint64)) << (kept - half).to(tl.uint64)) - 1
-        word = tl.load(words + number) & below
-        # The number of ones: in pairs of bits, then in fours, in bytes, and in the word.
-        word -= (word >> 1) & 0x5555555555555555
-        word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
-        word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
-        rank += ((word * 0x0101010101010101) >> 56).to(tl.int64)
-    known = ((tl.load(own + within // 8).to(tl.int32) >> (within % 8)) & 1) != 0
+    known, own = _place(row, starts, before, bitmap, runs, BLOCK_ROWS)
     tl.store(popular + line, known, mask=inside)
-    tl.store(place + line, tl.where(known, rank, row - rank), mask=inside)
+    tl.store(place + line, own, mask=inside)
 
 
 #: Whether Triton was imported with ``TRITON_INTERPRET=1``: the kernels then run on the CPU, slowly.
@@ -760,32 +910,29 @@ class _Launcher:
     def __init__(self, function: Any, device: torch.device, constants: tuple[tuple[str, int], ...]):
         self.function, self.constants = function, dict(constants)
         self.index = device.index if device.type == "cuda" else None
-        self.compiled: dict[tuple[Any, ...], Any] = {}
-        self.values: tuple[int, ...] = ()
+        #: As :mod:`mec_embed.ops.driver` gives them.
+        self.compiled: list[driver.Compiled] = []
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Run the kernel on its device, which need not be the current one."""
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> driver.Compiled | None:
+        """Run the kernel on its device, which need not be the current one.
+
+        Returns:
+            What ran; None if Triton alone can run it.
+        """
+        x, y = (*grid, 1)[:2]
+        for known in self.compiled:
+            if cpu.kernel.launch(*known, x, y, *arguments):
+                return known
         if self.index is not None and self.index != torch.cuda.current_device():
             with torch.cuda.device(self.index):
-                self(grid, *arguments)
-            return
-        # What Triton compiles for; numbers are all alike, see kernel().
-        kinds = [
-            (one.dtype, one.data_ptr() % 16) if isinstance(one, Tensor) else one is None
-            for one in arguments
-        ]
-        found = self.compiled.get(tuple(kinds))
-        if found is not None:
-            found[(*grid, 1, 1)[:3]](*arguments, *self.values)
-            return
+                return self(grid, *arguments)
         found = self.function[grid](*arguments, **self.constants)
-        # The interpreter gives nothing; earlier launchers took no constants. For AMD's GPUs Triton
-        # compiles anew for tensors of 2 GB as well.
-        direct = _triton_version() >= _DIRECT_TRITON and torch.version.hip is None
-        if found is not None and direct:
-            names = self.function.arg_names[len(arguments) :]
-            self.values = tuple(self.constants[name] for name in names)
-            self.compiled[tuple(kinds)] = found
+        # The interpreter gives nothing.
+        names = self.function.arg_names
+        compiled = found and driver.compiled(found, self.index, arguments, names, _ANYWHERE)
+        if compiled is not None and compiled not in self.compiled:
+            self.compiled.append(compiled)
+        return compiled
 
 
 @functools.cache
@@ -813,6 +960,13 @@ def _tile(width: int) -> dict[str, int]:
 
 def _blocks(total: int, block: int) -> int:
     return -(-total // block)
+
+
+def _spaced(ids: Tensor) -> tuple[Tensor, int]:
+    """Ids that are evenly spaced, and how many items apart."""
+    if ids.dim() == 1 and ids.stride(0) > 0:
+        return ids, ids.stride(0)
+    return ids.contiguous(), 1
 
 
 class _Table(NamedTuple):
@@ -876,9 +1030,9 @@ class _Chunked(NamedTuple):
     in_word: int
     chunks: int
 
-    def __call__(self, words: int, *arguments: Any) -> None:
+    def __call__(self, words: int, *arguments: Any) -> driver.Compiled | None:
         """Run it for all chunks of ``words`` codewords, or of rows of additive codes."""
-        self.launch((_blocks(words * self.in_word, self.chunks),), *arguments)
+        return self.launch((_blocks(words * self.in_word, self.chunks),), *arguments)
 
 
 @functools.cache
@@ -898,9 +1052,16 @@ def _chunked(
         "CHUNKS": chunks,
         "VECTOR": vector,
     }
-    taken = {name: value for name, value in constants.items() if name in function.arg_names}
-    launch = _launcher(function, device, (*taken.items(), ("num_warps", warps)))
+    launch = _launcher_of(function, device, constants, warps)
     return _Chunked(launch, shape[-1] // vector, chunks)
+
+
+def _launcher_of(
+    function: Any, device: torch.device, constants: dict[str, int], warps: int
+) -> _Launcher:
+    """Of a kernel that takes some of these constants."""
+    taken = {name: value for name, value in constants.items() if name in function.arg_names}
+    return _launcher(function, device, (*taken.items(), ("num_warps", warps)))
 
 
 def _row_constants(shape: tuple[int, ...], aligned: int) -> dict[str, int]:
@@ -952,14 +1113,13 @@ def _takes_books(codebooks: Tensor, scales: Tensor | None, dtype: torch.dtype) -
     return known and narrow and codebooks.is_contiguous() and dtype in _FLOATS
 
 
-class Rows(NamedTuple):
-    """Lookups in a table: all but the ids."""
+class Decoded(NamedTuple):
+    """A table, or a tier of one, whose rows the kernels can decode as ``dtype``."""
 
     table: _Table
     codebooks: Tensor
     scales: Tensor | None
     dtype: torch.dtype
-    launch: _Chunked
 
     @staticmethod
     def of(
@@ -970,18 +1130,56 @@ class Rows(NamedTuple):
         embedding_dim: int,
         bits: int,
         dtype: torch.dtype,
-    ) -> Rows | None:
+    ) -> Decoded | None:
         """Of a table as :data:`mec_embed.ops.schema.lookup` takes it; None if kernels cannot."""
         table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
         if not _reads(table, codebooks, scales) or not _takes_books(codebooks, scales, dtype):
             return None
-        launch = table.chunked(_rows_kernel, CHUNKS, CHUNK_WARPS)
-        return Rows(table, codebooks, scales, dtype, launch)
+        return Decoded(table, codebooks, scales, dtype)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the table is."""
-        return self.codebooks.device
+    def same_tensors(self) -> int:
+        """Lookups up to which :meth:`tensors` are the same."""
+        least = max(UNPACK_LOOKUPS, self.codebooks.shape[1])
+        return _ANY_LOOKUPS if self.scales is None else least - 1
+
+    def tensors(self, lookups: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, codebooks and scales, for so many lookups."""
+        return (self.table.codes, *_unpacked(self.codebooks, self.scales, lookups))
+
+
+class Lookups:
+    """Lookups in a table: all but the ids.
+
+    The kernel takes ids, output, stride, count and ``zero_id``, then what stays as it is.
+    """
+
+    def __init__(
+        self,
+        launch: _Chunked,
+        add: _Chunked,
+        words: int,
+        tables: Sequence[Decoded],
+        places: Map | None,
+        numbers: tuple[int, ...],
+    ) -> None:
+        """Of one table or two tiers.
+
+        Args:
+            launch: the kernel.
+            add: the one of the gradient.
+            words: codewords of a row, as both count them.
+            tables: codes and codebooks.
+            places: the map of the tiers; kernels take its tensors before those of the tables.
+            numbers: what kernels take after them.
+        """
+        self.launch, self.add, self.words, self.numbers = launch, add, words, numbers
+        self.places, self.tier_map = places, () if places is None else places.tensors
+        self.tables = tables
+        self.dim = tables[0].table.embedding_dim
+        self.new_empty = tables[0].codebooks.new_empty(0, dtype=tables[0].dtype).new_empty
+        self.device = tables[0].codebooks.device
+        #: What C takes: a function that makes the output, a plan for int32 ids and one for int64.
+        self.ready: tuple[Any, bytes | None, bytes | None] = (self.new_empty, None, None)
 
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
@@ -989,24 +1187,72 @@ class Rows(NamedTuple):
 
     def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
         """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
-        table = self.table
-        out = self.codebooks.new_empty((*ids.shape, table.embedding_dim), dtype=self.dtype)
-        count = ids.numel()
-        if not count:
-            return out
-        lines = count * table.parts
-        self.launch(
-            lines,
-            ids.contiguous(),
-            table.codes,
-            *_unpacked(self.codebooks, self.scales, count),
-            out,
-            lines,
-            table.rows,
-            table.size,
-            zero_id,
-        )
+        return self._run(ids, zero_id)[0]
+
+    def prepare(self, ids: Tensor, zero_id: int) -> Tensor:
+        """The same, and :attr:`ready` for more such ids."""
+        out, compiled, given = self._run(ids, zero_id)
+        most = min(table.same_tensors() for table in self.tables)
+        if compiled is not None and ids.numel() <= most:
+            plan = driver.plan(
+                compiled,
+                (self.dim, self.launch.in_word * self.words, self.launch.chunks, most),
+                (*(one.data_ptr() for one in given if one is not None), *self.numbers),
+            )
+            self.ready = tuple(  # type: ignore[assignment]
+                plan if dtype is ids.dtype else known
+                for dtype, known in zip((None, *_ID_DTYPES), self.ready, strict=True)
+            )
         return out
+
+    def _run(
+        self, ids: Tensor, zero_id: int
+    ) -> tuple[Tensor, driver.Compiled | None, tuple[Tensor | None, ...]]:
+        """Rows, what made them if C can launch it, and the tensors that it was given."""
+        out, count = self.new_empty((*ids.shape, self.dim)), ids.numel()
+        if not count:
+            return out, None, ()
+        tensors = [tensor for table in self.tables for tensor in table.tensors(count)]
+        given = (*self.tier_map, *tensors)
+        spaced, stride = _spaced(ids)
+        own = spaced, out, stride, count, zero_id
+        return out, self.launch(count * self.words, *own, *given, *self.numbers), given
+
+    def gradients(self, grad: Tensor, ids: Tensor, padding_idx: int) -> list[Tensor] | None:
+        """Those of the codebooks, by ``grad`` (*ids.shape, embedding_dim); None if it cannot."""
+        count = ids.numel()
+        kinds = (grad.dtype, *(table.codebooks.dtype for table in self.tables))
+        if (
+            not count
+            or grad.device != ids.device
+            or grad.numel() != count * self.dim
+            or not all(kind in _FLOATS for kind in kinds)
+            or torch.are_deterministic_algorithms_enabled()
+        ):
+            return None
+        sums = [_Sums.of(table.table, grad, count) for table in self.tables]
+        codes = [table.table.codes for table in self.tables]
+        given = *self.tier_map, *codes, *(one.values for one in sums)
+        spaced, stride = _spaced(ids)
+        copies = [one.copies for one in sums]
+        if self.places is None:
+            own: tuple[Tensor | None, ...] = grad.contiguous(), None, None, spaced
+            ends = (*self.numbers, padding_idx, *copies)
+        else:
+            own = grad.contiguous(), spaced
+            ends = (padding_idx, *copies, *self.numbers)
+        self.add(count * self.words, *own, *given, stride, count, *ends)
+        return [one.total(kind) for one, kind in zip(sums, kinds[1:], strict=True)]
+
+
+def lookups_in(decoded: Decoded | None) -> Lookups | None:
+    """Lookups in a table; None if kernels cannot."""
+    if decoded is None:
+        return None
+    table = decoded.table
+    launch = table.chunked(_rows_kernel, CHUNKS, CHUNK_WARPS)
+    add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
+    return Lookups(launch, add, table.parts, [decoded], None, (table.rows, table.size))
 
 
 def lookup(
@@ -1025,7 +1271,7 @@ def lookup(
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.lookup`."""
     tables = codes, codebooks, scales, num_embeddings, embedding_dim, bits
-    rows = Rows.of(*tables, dtype)
+    rows = lookups_in(Decoded.of(*tables, dtype))
     if rows is None or not rows.takes(input):
         return reference.lookup(input, *tables, padding_idx, zero_padding, sparse, dtype, name)
     return rows(input, padding_idx if zero_padding else -1)
@@ -1312,25 +1558,33 @@ def _sum_atomically(
     table: _Table, grad: _Gradient, ids: Tensor, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of the codebooks; lines that share a codeword add to it as they come."""
-    # Few codewords and many lines: programs take turns at several copies.
-    copies = min(MOST_COPIES, max(1, ids.numel() // (COPY_LOOKUPS * table.size)))
-    shape = (copies, table.books, table.size, table.width)
-    total = grad.lines.new_zeros(shape, dtype=torch.float32)
-    lines = ids.numel() * table.parts
+    count = ids.numel()
+    sums = _Sums.of(table, grad.lines, count)
     add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
-    add(
-        lines,
-        *grad,
-        ids,
-        table.codes,
-        total,
-        lines,
-        table.rows,
-        table.size,
-        padding_idx,
-        copies,
-    )
-    return (total[0] if copies == 1 else total.sum(0)).to(dtype)
+    ends = 1, count, table.rows, table.size, padding_idx, sums.copies
+    add(count * table.parts, *grad, ids, table.codes, sums.values, *ends)
+    return sums.total(dtype)
+
+
+class _Sums(NamedTuple):
+    """What gradients of codewords are added to: of few, by many lookups, copies that take turns."""
+
+    copies: int
+    values: Tensor
+
+    @staticmethod
+    def of(table: _Table, like: Tensor, lookups: int) -> _Sums:
+        """Zeros (copies * M, K, subvector_dim) float32."""
+        copies = min(MOST_COPIES, max(1, lookups // (COPY_LOOKUPS * table.size)))
+        shape = copies * table.books, table.size, table.width
+        return _Sums(copies, like.new_zeros(shape, dtype=torch.float32))
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """The gradient (M, K, subvector_dim)."""
+        found = self.values
+        if self.copies > 1:
+            found = found.view(self.copies, -1, *found.shape[1:]).sum(0)
+        return found if dtype is torch.float32 else found.to(dtype)
 
 
 def _sum_sorted(
@@ -1402,73 +1656,49 @@ class Map(NamedTuple):
         """Whether the kernels can read these ids."""
         return ids.dtype in _ID_DTYPES and ids.device == self.before.device
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of which kernels read some: ``starts``, ``before``, ``bitmap``."""
+        runs = self.starts if not self.bitmap.shape[0] else None
+        return runs, self.before, self.bitmap if runs is None else None
+
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each id is popular, and its place in its tier."""
         popular = torch.empty(ids.shape, dtype=torch.bool, device=ids.device)
         place = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
         count = ids.numel()
-        if not count:
-            return popular, place
-        ends = popular, place, count, self.rows
-        ids, grid = ids.contiguous(), (_blocks(count, TILE), 1)
-        if self.bitmap.shape[0]:
-            options = {"BLOCK_ROWS": reference.BLOCK_ROWS, "LINES": TILE}
-            _launch(_bitmap_kernel, grid, ids, self.before, self.bitmap, *ends, **options)
-        else:
-            runs = self.starts.shape[0]
-            _launch(_runs_kernel, grid, ids, self.starts, self.before, *ends, runs, LINES=TILE)
+        if count:
+            _launch(
+                _places_kernel,
+                (_blocks(count, TILE),),
+                ids.contiguous(),
+                *self.tensors,
+                popular,
+                place,
+                count,
+                self.rows,
+                self.starts.shape[0],
+                BLOCK_ROWS=reference.BLOCK_ROWS,
+                LINES=TILE,
+            )
         return popular, place
 
 
-class TieredRows(NamedTuple):
-    """Lookups in a table of two tiers: all but the ids."""
-
-    places: Map
-    head: Rows
-    tail: Rows
-    launch: _Chunked
-
-    @staticmethod
-    def of(places: Map, head: Rows | None, tail: Rows | None) -> TieredRows | None:
-        """Of two tiers; None if kernels cannot."""
-        if head is None or tail is None or not places.readable():
-            return None
-        if not head.device == tail.device == places.before.device:
-            return None
-        one, other = head.table, tail.table
-        shapes, aligned = (one[1:], other[1:]), (one.aligned, other.aligned)
-        launch = _tiered(head.device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
-        return TieredRows(places, head, tail, launch)
-
-    def takes(self, ids: Tensor) -> bool:
-        """Whether the kernels can read these ids."""
-        return self.places.takes(ids)
-
-    def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
-        """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
-        head, tail, count = self.head, self.tail, ids.numel()
-        dim = head.table.embedding_dim
-        out = head.codebooks.new_empty((*ids.shape, dim), dtype=head.dtype)
-        if not count:
-            return out
-        self.launch(
-            count,
-            ids.contiguous(),
-            *self.places(ids),
-            head.table.codes,
-            *_unpacked(head.codebooks, head.scales, count),
-            tail.table.codes,
-            *_unpacked(tail.codebooks, tail.scales, count),
-            out,
-            count,
-            self.places.rows,
-            head.table.rows,
-            head.table.size,
-            tail.table.rows,
-            tail.table.size,
-            zero_id,
-        )
-        return out
+def lookups_in_tiers(places: Map, head: Decoded | None, tail: Decoded | None) -> Lookups | None:
+    """Lookups in a table of two tiers; None if kernels cannot."""
+    if head is None or tail is None or not places.readable():
+        return None
+    device = places.before.device
+    if not head.codebooks.device == tail.codebooks.device == device:
+        return None
+    one, other = head.table, tail.table
+    shapes, aligned = (one[1:], other[1:]), (one.aligned, other.aligned)
+    launch, add = (
+        _tiered(function, device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
+        for function in (_tiered_kernel, _add_tiered_kernel)
+    )
+    ends = places.rows, places.starts.shape[0], one.rows, one.size, other.rows, other.size
+    return Lookups(launch, add, 1, [head, tail], places, ends)
 
 
 def tiered(
@@ -1500,7 +1730,7 @@ def tiered(
         (tail_codes, tail_codebooks, tail_scales, tail_rows, embedding_dim, tail_bits),
     )
     places = Map(starts, before, bitmap, num_embeddings)
-    rows = TieredRows.of(places, *(Rows.of(*tier, dtype) for tier in tiers))
+    rows = lookups_in_tiers(places, *(Decoded.of(*tier, dtype) for tier in tiers))
     if rows is None or not rows.takes(input):
         return reference.tiered(
             input,
@@ -1530,6 +1760,7 @@ def tiered(
 
 @functools.cache
 def _tiered(
+    function: Any,
     device: torch.device,
     head: tuple[int, ...],
     tail: tuple[int, ...],
@@ -1538,17 +1769,17 @@ def _tiered(
     chunks: int,
     warps: int,
 ) -> _Chunked:
-    """The kernel that decodes rows of two tiers of these shapes."""
+    """A kernel that works on rows of two tiers of these shapes."""
     dim, vector = head[1], math.gcd(head[-1], tail[-1], 4)
     constants = {
         **{f"HEAD_{key}": value for key, value in _row_constants(head, head_aligned).items()},
         **{f"TAIL_{key}": value for key, value in _row_constants(tail, tail_aligned).items()},
+        "BLOCK_ROWS": reference.BLOCK_ROWS,
         "DIM": dim,
         "CHUNKS": chunks,
         "VECTOR": vector,
-        "num_warps": warps,
     }
-    launch = _launcher(_tiered_kernel, device, tuple(constants.items()))
+    launch = _launcher_of(function, device, constants, warps)
     return _Chunked(launch, dim // vector, chunks)
 
 

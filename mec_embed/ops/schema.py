@@ -335,12 +335,37 @@ def _save_tiered(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ids, *places, head_codes, head, _, tail_codes, tail, _ = inputs[:10]
     rows, dim, head_rows, head_bits, tail_rows, tail_bits, *options = inputs[10:]
     padding_idx, _, sparse, _, name = options
-    ctx.save_for_backward(ids, *places, head_codes, tail_codes)
-    ctx.layouts = (
+    layouts = (
         (head_rows, dim, head_bits, -1, *head.shape, head.dtype),
         (tail_rows, dim, tail_bits, -1, *tail.shape, tail.dtype),
     )
-    ctx.rows, ctx.padding_idx, ctx.sparse, ctx.name = rows, padding_idx, sparse, name
+    tensors = ids, *places, head_codes, tail_codes
+    keep_tiered(ctx, tensors, layouts, rows, padding_idx, sparse, name)
+
+
+def keep_tiered(
+    ctx: Any,
+    tensors: Sequence[Tensor],
+    layouts: tuple[tuple[Any, ...], tuple[Any, ...]],
+    rows: int,
+    padding_idx: int,
+    sparse: bool,
+    name: str,
+) -> None:
+    """Keep what :func:`grads_tiered` needs.
+
+    Args:
+        ctx: of an autograd function.
+        tensors: ids, the map of the tiers, codes of the head and of the tail.
+        layouts: of both: rows, dim, bits, -1, and shape and dtype of the codebooks.
+        rows: of the table.
+        padding_idx: of the table.
+        sparse: whether gradients are sparse.
+        name: the table's name, for errors.
+    """
+    ctx.save_for_backward(*tensors)
+    ctx.layouts, ctx.rows, ctx.padding_idx = layouts, rows, padding_idx
+    ctx.sparse, ctx.name = sparse, name
 
 
 def place_in_tier(place: Tensor, bits: int, size: int) -> Tensor:
@@ -349,12 +374,18 @@ def place_in_tier(place: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    head, tail = grads_tiered(ctx, grad, (ctx.needs_input_grad[5], ctx.needs_input_grad[8]))
+    return (*[None] * 5, head, None, None, tail, *[None] * 12)
+
+
+def grads_tiered(ctx: Any, grad: Tensor, needed: tuple[bool, bool]) -> list[Tensor | None]:
+    """Gradients of head and tail, of what :func:`keep_tiered` kept; None where not needed."""
     ids, starts, before, bitmap, *codes = ctx.saved_tensors
     popular, place = tiers(ids, starts, before, bitmap, ctx.rows, ctx.name)
     none = place.new_full((), -1)
     grads: list[Tensor | None] = [None, None]
     for tier in range(2):
-        if not ctx.needs_input_grad[(5, 8)[tier]]:
+        if not needed[tier]:
             continue
         _, _, bits, _, _, size, *_ = ctx.layouts[tier]
         own = place_in_tier(place, bits, size)
@@ -363,7 +394,7 @@ def _differentiate_tiered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             own = own.masked_fill(ids == ctx.padding_idx, -1)
         found = _lookup_backward(grad, own, codes[tier], *ctx.layouts[tier])
         grads[tier] = found.to_sparse(2) if ctx.sparse else found
-    return (*[None] * 5, grads[0], None, None, grads[1], *[None] * 12)
+    return grads
 
 
 def _save_backward(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
