@@ -117,18 +117,16 @@ class _TrainedRows(torch.autograd.Function):
     ) -> Tensor:
         """Decode, and keep what the gradient needs."""
         zero_id, padding_idx, sparse, name = options
-        tables = [table.table for table in rows.tables]
-        layouts = [table[1:4] for table in tables]
+        codes, layouts = rows.codes, rows.layouts
         if rows.places is None:
-            table = (tables[0].codes, codebooks[0], (*layouts[0], padding_idx))
-            keep_lookup(ctx, ids, *table, sparse)
+            keep_lookup(ctx, ids, codes[0], codebooks[0], (*layouts[0], padding_idx), sparse)
         else:
             *tier_map, all_rows = rows.places
-            tensors = ids, *tier_map, *(table.codes for table in tables)
             head, tail = (
                 (*layout, -1, *one.shape, one.dtype)
                 for layout, one in zip(layouts, codebooks, strict=True)
             )
+            tensors = ids, *tier_map, *codes
             keep_tiered(ctx, tensors, (head, tail), all_rows, padding_idx, sparse, name)
         ctx.table, ctx.padding_idx = rows, padding_idx
         # Whether they serve was asked before.
@@ -138,16 +136,20 @@ class _TrainedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients of the codebooks."""
-        needed = ctx.needs_input_grad[3:]
+        table, found = ctx.table, None
         if _serves_on_gpu(grad):
-            ids = ctx.saved_tensors[0]
-            found = ctx.table.gradients(grad, ids, ctx.padding_idx)
-            if found is not None:
-                grads = [one.to_sparse(2) if ctx.sparse else one for one in found]
-                return (None, None, None, *grads)
-        if ctx.table.places is None:
-            return (None, None, None, grad_codebooks(ctx, grad))
-        return (None, None, None, *grads_tiered(ctx, grad, needed))
+            found = table.gradients(grad, ctx.saved_tensors[0], ctx.padding_idx)
+            if found is not None and ctx.sparse:
+                found = [one.to_sparse(2) for one in found]
+        if found is None and table.places is None:
+            found = [grad_codebooks(ctx, grad)]
+        elif found is None:
+            found = grads_tiered(ctx, grad, ctx.needs_input_grad[3:])
+        return (None, None, None, *found)
+
+
+#: ``_TrainedRows.apply``, where no transform of ``torch.func`` is at work, which was asked before.
+_train: Any = super(torch.autograd.Function, _TrainedRows).apply
 
 
 class FastPath:
@@ -179,16 +181,17 @@ class FastPath:
             return None
         padding_idx = module.padding_idx
         zero_id = -1 if padding_idx is None or not module.zero_padding else padding_idx
-        out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
-        if out is False:
-            return self.rows(module, ids) if self._renew(module) else None
-        if out is None:
-            return self._rows_on_gpu(module, ids, zero_id)
-        return out if self._dtype is None else out.to(self._dtype)
+        if self._rows is None:
+            out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
+            if out is False:
+                return self.rows(module, ids) if self._renew(module) else None
+            if out is not None:
+                return out if self._dtype is None else out.to(self._dtype)
+        return self._rows_on_gpu(module, ids, zero_id)
 
     def _rows_on_gpu(self, module: Any, ids: Tensor, zero_id: int) -> Tensor | None:
         """Rows of a table on a GPU, where ids are not checked; or None."""
-        if on_gpu is None or module.oov_row is not None:
+        if on_gpu is None or module._oov_row is not None:
             return None
         # Read once: another thread may forget it meanwhile.
         rows, places, codebooks = self._rows or (None, (), ())
@@ -203,7 +206,7 @@ class FastPath:
                 return rows.prepare(ids, zero_id)
             padding_idx = -1 if module.padding_idx is None else module.padding_idx
             options = zero_id, padding_idx, module.sparse, module.name
-            return _TrainedRows.apply(ids, rows, options, *codebooks)
+            return _train(ids, rows, options, *codebooks)
         self.forget()
         rows = module._rows_on_gpu()
         if rows is None:

@@ -1175,6 +1175,11 @@ class Lookups:
         self.launch, self.add, self.words, self.numbers = launch, add, words, numbers
         self.places, self.tier_map = places, () if places is None else places.tensors
         self.tables = tables
+        self.codes = tuple(table.table.codes for table in tables)
+        #: Rows, dim and bits of each.
+        self.layouts = [table.table[1:4] for table in tables]
+        self.dtypes = [table.codebooks.dtype for table in tables]
+        self.trainable = all(dtype in _FLOATS for dtype in self.dtypes)
         self.dim = tables[0].table.embedding_dim
         self.new_empty = tables[0].codebooks.new_empty(0, dtype=tables[0].dtype).new_empty
         self.device = tables[0].codebooks.device
@@ -1221,18 +1226,17 @@ class Lookups:
     def gradients(self, grad: Tensor, ids: Tensor, padding_idx: int) -> list[Tensor] | None:
         """Those of the codebooks, by ``grad`` (*ids.shape, embedding_dim); None if it cannot."""
         count = ids.numel()
-        kinds = (grad.dtype, *(table.codebooks.dtype for table in self.tables))
         if (
             not count
-            or grad.device != ids.device
+            or not self.trainable
+            or grad.dtype not in _FLOATS
+            or grad.device != self.device
             or grad.numel() != count * self.dim
-            or not all(kind in _FLOATS for kind in kinds)
             or torch.are_deterministic_algorithms_enabled()
         ):
             return None
         sums = [_Sums.of(table.table, grad, count) for table in self.tables]
-        codes = [table.table.codes for table in self.tables]
-        given = *self.tier_map, *codes, *(one.values for one in sums)
+        given = *self.tier_map, *self.codes, *(one.values for one in sums)
         spaced, stride = _spaced(ids)
         copies = [one.copies for one in sums]
         if self.places is None:
@@ -1242,7 +1246,7 @@ class Lookups:
             own = grad.contiguous(), spaced
             ends = (padding_idx, *copies, *self.numbers)
         self.add(count * self.words, *own, *given, stride, count, *ends)
-        return [one.total(kind) for one, kind in zip(sums, kinds[1:], strict=True)]
+        return [one.total(dtype) for one, dtype in zip(sums, self.dtypes, strict=True)]
 
 
 def lookups_in(decoded: Decoded | None) -> Lookups | None:
