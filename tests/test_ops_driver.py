@@ -272,8 +272,7 @@ def test_the_numbers_of_a_lookup(on_gpu: Driver) -> None:
         for _ in range(2):
             table(ids)
     function, x, y, *_, words = on_gpu.launched.pop()
-    in_row = 6 // 2  # chunks, of two numbers each
-    assert (function, x, y) == (77, -(-1000 * in_row // kernels.CHUNKS), 1)
+    assert (function, x, y) == (77, -(-1000 * 6 // kernels.ROW_ENTRIES), 1)
     tensors = table.codes.data_ptr(), table.codebooks.data_ptr()
     assert words[0] == ids.data_ptr() and words[2:] == [1, 1000, 7, *tensors, 300, 8, 0]
 

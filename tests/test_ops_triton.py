@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
-from mec_embed.ops import reference
+from mec_embed.ops import driver, reference
 from mec_embed.packing import pack
 from mec_embed.tiers import TieredEmbedding, TierMap
 
@@ -58,7 +59,10 @@ kernels: Any = _interpreted()
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 #: Tiles of one line or a few, so that short inputs take several programs, and as they are.
-TILES = [(64, 16, 1), (kernels.TILE, kernels.CHUNKS, kernels.BAG_CHUNKS)]
+TILES = [
+    (64, 64, 16, 1),
+    (kernels.TILE, kernels.ROW_ENTRIES, kernels.CHUNKS, kernels.BAG_CHUNKS),
+]
 
 
 class Case:
@@ -147,7 +151,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture(params=TILES, ids=["small tiles", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, entries in zip(("TILE", "CHUNKS", "BAG_CHUNKS"), request.param, strict=True):
+    names = "TILE", "ROW_ENTRIES", "CHUNKS", "BAG_CHUNKS"
+    for name, entries in zip(names, request.param, strict=True):
         monkeypatch.setattr(kernels, name, entries)
 
 
@@ -280,13 +285,14 @@ def test_programs_that_count_codewords_take_more_bags_where_there_are_many() -> 
     found = {}
     for width, arguments in tables.items():
         table = kernels._Table(*arguments(torch.zeros(1, dtype=torch.long))[2:6], 3, 5, width)
-        for bags in (100, 1 << 14, 1 << 15):
+        for bags in (100, 1 << 12, 1 << 14, 1 << 15):
             for dtype in (torch.float32, torch.int8):
                 grid, launch = kernels._counted(table, bags, dtype, 0)
                 tile = launch.constants
                 assert grid == (-(-bags // tile["BAGS"]), -(-width // 64))
                 found[width, bags, dtype] = tile["BAGS"], tile["UNROLL"]
-    assert found[64, 100, torch.int8] == (32, 4) and found[64, 1 << 14, torch.int8] == (64, 4)
+    assert found[64, 100, torch.int8] == (16, 4) and found[64, 1 << 12, torch.int8] == (32, 4)
+    assert found[64, 1 << 14, torch.int8] == (64, 4)
     assert found[64, 1 << 15, torch.int8] == (128, 4)
     assert found[64, 1 << 15, torch.float32] == (128, 1)
     assert found[65, 1 << 15, torch.float32] == (64, 4)
@@ -1242,13 +1248,14 @@ def test_gpu_short_cut_follows_what_changes(change: str | None) -> None:
             assert torch.equal(found, table._decode(given))
             plain = reference.lookup(*of_table(table, given))
             torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)
-    rows = table._fast.rows(table, ids)
-    books, weights = table.codebooks, torch.randn(rows.shape, device="cuda", dtype=rows.dtype)
-    gradients = [
-        torch.autograd.grad((given * weights).sum(), books, create_graph=True)[0]
-        for given in (rows, table._decode(ids))
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+    books = table.codebooks
+    weights = torch.randn(*ids.shape, 12, device="cuda", dtype=table.output_dtype.dtype)
+    for again in (False, True):
+        gradients = [
+            torch.autograd.grad((given * weights).sum(), books, create_graph=again)[0]
+            for given in (table._fast.rows(table, ids), table._decode(ids))
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
 
 @needs_gpu
@@ -1301,3 +1308,29 @@ def test_gpu_short_cut_of_tiers(kind: str) -> None:
         rows = [tier._decode(places.clamp(max=tier.num_embeddings - 1)) for tier in tiers]
         expected = torch.where(popular_ids[..., None], *rows)
         torch.testing.assert_close(found, expected.masked_fill((ids == 7)[..., None], 0))
+    weights, books = torch.randn(500, 7, 40, device="cuda"), list(table.parameters())
+    gradients = [
+        torch.autograd.grad((given * weights).sum(), books)
+        for given in (table._fast.rows(table, ids), table._decode(ids))
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@needs_gpu
+def test_gpu_threads() -> None:
+    """A thread that has not asked for a device before, with a kernel that is ready."""
+    case, ids = on_gpu("additive")
+    with torch.no_grad():
+        expected = [case.table(ids) for _ in range(2)][1]
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(torch.no_grad()(case.table), ids).result()
+    assert torch.equal(found, expected)
+
+
+@needs_gpu
+def test_gpu_compiled_kernels_are_launched_by_the_driver() -> None:
+    table, ids = on_gpu("additive")[0].table, torch.arange(3, device="cuda")
+    with torch.no_grad():
+        table(ids)
+    assert (table._fast._rows[0].ready[2] is not None) == (driver._driver() is not None)

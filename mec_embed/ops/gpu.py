@@ -30,14 +30,16 @@ from ..layout import SCALE_DTYPE, packed_bytes
 from . import cpu, driver, fast, reference
 from .schema import count_bags, owners, serve
 
-#: Chunks of a line, of up to 16 bytes of float32, that one program decodes, and its warps: two for
-#: each thread.
+#: Entries of rows that one program decodes, and its warps: a chunk of four entries of a line for
+#: each thread, or two chunks of two.
+ROW_ENTRIES, ROW_WARPS = 512, 4
+#: Chunks of a line of which one program adds up gradients, and its warps.
 CHUNKS, CHUNK_WARPS = 256, 4
 #: The same for bags: all bags of a program take as long as the longest, so it is one warp's.
 BAG_CHUNKS, BAG_CHUNK_WARPS = 32, 1
 #: Bags of a program that counts codewords, by how many there are at least: the more, the less each
 #: pays for reading the codebooks, and the fewer programs there are to run side by side.
-COUNTED_BAGS = ((1 << 15, 128), (1 << 14, 64), (0, 32))
+COUNTED_BAGS = ((1 << 15, 128), (1 << 14, 64), (1 << 12, 32), (0, 16))
 #: Its warps, and the ids of a bag that it reads in one turn of its loop.
 COUNTED_WARPS, COUNTED_UNROLL = 4, 4
 #: Codebooks (as a power of two) times words of counts that such a program has room for.
@@ -962,6 +964,11 @@ def _blocks(total: int, block: int) -> int:
     return -(-total // block)
 
 
+def _vector(*widths: int) -> int:
+    """Entries of a chunk of lines of these widths."""
+    return math.gcd(*widths, 4)
+
+
 def _spaced(ids: Tensor) -> tuple[Tensor, int]:
     """Ids that are evenly spaced, and how many items apart."""
     if ids.dim() == 1 and ids.stride(0) > 0:
@@ -1045,7 +1052,7 @@ def _chunked(
     warps: int,
     *others: tuple[str, int],
 ) -> _Chunked:
-    vector = math.gcd(shape[-1], 4)
+    vector = _vector(shape[-1])
     constants = {
         **_row_constants(shape, aligned),
         **dict(others),
@@ -1254,7 +1261,7 @@ def lookups_in(decoded: Decoded | None) -> Lookups | None:
     if decoded is None:
         return None
     table = decoded.table
-    launch = table.chunked(_rows_kernel, CHUNKS, CHUNK_WARPS)
+    launch = table.chunked(_rows_kernel, ROW_ENTRIES // _vector(table.width), ROW_WARPS)
     add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
     return Lookups(launch, add, table.parts, [decoded], None, (table.rows, table.size))
 
@@ -1697,10 +1704,9 @@ def lookups_in_tiers(places: Map, head: Decoded | None, tail: Decoded | None) ->
         return None
     one, other = head.table, tail.table
     shapes, aligned = (one[1:], other[1:]), (one.aligned, other.aligned)
-    launch, add = (
-        _tiered(function, device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
-        for function in (_tiered_kernel, _add_tiered_kernel)
-    )
+    chunks = ROW_ENTRIES // _vector(one.width, other.width)
+    launch = _tiered(_tiered_kernel, device, *shapes, *aligned, chunks, ROW_WARPS)
+    add = _tiered(_add_tiered_kernel, device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
     ends = places.rows, places.starts.shape[0], one.rows, one.size, other.rows, other.size
     return Lookups(launch, add, 1, [head, tail], places, ends)
 
@@ -1774,7 +1780,7 @@ def _tiered(
     warps: int,
 ) -> _Chunked:
     """A kernel that works on rows of two tiers of these shapes."""
-    dim, vector = head[1], math.gcd(head[-1], tail[-1], 4)
+    dim, vector = head[1], _vector(head[-1], tail[-1])
     constants = {
         **{f"HEAD_{key}": value for key, value in _row_constants(head, head_aligned).items()},
         **{f"TAIL_{key}": value for key, value in _row_constants(tail, tail_aligned).items()},
