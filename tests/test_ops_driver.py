@@ -296,7 +296,7 @@ def test_other_tensors_are_made_ready_anew(on_gpu: Driver) -> None:
 def test_more_lookups_than_codewords_unpack_int8(
     on_gpu: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "UNPACK_LOOKUPS", 21)
+    monkeypatch.setattr(kernels, "UNPACK_ENTRIES", 20 * 12 + 1)
     table = TABLES["product"][0]()
     every = table._decode(torch.arange(300))
     on_gpu.widths, on_gpu.words, on_gpu.work = [8] * 10, 10, decode_from(every)

@@ -520,7 +520,7 @@ def test_int8_codebooks_are_made_floats_where_lookups_are_more_than_codewords(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A table kept as rows would be written as a whole, four times as large."""
-    monkeypatch.setattr(kernels, "UNPACK_LOOKUPS", 20)
+    monkeypatch.setattr(kernels, "UNPACK_ENTRIES", 20 * 6)
     for rows, unpacked in ((20, True), (21, False)):
         case = Case(CodeLayout("rows", rows, 6, 1, rows, torch.int8))
         for ids, kernel in ((case.ids(20), "_rows_kernel"), (case.ids(4, 5), "_bags_kernel")):
@@ -612,7 +612,7 @@ def test_rows_of_tiers_are_those_of_the_reference(
     ids = torch.randint(rows, shape, dtype=torch.int64 if wide else torch.int32)
     arguments = arguments_of(table, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "UNPACK_LOOKUPS", 1 if unpack else 1 << 16)
+        patch.setattr(kernels, "UNPACK_ENTRIES", 1 if unpack else 1 << 25)
         found = kernels.tiered(*arguments)
     assert torch.equal(found, reference.tiered(*arguments))
 
@@ -985,7 +985,7 @@ def launches(name: str) -> list[tuple[Any, ...]]:
             ),
         )
         patch.setattr(gpu, "COUNTED_BAGS", ((3, 128), (0, 32)))
-        patch.setattr(gpu, "UNPACK_LOOKUPS", 300)
+        patch.setattr(gpu, "UNPACK_ENTRIES", 300 * 129)
         case = Case(LAYOUTS[name], padding_idx=0)
         ids = case.ids(1 if name == "one" else 300)
         some = ids.view(1, 1) if name == "one" else ids.view(60, 5)

@@ -52,8 +52,8 @@ COPY_LOOKUPS = 1024
 MOST_COPIES = 16
 #: Bits of a row that are read at once: from any bit of a byte, they lie in 8 bytes.
 _MOST_BITS = 57
-#: Lookups from which on int8 codebooks are made float32 first.
-UNPACK_LOOKUPS = 1 << 16
+#: Entries of codewords that are read from which on int8 codebooks are made float32 first.
+UNPACK_ENTRIES = 1 << 25
 #: More lookups than a call can have.
 _ANY_LOOKUPS = 1 << 40
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -1146,8 +1146,7 @@ class Decoded(NamedTuple):
 
     def same_tensors(self) -> int:
         """Lookups up to which :meth:`tensors` are the same."""
-        least = max(UNPACK_LOOKUPS, self.codebooks.shape[1])
-        return _ANY_LOOKUPS if self.scales is None else least - 1
+        return _ANY_LOOKUPS if self.scales is None else _unpacked_from(self.codebooks) - 1
 
     def tensors(self, lookups: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, codebooks and scales, for so many lookups."""
@@ -1351,15 +1350,23 @@ def bag(
     return out
 
 
+def _unpacked_from(codebooks: Tensor) -> int:
+    """Lookups from which on int8 codebooks are unpacked: at least as many as it has codewords.
+
+    A table kept as rows may have far more of them than are looked up.
+    """
+    books, size, width = codebooks.shape
+    return max(_blocks(UNPACK_ENTRIES, books * width), size)
+
+
 def _unpacked(
     codebooks: Tensor, scales: Tensor | None, lookups: int
 ) -> tuple[Tensor, Tensor | None]:
     """int8 codebooks as float32, where so many lookups take longer than that does.
 
-    A processor converts a quarter as many bytes to floats as it adds floats. A table kept as rows
-    may have far more of them than are looked up.
+    A processor converts a quarter as many bytes to floats as it adds floats.
     """
-    if scales is None or lookups < max(UNPACK_LOOKUPS, codebooks.shape[1]):
+    if scales is None or lookups < _unpacked_from(codebooks):
         return codebooks, scales
     floats = torch.empty_like(codebooks, dtype=torch.float32)
     _launch(
