@@ -173,7 +173,7 @@ def test_kernels_that_take_something_else_are_left_to_triton(
     assert len(launcher.function.runs) == 2 and not cuda.launched
 
 
-def test_no_driver_that_can_be_asked(monkeypatch: pytest.MonkeyPatch, launcher: Any) -> None:
+def test_no_driver(monkeypatch: pytest.MonkeyPatch, launcher: Any) -> None:
     monkeypatch.setattr(driver, "_driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
     for _ in range(2):
@@ -181,12 +181,22 @@ def test_no_driver_that_can_be_asked(monkeypatch: pytest.MonkeyPatch, launcher: 
     assert len(launcher.function.runs) == 2
 
 
-@pytest.mark.parametrize("missing", ["library", "function", "CUDA"])
+def test_a_driver_that_cannot_be_asked(
+    cuda: Driver, launcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace())
+    cuda.words = 34  # as many as C gives; those after the arguments are zeros
+    one, ids = torch.zeros(64), torch.arange(9)
+    for _ in range(2):
+        launcher((3,), one, None, 5, ids)
+    words = [one.data_ptr(), 5, ids.data_ptr(), *[0] * 31]
+    assert cuda.launched.pop()[-1] == words and len(launcher.function.runs) == 1
+
+
+@pytest.mark.parametrize("missing", ["library", "CUDA"])
 def test_where_there_is_no_such_driver(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> Any:
-        if missing == "library":
-            raise OSError(name)
-        return SimpleNamespace(cuLaunchKernel=None)
+        raise OSError(name)
 
     monkeypatch.setattr(driver.ctypes, "CDLL", load)
     monkeypatch.setattr(torch.version, "cuda", None if missing == "CUDA" else "13.0")

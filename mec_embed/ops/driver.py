@@ -1,8 +1,9 @@
 """Kernels that Triton compiled, launched by the CUDA driver's own function, from C.
 
-What Triton does in Python around a launch takes longer than a small kernel does. A kernel is
-launched without it where the driver says that it takes what it is given: addresses and whole
-numbers of 8 bytes, and after them the addresses of scratch memory that Triton adds.
+What Triton does in Python around a launch takes longer than a small kernel does. Kernels here take
+addresses and whole numbers of 8 bytes, and after them addresses of scratch memory that Triton adds
+and does not use, which C gives as zeros; a driver that can say so (CUDA 12.4) is asked whether that
+is what a kernel takes. Hooks of Triton's launches, of its profiler say, are not called.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ _WARP_THREADS = 32
 
 @functools.cache
 def _driver() -> Any:
-    """The CUDA driver; None where it cannot say what kernels take (before CUDA 12.4)."""
+    """The CUDA driver; None where there is none."""
     if not cpu.available() or torch.version.cuda is None:
         return None
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
-    if not hasattr(library, "cuFuncGetParamInfo"):
         return None
     launch = ctypes.cast(library.cuLaunchKernel, ctypes.c_void_p).value
     cpu.kernel.set_up_gpu(launch, torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream)
@@ -48,7 +47,9 @@ def _driver() -> Any:
 
 
 def _takes_words(function: int, count: int) -> bool:
-    """Whether a kernel takes ``count`` words, and as many more as may be added."""
+    """Whether a kernel takes ``count`` words, and as many more as may be added, or none can say."""
+    if not hasattr(_driver(), "cuFuncGetParamInfo"):
+        return True
     place, size = ctypes.c_size_t(), ctypes.c_size_t()
     found = 0
     while not _driver().cuFuncGetParamInfo(
