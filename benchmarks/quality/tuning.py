@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,19 @@ Batches = list[tuple[Tensor, Tensor]]
 
 #: Learning rates that a baseline may choose from, by validation; ours has one.
 RATES = (3e-4, 2e-3)
-#: Of :func:`mec_embed.distill`: part of a batch that is mixed.
-MIX = 0.5
-#: Part of a label in a target, and what counts as a rare id, whose label is not to be learnt again;
-#: the first takes labels as they are, which suits tables that know none, such as hashed ones.
-LABELS = ((0.1, 0), (0.5, 200))
+
+
+class Targets(NamedTuple):
+    """What is learnt; see :func:`mec_embed.distill`."""
+
+    label_weight: float = 0.0
+    rare: int = 0
+    mix: float = 0.5
+
+
+#: The first takes labels as they are, which suits tables that know none, such as hashed ones. The
+#: last gives up what the rows of rare ids mean, the one before keeps it.
+LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 200, 0.0))
 #: Epochs with labels: a fresh network needs some.
 LABEL_EPOCHS = 4
 
@@ -39,7 +48,7 @@ def tune(
         model: not changed.
         base: its teacher.
         labels: labels are mixed into the targets, and a fresh network is tried as well; baselines
-            have five trials to choose from by validation, ours two.
+            have seven trials to choose from by validation, ours three.
         calibrated: the teacher is softened so that its validation log loss is the least, and the
             best is that of the least validation log loss.
     """
@@ -84,18 +93,18 @@ def logits_of(model: nn.Module, base: Base, split: str) -> tuple[Tensor, Tensor]
 def _ours(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    trials = (("fresh", *LABELS[0]), ("trained", *LABELS[1])) if labels else (("trained", 0.0, 0),)
-    for network, weight, rare in trials:
+    trials = [("trained", Targets())]
+    if labels:
+        trials = [("fresh", LABELS[0]), *(("trained", targets) for targets in LABELS[1:])]
+    for network, targets in trials:
         tuned = copy.deepcopy(model)
         distill(
             tuned,
             base.model,
             batches,
             epochs=LABEL_EPOCHS if labels else base.settings.distill_epochs,
-            mix=MIX,
             labels=(lambda batch: batch[1]) if labels else None,
-            label_weight=weight,
-            rare=rare,
+            **targets._asdict(),
             temperature=temperature,
             network=network,  # type: ignore[arg-type]
             # A softened teacher's AUC is the same from the start on.
@@ -109,13 +118,13 @@ def _ours(
 def _others(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    for rate, (weight, rare) in itertools.product(RATES, LABELS if labels else ((0.0, 0),)):
+    for rate, targets in itertools.product(RATES, LABELS if labels else (Targets(),)):
         tuned = copy.deepcopy(model)
-        yield _distilled(tuned, base, batches, rate, labels, temperature, weight, rare)
+        yield _distilled(tuned, base, batches, rate, labels, temperature, targets)
     if labels:
         fresh = copy.deepcopy(model)
         _draw_anew(fresh, base.seed)
-        yield _distilled(fresh, base, batches, RATES[-1], labels, temperature, *LABELS[0])
+        yield _distilled(fresh, base, batches, RATES[-1], labels, temperature, LABELS[0])
 
 
 def _draw_anew(model: nn.Module, seed: int) -> None:
@@ -133,8 +142,7 @@ def _distilled(
     rate: float,
     labels: bool,
     temperature: float,
-    weight: float,
-    rare: int,
+    targets: Targets,
 ) -> nn.Module:
     """Plain distillation: the loss, batches and schedule of :func:`mec_embed.distill`."""
     is_half = thaw(model)
@@ -143,17 +151,17 @@ def _distilled(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     epochs = LABEL_EPOCHS if labels else base.settings.distill_epochs
     steps = epochs * len(batches)
-    counts = count_ids(batches) if rare else {}
+    counts = count_ids(batches) if targets.rare else {}
     best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
     for step in range(steps):
         batch = batches[step % len(batches)]
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        inputs = mixed(batch, MIX, generator)
-        if rare:
-            inputs = without_rare(inputs, counts, rare, MIX, generator)
-        _loss(model, base, inputs, weight, temperature).backward()
+        inputs = mixed(batch, targets.mix, generator)
+        if targets.rare:
+            inputs = without_rare(inputs, counts, targets.rare, targets.mix, generator)
+        _loss(model, base, inputs, targets, temperature).backward()
         optimizer.step()
         if labels and (step + 1) % len(batches) == 0:
             # Ours keeps its best epoch.
@@ -171,12 +179,12 @@ def _loss(
     model: nn.Module,
     base: Base,
     inputs: tuple[Tensor, Tensor],
-    label_weight: float,
+    targets: Targets,
     temperature: float,
 ) -> Tensor:
     ids, own = inputs
     with torch.no_grad():
         target = (base.model.eval()(ids) / temperature).sigmoid()
-    whole = int(MIX * len(target))
-    target[whole:] = target[whole:].lerp(own[whole:], label_weight)
+    whole = int(targets.mix * len(target))
+    target[whole:] = target[whole:].lerp(own[whole:], targets.label_weight)
     return F.binary_cross_entropy_with_logits(model(ids), target)
