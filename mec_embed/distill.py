@@ -77,7 +77,9 @@ def distill(
         mix: part of each batch in which about one column in ten (at least one) is shuffled between
             rows, so that the teacher also labels combinations that the data do not hold. Columns
             are those of an integer tensor (batch, columns), or the entries of a mapping; other
-            batches are used as they are.
+            batches are used as they are. With labels, these rows also keep what rows of rare ids
+            mean to the teacher; 0 is worth a trial, by a ``score``: where rare ids tell little, it
+            unlearns what was learnt by heart (docs/experiments.md).
         labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch: the target of rows that
             ``mix`` leaves alone is then ``label_weight`` of their label and the rest of the
             teacher's probability. None: the teacher alone.

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--label-weight", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--rare", type=int, nargs="+", default=[0, 200])
     parser.add_argument("--mix", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--network", nargs="+", default=["trained"])
     options = parser.parse_args()
     base = common.base_of(options, options.seed)
@@ -37,7 +38,8 @@ def main() -> None:
         print(f"label weight {weight}, rare {rare}, mix {mix}, network {network}", flush=True)
         labels = (lambda batch: batch[1]) if weight else None
         choice = {"mix": mix, "network": network, "labels": labels, "label_weight": weight}
-        _distill(copy.deepcopy(model), base, options.epochs, choice | {"rare": rare})
+        choice |= {"rare": rare, "lr": options.lr}
+        _distill(copy.deepcopy(model), base, options.epochs, choice)
 
 
 def _distill(model: torch.nn.Module, base: Base, epochs: int, choice: dict[str, Any]) -> None:
