@@ -331,3 +331,30 @@ def test_rows_that_are_trained(on_gpu: Driver) -> None:
     on_gpu.failure = 1  # the kernel of the gradient is Triton's here
     found = torch.autograd.grad((rows * weights).sum(), table.codebooks)[0]
     torch.testing.assert_close(found, expected)
+
+
+def test_no_output_is_made_twice_where_another_device_is_current(
+    on_gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Current:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __enter__(self) -> None:
+            self.number, on_gpu.device = on_gpu.device, self.number
+
+        def __exit__(self, *_: Any) -> None:
+            on_gpu.device = self.number
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    table = TABLES["plain"][0]()
+    on_gpu.widths, ids, made = [8] * 9, torch.randint(300, (9,)), []
+    with torch.no_grad():
+        for _ in range(2):
+            table(ids)
+        assert len(on_gpu.launched) == 1
+        rows = table._fast._rows[0]
+        monkeypatch.setattr(rows, "ready", (made.append, *rows.ready[1:]))
+        on_gpu.device = 5
+        table(ids)
+    assert not made and len(on_gpu.launched) == 2 and on_gpu.launched[-1][8] == 1000 + DEVICE

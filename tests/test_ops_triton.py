@@ -899,6 +899,34 @@ def test_gradients_on_the_short_cut_of_tiers(
         torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-2, atol=1e-2)
 
 
+def test_no_gradient_is_summed_for_a_tier_that_is_not_trained(as_on_gpu: Any) -> None:
+    """Of a tier kept as rows, the sums are as large as its table."""
+    table = in_tiers(some_popular("bitmap"), 12, "rows", "additive", padding_idx=7)
+    table.head.codebooks.requires_grad_(False)
+    ids, books = torch.randint(300, (9,)), table.tail.codebooks
+    expected = torch.autograd.grad(table._decode(ids).square().sum(), books)[0]
+    as_on_gpu()
+    rows = table(ids)
+    assert type(rows.grad_fn).__name__ == "_TrainedRowsBackward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels._Sums, "of", None)
+        close(torch.autograd.grad(rows.square().sum(), books)[0], expected)
+
+
+def test_tensors_on_the_cpu_take_the_places_of_those_on_a_gpu() -> None:
+    table = Case(CodeLayout("additive", 300, 6, 2, 8)).table
+    ids = torch.arange(3)
+    with torch.no_grad():
+        with pytest.MonkeyPatch.context() as patch:
+            stand_in(patch)
+            expected = table(ids)
+            assert table._fast._rows is not None
+        state = {name: values.clone() for name, values in table.state_dict().items()}
+        table.load_state_dict(state, assign=True)
+        found = table._fast.rows(table, ids)
+    assert found is not None and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_gradients_of_gradients_on_the_short_cut(in_parts: bool, as_on_gpu: Any) -> None:
     table: Any = Case(CodeLayout("additive", 300, 6, 2, 8), padding_idx=None).table

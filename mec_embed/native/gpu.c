@@ -45,12 +45,15 @@ PyObject *set_up_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Py_RETURN_NONE;
 }
 
-/* 1: launched on the current stream. 0: it was not, as another device is the current one, say; -1
- * with an exception set. */
-static int run_kernel(const Kernel *kernel, int64_t *words, int64_t x, int64_t y) {
+/* 1: the kernel's device is the current one, on which kernels are launched; -1 with an exception set. */
+static int is_current(const Kernel *kernel) {
     const int64_t device = as_integer(PyObject_CallNoArgs(driver.device));
-    if (device != kernel->device) return PyErr_Occurred() ? -1 : 0;
-    PyObject *number = PyLong_FromLongLong(device);
+    return PyErr_Occurred() ? -1 : device == kernel->device;
+}
+
+/* 1: launched on the current stream of its device. 0: the driver would not; -1 with an exception set. */
+static int run_kernel(const Kernel *kernel, int64_t *words, int64_t x, int64_t y) {
+    PyObject *number = PyLong_FromLongLong(kernel->device);
     if (!number) return -1;
     const int64_t stream = as_integer(PyObject_CallFunctionObjArgs(driver.stream, number, NULL));
     Py_DECREF(number);
@@ -97,6 +100,9 @@ PyObject *launch(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     }
     if (read_packed(args[0], &kernel, sizeof kernel) || read_integers(args + 2, 2, 2, grid))
         return NULL;
+    const int current = is_current(&kernel);
+    if (current < 0) return NULL;
+    if (!current) Py_RETURN_FALSE;
     for (Py_ssize_t i = 0; i < given - 4; i++) {
         const int added = add_word(args[4 + i], PyTuple_GetItem(args[1], i), kernel.bound >> i & 1,
                                    kernel.aligned >> i & 1, words, &count);
@@ -117,7 +123,7 @@ PyObject *decode_on_gpu(PyObject *ready, PyObject *ids, int64_t zero_id) {
     Lookups plan;
     if (read_packed(packed, &plan, sizeof plan)) return NULL;
     const int64_t stride = spacing(ids), device = device_of(ids);
-    if (stride <= 0 || device != plan.kernel.device) return NULL;
+    if (stride <= 0 || device != plan.kernel.device || is_current(&plan.kernel) != 1) return NULL;
     int64_t count;
     PyObject *out = make_output(PyTuple_GetItem(ready, 0), ids, plan.dim, &count);
     if (!out) return NULL;

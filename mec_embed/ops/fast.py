@@ -137,7 +137,8 @@ class _TrainedRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients of the codebooks."""
         table, found = ctx.table, None
-        if _serves_on_gpu(grad):
+        # The kernel has no way to leave out a tier that is not trained, and its sums may be large.
+        if all(ctx.needs_input_grad[3:]) and _serves_on_gpu(grad):
             found = table.gradients(grad, ctx.saved_tensors[0], ctx.padding_idx)
             if found is not None and ctx.sparse:
                 found = [one.to_sparse(2) for one in found]
@@ -181,7 +182,8 @@ class FastPath:
             return None
         padding_idx = module.padding_idx
         zero_id = -1 if padding_idx is None or not module.zero_padding else padding_idx
-        if self._rows is None:
+        # Tensors on the CPU may have taken the places of those on a GPU.
+        if self._rows is None or getattr(ids, "is_cpu", False):
             out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
             if out is False:
                 return self.rows(module, ids) if self._renew(module) else None

@@ -233,7 +233,7 @@ def _rows_kernel(
     CHUNKS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    """Decode ``count`` ids, ``stride`` apart; what :class:`_Lookups` gives comes first."""
+    """Decode ``count`` ids, ``stride`` apart; what :class:`Lookups` gives comes first."""
     line, column = _chunks(WIDTH, CHUNKS, VECTOR)
     inside = line < count * PARTS
     row = _read_ids(ids, line // PARTS * stride, inside, rows)
