@@ -201,9 +201,9 @@ class _Tiered(DecodedTable):
         return ops.cpu.pack_plan(self.num_embeddings, self.embedding_dim, tiers, tier_map)
 
     def _rows_on_gpu(self) -> Any:
-        fast, places = ops.fast, self.tier_map
+        fast, tier_map = ops.fast, self.tier_map
         tiers = [fast.decoded_on_gpu(tier) for tier in self.tiers]
-        tensors = places.starts, places.before, places.bitmap
+        tensors = tier_map.starts, tier_map.before, tier_map.bitmap
         if not all(type(tensor) is Tensor for tensor in tensors):
             return None
         places = fast.on_gpu.Map(*tensors, self.num_embeddings)

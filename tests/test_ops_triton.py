@@ -927,6 +927,24 @@ def test_tensors_on_the_cpu_take_the_places_of_those_on_a_gpu() -> None:
     assert found is not None and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("padding", [None, 0, 299])
+def test_ids_out_of_range_of_tiers_pass_the_same_gradients_both_ways(
+    padding: int | None, as_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = in_tiers(some_popular("bitmap"), 6, "additive", "additive", padding_idx=padding)
+    as_on_gpu()
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    monkeypatch.setattr(ops.schema, "tiers", kernels.tiers)
+    monkeypatch.setattr(ops.schema, "_lookup_backward", kernels.lookup_backward)
+    rows = table(torch.tensor([-1, -5, 300, 2**40, 7]))
+    grad = torch.randn(5, 6)
+    found = torch.autograd.grad(rows, list(table.parameters()), grad, retain_graph=True)
+    for one, other in zip(
+        found, ops.schema.grads_tiered(rows.grad_fn, grad, (True, True)), strict=True
+    ):
+        close(one, other)
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_gradients_of_gradients_on_the_short_cut(in_parts: bool, as_on_gpu: Any) -> None:
     table: Any = Case(CodeLayout("additive", 300, 6, 2, 8), padding_idx=None).table

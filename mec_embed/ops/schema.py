@@ -383,6 +383,10 @@ def grads_tiered(ctx: Any, grad: Tensor, needed: tuple[bool, bool]) -> list[Tens
     ids, starts, before, bitmap, *codes = ctx.saved_tensors
     popular, place = tiers(ids, starts, before, bitmap, ctx.rows, ctx.name)
     none = place.new_full((), -1)
+    skipped = ids == ctx.padding_idx if ctx.padding_idx >= 0 or not ids.is_cpu else None
+    if not ids.is_cpu:
+        # Ids out of range are the nearest row, as for lookup_backward.
+        skipped = skipped | (ids.clamp(0, ctx.rows - 1) == ctx.padding_idx)
     grads: list[Tensor | None] = [None, None]
     for tier in range(2):
         if not needed[tier]:
@@ -390,8 +394,8 @@ def grads_tiered(ctx: Any, grad: Tensor, needed: tuple[bool, bool]) -> list[Tens
         _, _, bits, _, _, size, *_ = ctx.layouts[tier]
         own = place_in_tier(place, bits, size)
         own = torch.where(popular, own, none) if tier == 0 else torch.where(popular, none, own)
-        if ctx.padding_idx >= 0:
-            own = own.masked_fill(ids == ctx.padding_idx, -1)
+        if skipped is not None:
+            own = own.masked_fill(skipped, -1)
         found = _lookup_backward(grad, own, codes[tier], *ctx.layouts[tier])
         grads[tier] = found.to_sparse(2) if ctx.sparse else found
     return grads
