@@ -34,7 +34,7 @@ class Targets(NamedTuple):
 
 #: The first takes labels as they are, which suits tables that know none, such as hashed ones. The
 #: last gives up what the rows of rare ids mean, the one before keeps it.
-LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 200, 0.0))
+LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 100, 0.0))
 #: Epochs with labels: a fresh network needs some.
 LABEL_EPOCHS = 4
 
