@@ -1190,7 +1190,7 @@ class Lookups:
         self.new_empty = tables[0].codebooks.new_empty(0, dtype=tables[0].dtype).new_empty
         self.device = tables[0].codebooks.device
         #: What C takes: a function that makes the output, a plan for int32 ids and one for int64.
-        self.ready: tuple[Any, bytes | None, bytes | None] = (self.new_empty, None, None)
+        self.ready: tuple[Any, ...] = (self.new_empty, None, None)
 
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
@@ -1201,19 +1201,17 @@ class Lookups:
         return self._run(ids, zero_id)[0]
 
     def prepare(self, ids: Tensor, zero_id: int) -> Tensor:
-        """The same, and :attr:`ready` for more such ids."""
+        """The same, and :attr:`ready` for more such ids, if C can serve them."""
         out, compiled, given = self._run(ids, zero_id)
         most = min(table.same_tensors() for table in self.tables)
-        if compiled is not None and ids.numel() <= most:
+        place = 1 + _ID_DTYPES.index(ids.dtype)
+        if compiled is not None and ids.numel() <= most and self.ready[place] is None:
             plan = driver.plan(
                 compiled,
                 (self.dim, self.launch.in_word * self.words, self.launch.chunks, most),
                 (*(one.data_ptr() for one in given if one is not None), *self.numbers),
             )
-            self.ready = tuple(  # type: ignore[assignment]
-                plan if dtype is ids.dtype else known
-                for dtype, known in zip((None, *_ID_DTYPES), self.ready, strict=True)
-            )
+            self.ready = (*self.ready[:place], plan, *self.ready[place + 1 :])
         return out
 
     def _run(
