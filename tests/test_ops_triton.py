@@ -284,7 +284,7 @@ def test_programs_that_count_codewords_take_more_bags_where_there_are_many() -> 
     tables = {width: Case(CodeLayout("additive", 50, width, 3, 5)).backward for width in (64, 65)}
     found = {}
     for width, arguments in tables.items():
-        table = kernels._Table(*arguments(torch.zeros(1, dtype=torch.long))[2:6], 3, 5, width)
+        table = kernels._Table.of(*arguments(torch.zeros(1, dtype=torch.long))[2:6], 3, 5, width)
         for bags in (100, 1 << 12, 1 << 14, 1 << 15):
             for dtype in (torch.float32, torch.int8):
                 grid, launch = kernels._counted(table, bags, dtype, 0)
@@ -1043,7 +1043,7 @@ def launches(name: str) -> list[tuple[Any, ...]]:
         if name != "int8":
             arguments = case.backward(ids)
             gpu.lookup_backward(*arguments)
-            table = gpu._Table(*arguments[2:6], *arguments[7:10])
+            table = gpu._Table.of(*arguments[2:6], *arguments[7:10])
             given = gpu._Gradient(arguments[0])
             gpu._sum_sorted(table, given, ids, 3, torch.float32)
             gpu._sum_atomically(table, given, ids, 3, torch.float32)

@@ -976,10 +976,9 @@ def _spaced(ids: Tensor) -> tuple[Tensor, int]:
     return ids.contiguous(), 1
 
 
-class _Table(NamedTuple):
-    """The codes of a table, and how they are read."""
+class _Shape(NamedTuple):
+    """How the codes of a table are read."""
 
-    codes: Tensor
     num_embeddings: int
     embedding_dim: int
     bits: int
@@ -996,6 +995,44 @@ class _Table(NamedTuple):
         """Codewords in a row, one after the other."""
         return 1 if self.width == self.embedding_dim else self.books
 
+    def code_constants(self, aligned: int) -> dict[str, int]:
+        """What kernels are compiled for, to read a code."""
+        return {"BITS": self.bits, "ALIGNED": aligned, "EXACT": int(self.size == 1 << self.bits)}
+
+    def row_constants(self, aligned: int) -> dict[str, int]:
+        """What kernels are compiled for, to decode a row."""
+        summed = self.books // self.parts
+        # Codes of a row that are read at once: as few times as possible, and alike.
+        most = max(1, _MOST_BITS // max(1, self.bits))
+        return {
+            "PARTS": self.parts,
+            "SUMMED": summed,
+            "WIDTH": self.width,
+            **self.code_constants(aligned),
+            "GROUP": _blocks(summed, _blocks(summed, most)),
+        }
+
+
+@functools.cache
+def _least_bytes(shape: _Shape) -> int | None:
+    """Bytes that the codes of a table of this shape have at least; None if there is none."""
+    whole = shape.width * shape.parts == shape.embedding_dim
+    if shape.rows <= 0 or not whole or not (shape.bits or shape.books == 1):
+        return None
+    return packed_bytes(shape.num_embeddings, shape.bits * shape.books) if shape.bits else 0
+
+
+class _Table(NamedTuple):
+    """The codes of a table, and how they are read."""
+
+    codes: Tensor
+    shape: _Shape
+
+    @staticmethod
+    def of(codes: Tensor, *numbers: int) -> _Table:
+        """Of codes and what a :class:`_Shape` holds."""
+        return _Table(codes, _Shape(*numbers))
+
     @property
     def aligned(self) -> int:
         """1 where the codes may be read as words of 8 bytes."""
@@ -1003,31 +1040,17 @@ class _Table(NamedTuple):
 
     def readable(self) -> bool:
         """Whether no row or codeword is outside of its tensor."""
-        least = _least_bytes(*self[1:])
+        least = _least_bytes(self.shape)
         return least is not None and self.codes.numel() >= least
 
     def code_constants(self) -> dict[str, int]:
         """What kernels are compiled for, to read a code."""
-        exact = int(self.size == 1 << self.bits)
-        return {"BITS": self.bits, "ALIGNED": self.aligned, "EXACT": exact}
+        return self.shape.code_constants(self.aligned)
 
     def chunked(self, function: Any, chunks: int, warps: int, **others: int) -> _Chunked:
         """A kernel that works on ``chunks`` chunks of this table's rows in a program."""
-        shape = self[1:]
-        return _chunked(
-            function, self.codes.device, shape, self.aligned, chunks, warps, *others.items()
-        )
-
-
-@functools.cache
-def _least_bytes(
-    num_embeddings: int, embedding_dim: int, bits: int, books: int, size: int, width: int
-) -> int | None:
-    """Bytes that the codes of a table of this shape have at least; None if there is none."""
-    table = _Table(torch.empty(0), num_embeddings, embedding_dim, bits, books, size, width)
-    if table.rows <= 0 or width * table.parts != embedding_dim or not (bits or books == 1):
-        return None
-    return packed_bytes(num_embeddings, bits * books) if bits else 0
+        where = self.codes.device, self.shape, self.aligned
+        return _chunked(function, *where, chunks, warps, *others.items())
 
 
 class _Chunked(NamedTuple):
@@ -1046,21 +1069,21 @@ class _Chunked(NamedTuple):
 def _chunked(
     function: Any,
     device: torch.device,
-    shape: tuple[int, ...],
+    shape: _Shape,
     aligned: int,
     chunks: int,
     warps: int,
     *others: tuple[str, int],
 ) -> _Chunked:
-    vector = _vector(shape[-1])
+    vector = _vector(shape.width)
     constants = {
-        **_row_constants(shape, aligned),
+        **shape.row_constants(aligned),
         **dict(others),
         "CHUNKS": chunks,
         "VECTOR": vector,
     }
     launch = _launcher_of(function, device, constants, warps)
-    return _Chunked(launch, shape[-1] // vector, chunks)
+    return _Chunked(launch, shape.width // vector, chunks)
 
 
 def _launcher_of(
@@ -1069,22 +1092,6 @@ def _launcher_of(
     """Of a kernel that takes some of these constants."""
     taken = {name: value for name, value in constants.items() if name in function.arg_names}
     return _launcher(function, device, (*taken.items(), ("num_warps", warps)))
-
-
-def _row_constants(shape: tuple[int, ...], aligned: int) -> dict[str, int]:
-    """What kernels are compiled for, to decode a row."""
-    table = _Table(torch.empty(0), *shape)
-    summed = table.books // table.parts
-    # Codes of a row that are read at once: as few times as possible, and alike.
-    most = max(1, _MOST_BITS // max(1, table.bits))
-    return {
-        "PARTS": table.parts,
-        "SUMMED": summed,
-        "WIDTH": table.width,
-        **table.code_constants(),
-        "ALIGNED": aligned,
-        "GROUP": _blocks(summed, _blocks(summed, most)),
-    }
 
 
 def _takes(table: _Table, ids: Tensor, *tensors: Tensor | None) -> bool:
@@ -1139,7 +1146,7 @@ class Decoded(NamedTuple):
         dtype: torch.dtype,
     ) -> Decoded | None:
         """Of a table as :data:`mec_embed.ops.schema.lookup` takes it; None if kernels cannot."""
-        table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
+        table = _Table.of(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
         if not _reads(table, codebooks, scales) or not _takes_books(codebooks, scales, dtype):
             return None
         return Decoded(table, codebooks, scales, dtype)
@@ -1183,10 +1190,10 @@ class Lookups:
         self.tables = tables
         self.codes = tuple(table.table.codes for table in tables)
         #: Rows, dim and bits of each.
-        self.layouts = [table.table[1:4] for table in tables]
+        self.layouts = [table.table.shape[:3] for table in tables]
         self.dtypes = [table.codebooks.dtype for table in tables]
         self.trainable = all(dtype in _FLOATS for dtype in self.dtypes)
-        self.dim = tables[0].table.embedding_dim
+        self.dim = tables[0].table.shape.embedding_dim
         self.new_empty = tables[0].codebooks.new_empty(0, dtype=tables[0].dtype).new_empty
         self.device = tables[0].codebooks.device
         #: What C takes: a function that makes the output, a plan for int32 ids and one for int64.
@@ -1258,9 +1265,11 @@ def lookups_in(decoded: Decoded | None) -> Lookups | None:
     if decoded is None:
         return None
     table = decoded.table
-    launch = table.chunked(_rows_kernel, ROW_ENTRIES // _vector(table.width), ROW_WARPS)
+    launch = table.chunked(_rows_kernel, ROW_ENTRIES // _vector(table.shape.width), ROW_WARPS)
     add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
-    return Lookups(launch, add, table.parts, [decoded], None, (table.rows, table.size))
+    return Lookups(
+        launch, add, table.shape.parts, [decoded], None, (table.shape.rows, table.shape.size)
+    )
 
 
 def lookup(
@@ -1303,7 +1312,7 @@ def bag(
     name: str,
 ) -> Tensor:
     """See :data:`mec_embed.ops.schema.bag`."""
-    table = _Table(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
+    table = _Table.of(codes, num_embeddings, embedding_dim, bits, *codebooks.shape)
     if (
         not _takes(table, input, codebooks, scales, offsets, per_sample_weights)
         or not _takes_books(codebooks, scales, dtype)
@@ -1333,7 +1342,7 @@ def bag(
     counted = per_sample_weights is None and _counts(table)
     if not counted:
         codebooks, scales = _unpacked(codebooks, scales, input.numel())
-    ends = bags, input.shape[-1], input.numel(), table.rows, table.size, padding_idx
+    ends = bags, input.shape[-1], input.numel(), table.shape.rows, table.shape.size, padding_idx
     ids = input.contiguous()
     starts = None if offsets is None else offsets.contiguous()
     tables = codes, codebooks, scales, out
@@ -1344,7 +1353,7 @@ def bag(
         return out
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     chunked = table.chunked(_bags_kernel, BAG_CHUNKS, BAG_CHUNK_WARPS, MEAN=mean)
-    chunked(bags * table.parts, ids, starts, weights, *tables, *ends)
+    chunked(bags * table.shape.parts, ids, starts, weights, *tables, *ends)
     return out
 
 
@@ -1382,9 +1391,14 @@ def _unpacked(
 
 def _counts(table: _Table) -> bool:
     """Whether bags of ``table`` are made by counting codewords."""
-    if not table.bits or table.books == 1 or table.parts > 1 or table.size > 32:
+    if (
+        not table.shape.bits
+        or table.shape.books == 1
+        or table.shape.parts > 1
+        or table.shape.size > 32
+    ):
         return False
-    return _power(table.books) * _blocks(table.size, 4) <= MOST_COUNTED
+    return _power(table.shape.books) * _blocks(table.shape.size, 4) <= MOST_COUNTED
 
 
 def _counted(
@@ -1392,45 +1406,42 @@ def _counted(
 ) -> tuple[tuple[int, int], _Launcher]:
     """Grid and kernel that counts codewords."""
     together = next(each for least, each in COUNTED_BAGS if bags >= least)
-    shape = table[1:]
-    launch = _counting(table.codes.device, shape, table.aligned, dtype, together, mean)
+    launch = _counting(table.codes.device, table.shape, table.aligned, dtype, together, mean)
     tile = launch.constants
-    return (_blocks(bags, tile["BAGS"]), _blocks(table.width, tile["COLUMNS"])), launch
+    return (_blocks(bags, tile["BAGS"]), _blocks(table.shape.width, tile["COLUMNS"])), launch
 
 
 @functools.cache
 def _counting(
     device: torch.device,
-    shape: tuple[int, ...],
+    shape: _Shape,
     aligned: int,
     dtype: torch.dtype,
     together: int,
     mean: int,
 ) -> _Launcher:
     """The kernel that counts codewords of ``together`` bags in a program, or of fewer."""
-    table = _Table(torch.empty(0), *shape)
-    words = _power(_blocks(table.size, 4))
+    words = _power(_blocks(shape.size, 4))
     terms, unroll = _TERMS[dtype], COUNTED_UNROLL
     # A thread has 255 registers, and sums, counts and codewords take most of them.
-    if together > 64 and table.width > 64:
+    if together > 64 and shape.width > 64:
         together = 64
     elif together > 64 and terms > 2:
         unroll = 1
-    columns = min(max(16, _power(table.width)), 64)
+    columns = min(max(16, _power(shape.width)), 64)
     constants = {
         "MEAN": mean,
-        "BOOKS": table.books,
-        "WIDTH": table.width,
+        "BOOKS": shape.books,
+        "WIDTH": shape.width,
         "TERMS": terms,
         "BAGS": together,
         # A product of matrices needs 16 columns on its left, at least.
-        "SLOTS": max(_power(table.books), 16 // words),
+        "SLOTS": max(_power(shape.books), 16 // words),
         "WORDS": words,
         "COLUMNS": columns,
         "UNROLL": unroll,
         "num_warps": COUNTED_WARPS,
-        **table.code_constants(),
-        "ALIGNED": aligned,
+        **shape.code_constants(aligned),
     }
     return _launcher(_counted_bags_kernel, device, tuple(constants.items()))
 
@@ -1473,7 +1484,7 @@ def lookup_backward(
     Sums are made in no certain order, unless torch is told to use deterministic algorithms.
     """
     shape = (num_subvectors, codebook_size, subvector_dim)
-    table = _Table(codes, num_embeddings, embedding_dim, bits, *shape)
+    table = _Table.of(codes, num_embeddings, embedding_dim, bits, *shape)
     if (
         not _takes(table, input, grad)
         or not _takes_grad(table, grad, dtype)
@@ -1515,7 +1526,7 @@ def bag_backward(
     As :func:`lookup_backward`; gradients of rows, which may be many more, are made nowhere.
     """
     shape = (num_subvectors, codebook_size, subvector_dim)
-    table = _Table(codes, num_embeddings, embedding_dim, bits, *shape)
+    table = _Table.of(codes, num_embeddings, embedding_dim, bits, *shape)
     if (
         not _takes(table, input, grad, offsets, per_sample_weights)
         or not _takes_grad(table, grad, dtype)
@@ -1558,14 +1569,16 @@ def _takes_grad(table: _Table, grad: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels can sum ``grad`` into codebooks of ``dtype``."""
     # Of a table kept as rows, most get no gradient: torch's own way has no work for these.
     repeatable = torch.are_deterministic_algorithms_enabled()
-    return dtype in _FLOATS and grad.dtype in _FLOATS and bool(table.bits or not repeatable)
+    return dtype in _FLOATS and grad.dtype in _FLOATS and bool(table.shape.bits or not repeatable)
 
 
 def _sum(
     table: _Table, grad: _Gradient, ids: Tensor, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     if not ids.numel():
-        return grad.lines.new_zeros((table.books, table.size, table.width), dtype=dtype)
+        return grad.lines.new_zeros(
+            (table.shape.books, table.shape.size, table.shape.width), dtype=dtype
+        )
     add = _sum_sorted if torch.are_deterministic_algorithms_enabled() else _sum_atomically
     return add(table, grad, ids.contiguous(), padding_idx, dtype)
 
@@ -1577,8 +1590,8 @@ def _sum_atomically(
     count = ids.numel()
     sums = _Sums.of(table, grad.lines, count)
     add = table.chunked(_add_kernel, CHUNKS, CHUNK_WARPS)
-    ends = 1, count, table.rows, table.size, padding_idx, sums.copies
-    add(count * table.parts, *grad, ids, table.codes, sums.values, *ends)
+    ends = 1, count, table.shape.rows, table.shape.size, padding_idx, sums.copies
+    add(count * table.shape.parts, *grad, ids, table.codes, sums.values, *ends)
     return sums.total(dtype)
 
 
@@ -1591,8 +1604,8 @@ class _Sums(NamedTuple):
     @staticmethod
     def of(table: _Table, like: Tensor, lookups: int) -> _Sums:
         """Zeros (copies * M, K, subvector_dim) float32."""
-        copies = min(MOST_COPIES, max(1, lookups // (COPY_LOOKUPS * table.size)))
-        shape = copies * table.books, table.size, table.width
+        copies = min(MOST_COPIES, max(1, lookups // (COPY_LOOKUPS * table.shape.size)))
+        shape = copies * table.shape.books, table.shape.size, table.shape.width
         return _Sums(copies, like.new_zeros(shape, dtype=torch.float32))
 
     def total(self, dtype: torch.dtype) -> Tensor:
@@ -1608,37 +1621,39 @@ def _sum_sorted(
 ) -> Tensor:
     """The gradient of the codebooks; one program sums each codeword, always in the same order."""
     count = ids.numel()
-    keys = ids.new_empty((table.books, count), dtype=torch.int32)
+    keys = ids.new_empty((table.shape.books, count), dtype=torch.int32)
     _launch(
         _keys_kernel,
-        (_blocks(count, TILE), table.books),
+        (_blocks(count, TILE), table.shape.books),
         ids,
         table.codes,
         keys,
         count,
-        table.rows,
-        table.size,
+        table.shape.rows,
+        table.shape.size,
         padding_idx,
-        BOOKS=table.books,
+        BOOKS=table.shape.books,
         LINES=TILE,
         **table.code_constants(),
     )
     keys, order = keys.sort(dim=1, stable=True)
-    edges = torch.arange(table.size + 1, dtype=torch.int32, device=ids.device)
-    bounds = torch.searchsorted(keys, edges.repeat(table.books, 1))
-    out = grad.lines.new_empty((table.books, table.size, table.width), dtype=dtype)
-    tile = _tile(table.width)
+    edges = torch.arange(table.shape.size + 1, dtype=torch.int32, device=ids.device)
+    bounds = torch.searchsorted(keys, edges.repeat(table.shape.books, 1))
+    out = grad.lines.new_empty(
+        (table.shape.books, table.shape.size, table.shape.width), dtype=dtype
+    )
+    tile = _tile(table.shape.width)
     _launch(
         _segments_kernel,
-        (table.books * table.size, _blocks(table.width, tile["COLUMNS"])),
+        (table.shape.books * table.shape.size, _blocks(table.shape.width, tile["COLUMNS"])),
         *grad,
         order,
         bounds,
         out,
         count,
-        table.size,
-        PARTS=table.parts,
-        WIDTH=table.width,
+        table.shape.size,
+        PARTS=table.shape.parts,
+        WIDTH=table.shape.width,
         **tile,
     )
     return out
@@ -1707,8 +1722,8 @@ def lookups_in_tiers(places: Map, head: Decoded | None, tail: Decoded | None) ->
     device = places.before.device
     if not head.codebooks.device == tail.codebooks.device == device:
         return None
-    one, other = head.table, tail.table
-    shapes, aligned = (one[1:], other[1:]), (one.aligned, other.aligned)
+    one, other = head.table.shape, tail.table.shape
+    shapes, aligned = (one, other), (head.table.aligned, tail.table.aligned)
     chunks = ROW_ENTRIES // _vector(one.width, other.width)
     launch = _tiered(_tiered_kernel, device, *shapes, *aligned, chunks, ROW_WARPS)
     add = _tiered(_add_tiered_kernel, device, *shapes, *aligned, CHUNKS, CHUNK_WARPS)
@@ -1777,18 +1792,18 @@ def tiered(
 def _tiered(
     function: Any,
     device: torch.device,
-    head: tuple[int, ...],
-    tail: tuple[int, ...],
+    head: _Shape,
+    tail: _Shape,
     head_aligned: int,
     tail_aligned: int,
     chunks: int,
     warps: int,
 ) -> _Chunked:
     """A kernel that works on rows of two tiers of these shapes."""
-    dim, vector = head[1], _vector(head[-1], tail[-1])
+    dim, vector = head.embedding_dim, _vector(head.width, tail.width)
     constants = {
-        **{f"HEAD_{key}": value for key, value in _row_constants(head, head_aligned).items()},
-        **{f"TAIL_{key}": value for key, value in _row_constants(tail, tail_aligned).items()},
+        **{f"HEAD_{key}": value for key, value in head.row_constants(head_aligned).items()},
+        **{f"TAIL_{key}": value for key, value in tail.row_constants(tail_aligned).items()},
         "BLOCK_ROWS": reference.BLOCK_ROWS,
         "DIM": dim,
         "CHUNKS": chunks,
