@@ -1009,6 +1009,16 @@ def test_without_a_compiler_or_a_gpu_the_reference_serves(monkeypatch: pytest.Mo
     assert not serves(device)
 
 
+def test_an_older_triton_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with pytest.raises(ImportError, match="3.1.0"):
+        _interpreted()
+    monkeypatch.delitem(sys.modules, "mec_embed.ops.gpu")
+    monkeypatch.delattr(ops, "gpu")
+    assert ops._import_gpu() is None
+
+
 LAYOUTS = {
     "additive": CodeLayout("additive", 300, 40, 5, 20),
     "product": CodeLayout("product", 300, 40, 5, 300, torch.bfloat16),

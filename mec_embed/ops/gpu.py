@@ -1,6 +1,6 @@
 """The operators by Triton kernels, for tensors on a GPU; the rest goes to the reference.
 
-Importing this module needs ``triton``. The kernels take float32, float16, bfloat16 and int8
+Importing this module needs ``triton`` 3.2. The kernels take float32, float16, bfloat16 and int8
 codebooks and sum in float32. They never make the host wait, and so can be captured in a CUDA graph,
 after one call that compiles them. Ids are not checked for their range, as the reference does not
 off the CPU: one out of range decodes as the nearest row of the table, and a damaged code as the
@@ -68,6 +68,8 @@ _ANYWHERE = ["ids"]
 #: What the kernels compile for, and by.
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 2)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
+    raise ImportError(f"Triton {triton.__version__} cannot compile the kernels; 3.2 is the least")
 
 
 def kernel(function: Any) -> Any:
@@ -882,17 +884,10 @@ INTERPRETED = not isinstance(_rows_kernel, triton.JITFunction)
 
 
 @functools.cache
-def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-@functools.cache
 def _serves(device: torch.device) -> bool:
     """Whether Triton can compile for ``device``; it needs a C compiler for the code around."""
     if INTERPRETED:
         return True
-    if _triton_version() < _LEAST_TRITON:
-        return False
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
     return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
