@@ -88,6 +88,7 @@ def run_once(
             teacher,
             batches,
             epochs=settings.distill_epochs,
+            mix=settings.distill_mix,
             labels=lambda batch: batch[1],
             score=lambda student: evaluate(student, data, "valid").auc,
             seed=seed,

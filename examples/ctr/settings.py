@@ -22,6 +22,7 @@ class Settings:
         fuxictr_init: initial values as FuxiCTR draws them (tables N(0, 1e-4^2), layers Xavier).
         min_count: training occurrences an id needs to get a row of its own.
         distill_epochs: epochs of distillation after compressing.
+        distill_mix: part of a batch of which columns are mixed then, see `mec_embed.distill`.
     """
 
     hidden: tuple[int, ...]
@@ -37,11 +38,14 @@ class Settings:
     fuxictr_init: bool = False
     min_count: int = 2
     distill_epochs: int = 4
+    distill_mix: float = 0.5
 
 
 SETTINGS = {
     "amazonbook_kgat": Settings(hidden=(200, 100), l2=1e-3, batch_size=4096, epochs=30),
     "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3, distill_epochs=1),
-    "criteo_dac80k": Settings(hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048),
+    "criteo_dac80k": Settings(
+        hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048, distill_mix=0.0
+    ),
     "generator": Settings(hidden=(64,), l2=3e-4, lr=2e-3, epochs=8, distill_epochs=1),
 }
