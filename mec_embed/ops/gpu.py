@@ -1175,7 +1175,8 @@ class Lookups:
         Args:
             launch: the kernel.
             add: the one of the gradient.
-            words: codewords of a row, as both count them.
+            words: lines of a row, as both count them: its codewords, where these lie one after the
+                other, or 1.
             tables: codes and codebooks.
             places: the map of the tiers; kernels take its tensors before those of the tables.
             numbers: what kernels take after them.
