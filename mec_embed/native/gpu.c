@@ -114,7 +114,7 @@ PyObject *launch(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     return PyBool_FromLong(launched);
 }
 
-/* Rows of ids by mec_embed.ops.gpu.Lookups.ready; NULL, and no exception set, where it cannot. */
+/* Rows of ids by mec_embed.ops.gpu.Lookups.ready; NULL where it cannot, also without an exception. */
 PyObject *decode_on_gpu(PyObject *ready, PyObject *ids, int64_t zero_id) {
     const int bytes = id_bytes(ids);
     if (bytes <= 0) return NULL;

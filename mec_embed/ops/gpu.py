@@ -90,6 +90,16 @@ def _read_ids(ids: tl.tensor, place: tl.tensor, inside: tl.tensor, rows: tl.tens
 
 
 @triton.jit
+def _read_trained(
+    ids: tl.tensor, place: tl.tensor, inside: tl.tensor, rows: tl.tensor, padding: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Ids as :func:`_read_ids` has them, and whether each passes a gradient."""
+    row = _read_ids(ids, place, inside, rows)
+    given = tl.load(ids + place, mask=inside, other=0).to(tl.int64) != padding
+    return row, inside & given & (row != padding)
+
+
+@triton.jit
 def _stream(
     codes: tl.tensor,
     start: tl.tensor,
@@ -679,10 +689,9 @@ def _add_kernel(
     line, column = _chunks(WIDTH, CHUNKS, VECTOR)
     number, part = line // PARTS, line % PARTS
     inside = number < count
-    row = _read_ids(ids, number * stride, inside, rows)
+    row, wanted = _read_trained(ids, number * stride, inside, rows, padding)
+    wanted = wanted[:, None]
     place = column[:, None] + tl.arange(0, VECTOR)[None, :]
-    given = tl.load(ids + number * stride, mask=inside, other=0).to(tl.int64) != padding
-    wanted = (inside & given & (row != padding))[:, None]
     source = line
     if owner is not None:
         source = tl.load(owner + number, mask=inside, other=0) * PARTS + part
@@ -750,10 +759,8 @@ def _add_tiered_kernel(
 ) -> None:
     line, column = _chunks(DIM, CHUNKS, VECTOR)
     inside = line < count
-    row = _read_ids(ids, line * stride, inside, rows)
+    row, wanted = _read_trained(ids, line * stride, inside, rows, padding)
     known, own = _place(row, starts, before, bitmap, runs, BLOCK_ROWS)
-    given = tl.load(ids + line * stride, mask=inside, other=0).to(tl.int64) != padding
-    wanted = inside & given & (row != padding)
     vector = tl.arange(0, VECTOR)[None, :]
     entries = grad + (line * DIM + column)[:, None] + vector
     tile = tl.load(entries, mask=wanted[:, None], other=0).to(tl.float32)
@@ -811,11 +818,10 @@ def _keys_kernel(
     place = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     book = tl.program_id(1).to(tl.int64)
     inside = place < count
-    row = _read_ids(ids, place, inside, rows)
+    row, wanted = _read_trained(ids, place, inside, rows, padding)
     code = _code(codes, row, book, size, BOOKS, BITS, ALIGNED, EXACT).to(tl.int64)
     # What passes no gradient sorts behind all codewords.
-    given = tl.load(ids + place, mask=inside, other=0).to(tl.int64) != padding
-    code = tl.where(given & (row != padding), code, size)
+    code = tl.where(wanted, code, size)
     tl.store(keys + book * count + place, code, mask=inside)
 
 
@@ -1089,6 +1095,11 @@ def _launcher_of(
     return _launcher(function, device, (*taken.items(), ("num_warps", warps)))
 
 
+def _takes_ids(ids: Tensor, device: torch.device) -> bool:
+    """Whether the kernels can read ``ids``, of a table on ``device``."""
+    return ids.dtype in _ID_DTYPES and ids.device == device
+
+
 def _takes(table: _Table, ids: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels can read ``ids``, ``table`` and ``tensors``."""
     return ids.dtype in _ID_DTYPES and _reads(table, ids, *tensors)
@@ -1197,7 +1208,7 @@ class Lookups:
 
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
-        return ids.dtype in _ID_DTYPES and ids.device == self.device
+        return _takes_ids(ids, self.device)
 
     def __call__(self, ids: Tensor, zero_id: int) -> Tensor:
         """Rows (*ids.shape, embedding_dim); that of ``zero_id`` is zero."""
@@ -1681,7 +1692,7 @@ class Map(NamedTuple):
 
     def takes(self, ids: Tensor) -> bool:
         """Whether the kernels can read these ids."""
-        return ids.dtype in _ID_DTYPES and ids.device == self.before.device
+        return _takes_ids(ids, self.before.device)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
