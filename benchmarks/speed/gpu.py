@@ -26,7 +26,7 @@ from tqdm import tqdm
 import mec_embed
 from benchmarks.hardware import processor
 from benchmarks.lines import append
-from benchmarks.speed.lookup import BAG, SHAPES, id_batches, plain_torch
+from benchmarks.speed.lookup import BAG, id_batches, plain_torch
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
 from mec_embed.tiers import TieredEmbedding, TierMap
 
@@ -34,6 +34,8 @@ COLUMNS = (
     "what", "rows", "dim", "batch", "ids", "timing", "method", "microseconds", "speed", "gb_s",
     "repetitions", "mec_embed", "torch", "triton", "device",
 )  # fmt: skip
+#: Codebooks and codewords of about 50x, by dimension.
+SHAPES = {10: (2, 8), 16: (2, 32), 40: (5, 32), 64: (8, 32), 128: (16, 32)}
 #: Lookups of one measurement, and measurements.
 CALLS, REPETITIONS = 5, 11
 #: Lookups of a call, at most: more bags are left out.

@@ -1,8 +1,8 @@
 """Time lookups of rows and of bags; medians and ratios, appended to a CSV file.
 
 ``python -m benchmarks.speed.lookup`` sweeps rows, dimensions, batch sizes and popularity. Compared
-are ``nn.Embedding`` (``nn.EmbeddingBag`` for bags of 20), compressed tables of about 50x, the same
-by plain torch, torch's int8 table, FBGEMM's int8, int4 and int2 tables, and a plain copy of an
+are ``nn.Embedding`` (``nn.EmbeddingBag`` for bags of 20), tables with the layout that ``plan``
+gives them at 50x, the same by plain torch, torch's int8 table, FBGEMM's int8, int4 and int2 tables, and a plain copy of an
 output that is ready in memory: the floor. In every repetition each method gets the same fresh ids,
 one method after the other, so that what else the machine does meets all of them.
 """
@@ -25,15 +25,22 @@ from tqdm import tqdm
 import mec_embed
 from benchmarks.hardware import processor
 from benchmarks.lines import append
-from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag, ops
+from mec_embed import (
+    CodeLayout,
+    CompressedEmbedding,
+    CompressedEmbeddingBag,
+    CompressionConfig,
+    ops,
+    plan,
+)
 from mec_embed.packing import PACK_ROWS, empty_packed, pack_into
 
-#: Codebooks and codewords of about 50x, by dimension.
-SHAPES = {10: (2, 8), 16: (2, 32), 40: (5, 32), 64: (8, 32), 128: (16, 32)}
+DIMS = (10, 16, 40, 64, 128)
+RATIO = 50.0
 BAG = 20
 COLUMNS = (
-    "what", "rows", "dim", "batch", "ids", "method", "microseconds", "speed", "repetitions",
-    "mec_embed", "torch", "processor", "threads",
+    "what", "rows", "dim", "batch", "ids", "method", "layout", "microseconds", "speed",
+    "repetitions", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
 LEAST_SECONDS, MOST_REPETITIONS = 0.1, 300
 #: Lookups of a call, at most: more bags are left out.
@@ -59,14 +66,14 @@ def main() -> None:
                 bar.set_postfix_str(f"{rows:,} x {dim}: {what}, {kind}, batch {batch}")
                 label = {"what": what, "rows": rows, "dim": dim, "batch": batch, "ids": kind}
                 shape = (batch, BAG) if what == "bags" else (batch,)
-                _append(options.out, label, _measure(methods[what], rows, shape, kind))
+                _append(options.out, label, methods[what], _measure(methods[what], rows, shape, kind))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rows, batches = [10**4, 10**5, 10**6, 10**7], [1, 64, 1024, 8192, 65536, 10**6]
     parser.add_argument("--rows", nargs="+", type=int, default=rows)
-    parser.add_argument("--dims", nargs="+", type=int, default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), choices=DIMS)
     parser.add_argument("--batches", nargs="+", type=int, default=batches)
     parser.add_argument("--ids", nargs="+", default=["uniform", "zipf"])
     parser.add_argument("--most-gb", type=float, default=4.0, help="of a dense table, at most")
@@ -80,9 +87,8 @@ WHATS = ("rows", "bags")
 
 def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
     """What -> name -> lookup; the first of each is what the others are compared with."""
-    # Written to, as pages that never were all read the same few bytes.
-    weight = torch.empty(rows, dim).fill_(0.5)
-    dense = nn.Embedding(rows, dim, _weight=weight)
+    dense = nn.Embedding(rows, dim)
+    weight = dense.weight.detach()
     dense_bag = nn.EmbeddingBag(rows, dim, _weight=weight, mode="sum")
     methods: dict[str, dict[str, Lookup]] = {
         "rows": {"dense": dense},
@@ -90,7 +96,7 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
     }
     for dtype in (torch.int8, torch.float32):
         name = f"mec_embed {mec_embed.layout.dtype_name(dtype)}"
-        table, bag = _compressed(rows, dim, dtype)
+        table, bag = _compressed(planned_layout(dense, dtype))
         methods["rows"][name], methods["bags"][name] = table, bag
         if dtype is torch.int8:
             methods["rows"]["plain torch"] = plain_torch(table)
@@ -102,15 +108,23 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
     return methods
 
 
-def _compressed(
-    rows: int, dim: int, dtype: torch.dtype
-) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
+def planned_layout(dense: nn.Embedding, dtype: torch.dtype) -> CodeLayout:
+    """What ``compress`` would make of a table whose rows all occur as often."""
+    rows, dim = dense.weight.shape
+    counts = {"table": torch.ones(rows, dtype=torch.int64)}
+    config = CompressionConfig(ratio=RATIO, codebook_dtype=mec_embed.layout.dtype_name(dtype))
+    found = plan(nn.ModuleDict({"table": dense}), counts, config).tables[0].layout
+    kind, _, shape = found.partition(" ")
+    count, size = map(int, shape.split("x"))
+    return CodeLayout(kind, rows, dim, count, size, dtype)  # type: ignore[arg-type]
+
+
+def _compressed(layout: CodeLayout) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
     """A table with random codes, for rows and for bags."""
-    count, size = SHAPES[dim]
-    layout = CodeLayout("additive", rows, dim, count, size, dtype)
+    rows, count, size = layout.num_embeddings, layout.num_subvectors, layout.codebook_size
     table = CompressedEmbedding(layout)
     table.code_table.codes = _random_codes(rows, count, size, layout.bits)
-    table.codebook_set.store(torch.randn(count, size, dim))
+    table.codebook_set.store(torch.randn(count, size, layout.embedding_dim))
     shared = {"code_table": table.code_table, "codebook_set": table.codebook_set}
     return table, CompressedEmbeddingBag(layout, mode="sum", **shared)
 
@@ -257,10 +271,17 @@ def id_batches(
             yield (ranks.long() - 1) * 7919 % rows
 
 
-def _append(file: Path, label: dict[str, object], seconds: dict[str, list[float]]) -> None:
+def _append(
+    file: Path,
+    label: dict[str, object],
+    methods: dict[str, Lookup],
+    seconds: dict[str, list[float]],
+) -> None:
     base = median(seconds["dense"])
     for name, values in seconds.items():
-        line = {"method": name, "microseconds": f"{1e6 * median(values):.1f}"}
+        layout = getattr(methods[name], "layout", None)
+        line = {"method": name, "layout": layout.describe() if layout else ""}
+        line |= {"microseconds": f"{1e6 * median(values):.1f}"}
         line |= {"speed": f"{base / median(values):.2f}", "repetitions": len(values)}
         line |= {"mec_embed": mec_embed.__version__, "torch": torch.__version__}
         line |= {"processor": processor(), "threads": torch.get_num_threads()}

@@ -499,7 +499,8 @@ DISPATCHED static int64_t bags_part(const void *what, int64_t begin, int64_t end
 #define LINE_LANES 16
 #define MOST_LINES 4
 #define NEAR_BYTES (72 << 10) /* of a block: some more than the nearest cache, for fewer passes */
-#define BAG_BYTES (32 << 10)  /* the same where a pass writes bags only: the nearest cache */
+#define LEAST_LINES 2         /* of a block: narrower ones cost more passes than they gain */
+#define FAR_CODES (512 << 10) /* bytes of codes that are worth asking for */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
@@ -745,9 +746,12 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
     return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-/* Ask for the map of a later round. Words of one round are read side by side, without that. */
+/* Ask for the map, or the codes, of a later round. find_few reads those of many ids side by side
+ * without that. */
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
-    if (job->plan->tiers == 2)
+    const Table *table = job->plan->table;
+    const int far = table->books > 2 && table->rows * table->bits * table->books > 8 * FAR_CODES;
+    if (job->plan->tiers == 2 || far)
         expect_ids(job->plan, &job->ids, from, from + count < end ? from + count : end);
 }
 
@@ -1119,19 +1123,21 @@ static int should_widen(const Job *job) {
     return 32 * job->count * books >= cost * plan->tiers;
 }
 
-/* Lines of a block of columns, so that most of its codewords stay in the nearest cache. */
-static int64_t choose_lines(const Plan *plan, int64_t near) {
+/* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
+ * can be. */
+static int64_t choose_lines(const Plan *plan) {
     int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
     for (int64_t t = 0; t < plan->tiers; t++)
         bytes += plan->table[t].books * plan->table[t].size * LINE;
     if (lines > MOST_LINES) lines = MOST_LINES;
-    while (bytes <= near && lines > 1 && lines * bytes > near) lines--;
+    while (LEAST_LINES * bytes <= NEAR_BYTES && lines * bytes > NEAR_BYTES && lines > LEAST_LINES)
+        lines--;
     return lines;
 }
 
 /* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
-static Memory *widen_plan(Job *job, Plan *plan, int64_t near) {
-    const int64_t lines = choose_lines(plan, near), columns = lines * LINE_LANES;
+static Memory *widen_plan(Job *job, Plan *plan) {
+    const int64_t lines = choose_lines(plan), columns = lines * LINE_LANES;
     const int64_t blocks = (plan->dim + columns - 1) / columns;
     int64_t words = 0;
     for (int64_t t = 0; t < plan->tiers; t++)
@@ -1155,8 +1161,7 @@ static Memory *widen_plan(Job *job, Plan *plan, int64_t near) {
 /* Run a job with the codewords of each id, widened where that pays. */
 static int64_t run_words(Part part, Job *job, Plan *plan, int64_t total, int64_t step,
                          int threads) {
-    const int64_t near = part == bags_part && adds_codewords(job) ? BAG_BYTES : NEAR_BYTES;
-    Memory *memory = should_widen(job) ? widen_plan(job, plan, near) : NULL;
+    Memory *memory = should_widen(job) ? widen_plan(job, plan) : NULL;
     if (memory) part = part == rows_part ? wide_rows_part : wide_bags_part;
     const int64_t failed = run_parts(part, job, total, step, threads);
     give_memory(memory);

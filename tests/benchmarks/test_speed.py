@@ -22,6 +22,7 @@ def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monke
     assert ours <= {row["method"] for row in found["bags"]}
     assert all(float(row["microseconds"]) > 0 and int(row["repetitions"]) > 9 for row in rows)
     assert all(row["speed"] == "1.00" for row in rows if row["method"] == "dense")
+    assert all(row["layout"].startswith("additive ") == ("mec" in row["method"]) for row in rows)
 
 
 @pytest.mark.parametrize("shape", [(64,), (8, 20)])
@@ -32,7 +33,10 @@ def test_methods_agree(shape):
     with torch.no_grad():
         outputs = {name: method(ids) for name, method in methods.items() if name != "copy"}
     assert {tuple(output.shape) for output in outputs.values()} == {(shape[0], 16)}
-    torch.testing.assert_close(outputs["torch int8"], outputs["dense"])
+    weight = methods["dense"].weight.detach()
+    # Half a step of the widest row for each id, and the float16 scale and offset.
+    error = float((weight.amax(1) - weight.amin(1)).max()) / 255 * (20 if len(shape) > 1 else 1)
+    torch.testing.assert_close(outputs["torch int8"], outputs["dense"], atol=error, rtol=0)
     if len(shape) == 1:
         assert torch.equal(outputs["mec_embed int8"], outputs["plain torch"])
 
