@@ -34,6 +34,9 @@ _PART_ROWS = 1 << 20
 #: Largest number of codewords in all additive codebooks: the least-squares problem has this side.
 _MOST_WORDS = 2048
 _MOST_CODEBOOKS = 32
+#: Part of the error that one codebook less is worth, as rows are sums of that many codewords: a
+#: lookup takes some percent less (docs/experiments.md).
+_LOOKUP_PART = 0.004
 #: Part of the error that codewords can take away by being fitted to few rows.
 _MOST_FITTED = 0.9
 #: Bits that a code of b bits is worth of an ideal code's: fitted to the errors of additive codes
@@ -454,7 +457,10 @@ def _most_subvectors(kind: CodeKind, bits: int) -> int:
 
 
 def choices(group: Group, config: CompressionConfig) -> list[Choice]:
-    """The ways to store a group that are best at their bytes, by rising bytes."""
+    """The ways to store a group that are best at their bytes, by rising bytes.
+
+    Of shapes that are about as good, that of fewer codebooks is best: its lookups are faster.
+    """
     before = sum(field.nbytes for field in group.fields)
     # A tier cannot stay as it is, as the other one does not.
     found = [] if group.first.tier else [Choice(None, before, 0.0)]
@@ -462,9 +468,10 @@ def choices(group: Group, config: CompressionConfig) -> list[Choice]:
     if shapes:
         sizes, errors = _sizes(group, shapes, config), _distortions(group, shapes)
         # Thousands of shapes in plans of many tables: the best of them are found as arrays.
-        order = np.lexsort((errors, sizes))
-        least = np.minimum.accumulate(np.append(np.inf, errors[order]))
-        best = order[(errors[order] < least[:-1]) & (sizes[order] < before)]
+        costs = _costs(shapes, errors)
+        order = np.lexsort((costs, sizes))
+        least = np.minimum.accumulate(np.append(np.inf, costs[order]))
+        best = order[(costs[order] < least[:-1]) & (sizes[order] < before)]
         found += [Choice(shapes[i], int(sizes[i]), float(errors[i])) for i in best]
     found += _row_choices(group, config)
     if group.first.tier == "tail":
@@ -477,6 +484,12 @@ def choices(group: Group, config: CompressionConfig) -> list[Choice]:
         if not front or choice.distortion < front[-1].distortion:
             front.append(choice)
     return front
+
+
+def _costs(shapes: Sequence[Shape], errors: np.ndarray) -> np.ndarray:
+    """Errors (shapes,), larger where a row is the sum of many codewords."""
+    added = [subvectors if kind == "additive" else 1 for kind, subvectors, _ in shapes]
+    return errors * (1 + _LOOKUP_PART) ** np.array(added)
 
 
 def _sizes(group: Group, shapes: Sequence[Shape], config: CompressionConfig) -> np.ndarray:

@@ -342,6 +342,34 @@ def _kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages to ask for"
+)
+@pytest.mark.parametrize("what", ["rows", "bags"])
+def test_large_outputs_are_in_huge_pages(what: str) -> None:
+    table = _table(CodeLayout("additive", 1000, 64, 3, 16), requires_grad=False)
+    ids = torch.randint(1000, ((33 << 20) // (64 * 4),))
+    if what == "bags":
+        shared = {"code_table": table.code_table, "codebook_set": table.codebook_set}
+        out = CompressedEmbeddingBag(table.layout, mode="sum", **shared)(ids[:, None])
+    else:
+        out = table(ids)
+    assert torch.equal(out, reference.lookup(*_arguments(table, ids)))
+    assert "hg" in _flags_of_memory(out.data_ptr() + out.nbytes // 2)
+
+
+def _flags_of_memory(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        place, _, rest = line.partition(" ")
+        if "-" in place:
+            begin, end = (int(part, 16) for part in place.split("-"))
+            inside = begin <= address < end
+        elif inside and place == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
 def test_damaged_codes_are_named_by_the_reference() -> None:
     table = _table(CodeLayout("additive", 300, 40, 5, 20))
     table.codes[:-8] = 255
