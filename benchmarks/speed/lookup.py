@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.speed.lookup`` sweeps rows, dimensions, batch sizes and popularity. Compared
 are ``nn.Embedding`` (``nn.EmbeddingBag`` for bags of 20), tables with the layout that ``plan``
-gives them at 50x, the same by plain torch, torch's int8 table, FBGEMM's int8, int4 and int2 tables, and a plain copy of an
-output that is ready in memory: the floor. In every repetition each method gets the same fresh ids,
-one method after the other, so that what else the machine does meets all of them.
+gives them at 50x, the same by plain torch, torch's int8 table, FBGEMM's int8, int4 and int2 tables,
+and a plain copy of an output that is ready in memory: the floor. In every repetition each method
+gets the same fresh ids, one method after the other, so that what else the machine does meets all of
+them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def main() -> None:
                 bar.set_postfix_str(f"{rows:,} x {dim}: {what}, {kind}, batch {batch}")
                 label = {"what": what, "rows": rows, "dim": dim, "batch": batch, "ids": kind}
                 shape = (batch, BAG) if what == "bags" else (batch,)
-                _append(options.out, label, methods[what], _measure(methods[what], rows, shape, kind))
+                _append(
+                    options.out, label, methods[what], _measure(methods[what], rows, shape, kind)
+                )
 
 
 def _parse() -> argparse.Namespace:
