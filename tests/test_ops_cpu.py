@@ -536,6 +536,21 @@ def test_bags_of_all_lengths_cross_rounds(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("bad", [-1, 300, 2**31 - 1])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("count", [40, 400])
+def test_ids_of_bags_out_of_range_are_named(bad: int, wide: bool, count: int) -> None:
+    """Of few ids, and of so many that all rows of the table are made first."""
+    bag = _bag(CodeLayout("additive", 300, 16, 9, 16), mode="sum", name="tags")
+    ids = torch.randint(300, (count, 20), dtype=torch.int64 if wide else torch.int32)
+    with torch.no_grad():
+        expected = DecodedBags._reduce(bag, ids.flatten(), torch.arange(0, 20 * count, 20), None)
+        torch.testing.assert_close(bag(ids), expected, rtol=1e-5, atol=1e-4)
+        ids[count // 2, 7] = bad
+        with pytest.raises(IndexError, match=f"table 'tags': id {bad} is out of range"):
+            bag(ids)
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(

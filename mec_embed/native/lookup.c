@@ -982,6 +982,51 @@ DISPATCHED static int64_t wide_bags_part(const void *what, int64_t begin, int64_
     return 0;
 }
 
+/* Some columns of the sum of ids first..last of one bag, of a table that was unpacked. */
+INLINE int sum_unpacked(const Job *job, const Ids *ids, int64_t first, int64_t last, int64_t column,
+                        int lines, int half, float *out) {
+    const int64_t rows = job->plan->rows, most = lines * LINE_LANES + half * LANES;
+    const int64_t left = job->plan->dim - column, width = left < most ? left : most;
+    const char *words = words_at(job, 0, column);
+    Line total[MOST_LINES] = {0};
+    Floats rest = {0};
+    float all[MOST_LINES * LINE_LANES];
+    for (int64_t i = first; i < last; i++) {
+        const int64_t id = id_at(ids, i);
+        if (id < 0 || id >= rows) return 0;
+        const char *word = words + (id == job->zero_id ? rows : id) * job->step;
+        for (int v = 0; v < lines; v++) total[v] += line_at(word, v);
+        if (half) rest += half_line_at(word, lines);
+    }
+    put_lines(total, &rest, lines, half, all);
+    memcpy(out, all, width * sizeof(float));
+    return 1;
+}
+
+INLINE int64_t sum_all_unpacked(const Job *job, const Ids *ids, int64_t begin, int64_t end) {
+    const int64_t dim = job->plan->dim, columns = job->lines * LINE_LANES;
+    int fits = offsets_fit(job, begin, end);
+    for (int64_t bag = begin; bag < end && fits; bag++) {
+        const int64_t first = offset_at(job, bag), last = offset_at(job, bag + 1);
+        for (int64_t column = 0; column < dim && fits; column += columns) {
+            float *out = job->out + bag * dim + column;
+#define UNPACKED(lines, half) fits = sum_unpacked(job, ids, first, last, column, lines, half, out)
+            BY_LINES(halves_of(job, column), UNPACKED)
+        }
+    }
+    if (fits && job->mode == MEAN) share_bags(job, begin, end);
+    return !fits;
+}
+
+/* Bags without weights of a table that was unpacked. */
+DISPATCHED static int64_t unpacked_bags_part(const void *what, int64_t begin, int64_t end) {
+    const Job *job = what;
+    const Ids wide = {job->ids.from, 1, 1}, narrow = {job->ids.from, 0, 1};
+    /* Constants, for the compiler. */
+    return job->ids.wide ? sum_all_unpacked(job, &wide, begin, end)
+                         : sum_all_unpacked(job, &narrow, begin, end);
+}
+
 /* ---- Gradients ---- */
 
 /* Gradient of the codebooks begin..end from that of rows, or of bags: each is one thread's alone,
@@ -1225,10 +1270,10 @@ static void *unpack_plan(Job *job, Plan *plan, int threads) {
 
 /* Run a job on rows or bags, in the way that costs least. */
 static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
-    const int bags = part == bags_part, pays = should_unpack(job, bags ? 3 : 6, bags ? 8 : 10);
+    const int bags = part == bags_part, pays = should_unpack(job, bags ? 2 : 6, bags ? 8 : 10);
     void *rows = pays ? unpack_plan(job, plan, threads) : NULL;
     if (!rows) return run_words(part, job, plan, total, step, threads);
-    part = bags ? wide_bags_part : copy_rows_part;
+    part = !bags ? copy_rows_part : job->weights ? wide_bags_part : unpacked_bags_part;
     const int64_t failed = run_parts(part, job, total, step, threads);
     free(rows);
     return failed;
