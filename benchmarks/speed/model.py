@@ -31,8 +31,8 @@ from mec_embed.tiers import TieredEmbedding, TierMap
 
 FIELDS = 26
 #: Codebooks and codewords, by dimension; of tiers, of the popular fifth and of the others.
-WHOLE = {16: (2, 32), 40: (5, 32)}
-TIERS = {16: ((4, 32), (1, 64)), 40: ((10, 32), (3, 64))}
+WHOLE = {16: (1, 1024), 40: (3, 256)}
+TIERS = {16: ((3, 256), (1, 256)), 40: ((4, 256), (2, 1024))}
 TRAIN_BATCH = 1024
 COLUMNS = (
     "fields", "rows", "dim", "batch", "what", "method", "milliseconds", "ratio", "megabytes",

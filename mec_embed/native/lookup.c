@@ -18,6 +18,7 @@
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
+#define WIDENING (1 << 13) /* what it costs besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
@@ -1105,13 +1106,15 @@ INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_
                   int64_t block, char *to) {
     for (int64_t column = 0; column < width; to += block)
         for (int64_t half = 0; half < 2 * lines && column < width; half++, column += LANES) {
-            Floats values = {0};
-            if (column + LANES <= width)
-                values = entries(word, column, kind, scale);
-            else
+            float *const values = (float *)(to + half * sizeof(Floats));
+            if (column + LANES <= width) {
+                const Floats all = entries(word, column, kind, scale);
+                memcpy(values, &all, sizeof all);
+            } else {
+                memset(values, 0, sizeof(Floats));
                 for (int64_t j = column; j < width; j++)
                     values[j - column] = entry(word, j, kind, scale);
-            memcpy(to + half * sizeof values, &values, sizeof values);
+            }
         }
 }
 
@@ -1166,11 +1169,11 @@ static int should_widen(const Job *job) {
         const int64_t words = table->books * table->size;
         const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
         if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
-        /* Reading float32 as it is costs half of what the others do; all as measured. */
-        cost += words * (table->width + 16) * (table->kind == FLOAT32 ? 2 : 1);
+        /* In parts of what a codeword of an id then gains, as measured: most where find_few serves. */
+        cost += words * (table->width + 32) * (table->books <= 2 ? 3 : 6);
         books += table->books;
     }
-    return 32 * job->count * books >= cost * plan->tiers;
+    return 320 * job->count * books >= cost * plan->tiers + WIDENING;
 }
 
 /* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
