@@ -560,11 +560,14 @@ INLINE int list_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
 /* As list_ids, in a list for each tier. */
 INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
     const Plan *plan = job->plan;
-    int64_t rows[2], only[2], popular = 0;
+    int64_t rows[2], only[2], bits[2], popular = 0;
+    uintptr_t codes[2];
     int fits = 1;
     for (int t = 0; t < 2; t++) {
         const Table *table = plan->table + t;
         rows[t] = table->rows;
+        bits[t] = table->bits * table->books;
+        codes[t] = (uintptr_t)table->codes;
         only[t] = table->one_row ? 0 : -1;
     }
     /* Which tier an id is of cannot be foreseen: no branches. */
@@ -574,6 +577,7 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
         int64_t row;
         const int one = is_popular(plan, id, &row), tier = !one;
         row &= only[tier];
+        PREFETCH(codes[tier] + (uintptr_t)(row * bits[tier] >> 3)); /* only a hint, see expect_row */
         /* Else the map contradicts the tables; rows below 0 are large without their sign. */
         fits &= (uint64_t)row < (uint64_t)rows[tier];
         row |= -(int64_t)(id == job->zero_id);
