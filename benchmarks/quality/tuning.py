@@ -25,18 +25,17 @@ RATES = (3e-4, 2e-3)
 
 
 class Targets(NamedTuple):
-    """What is learnt; see :func:`mec_embed.distill`."""
+    """What is learnt, and with labels for how many epochs; see :func:`mec_embed.distill`."""
 
     label_weight: float = 0.0
     rare: int = 0
     mix: float = 0.5
+    epochs: int = 4
 
 
 #: The first takes labels as they are, which suits tables that know none, such as hashed ones. The
-#: last gives up what the rows of rare ids mean, the one before keeps it.
-LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 100, 0.0))
-#: Epochs with labels: a fresh network needs some.
-LABEL_EPOCHS = 4
+#: last two give up what the rows of rare ids mean, the one before keeps it.
+LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 100, 0.0), Targets(0.5, 50, 0.0, 8))
 
 
 def tune(
@@ -48,7 +47,7 @@ def tune(
         model: not changed.
         base: its teacher.
         labels: labels are mixed into the targets, and a fresh network is tried as well; baselines
-            have seven trials to choose from by validation, ours three.
+            have nine trials to choose from by validation, ours four.
         calibrated: the teacher is softened so that its validation log loss is the least, and the
             best is that of the least validation log loss.
     """
@@ -102,9 +101,11 @@ def _ours(
             tuned,
             base.model,
             batches,
-            epochs=LABEL_EPOCHS if labels else base.settings.distill_epochs,
+            epochs=targets.epochs if labels else base.settings.distill_epochs,
             labels=(lambda batch: batch[1]) if labels else None,
-            **targets._asdict(),
+            label_weight=targets.label_weight,
+            rare=targets.rare,
+            mix=targets.mix,
             temperature=temperature,
             network=network,  # type: ignore[arg-type]
             # A softened teacher's AUC is the same from the start on.
@@ -149,7 +150,7 @@ def _distilled(
     model.eval()
     generator = torch.Generator().manual_seed(base.seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
-    epochs = LABEL_EPOCHS if labels else base.settings.distill_epochs
+    epochs = targets.epochs if labels else base.settings.distill_epochs
     steps = epochs * len(batches)
     counts = count_ids(batches) if targets.rare else {}
     best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
