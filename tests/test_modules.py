@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
@@ -383,15 +384,81 @@ def test_functional_call_and_vmap():
     torch.testing.assert_close(torch.vmap(module)(IDS), module(IDS))
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError, reason="torch.library operators have no torch.func.grad in torch 2.13"
-)
-def test_functional_grad():
-    """nn.Embedding allows it; operators whose derivative is registered with torch.library not."""
-    module = filled(CompressedEmbedding)
-    params, loss = functional_loss(module)
-    (wanted,) = torch.autograd.grad(module(IDS).square().sum(), module.codebooks)
-    torch.testing.assert_close(torch.func.grad(loss)(params)["codebook_set.codebooks"], wanted)
+def transformed(case, padding="none"):
+    """A module whose row 7 passes no gradient, and is zeros or kept as it is."""
+    options = {} if padding == "none" else {"padding_idx": 7}
+    if case != "bag":
+        options["zero_padding"] = padding == "zeros"
+    if case == "tiers":
+        tier_map = TierMap.of(torch.arange(ROWS) % 5 == 0)
+        layouts = [CodeLayout("additive", ROWS // 5, DIM, 3, 8)]
+        layouts += [CodeLayout("additive", ROWS - ROWS // 5, DIM, 1, 4)]
+        parts = [CompressedEmbedding(layout) for layout in layouts]
+        for part in parts:
+            part.codebook_set.store(torch.randn(part.codebooks.shape))
+            size = part.layout.num_embeddings, part.layout.num_subvectors
+            codes = torch.randint(part.layout.codebook_size, size)
+            part.codes.copy_(pack(codes, part.layout.bits))
+        return TieredEmbedding(tier_map, *parts, **options)
+    cls = CompressedEmbeddingBag if case == "bag" else CompressedEmbedding
+    kind = case if case in LAYOUTS else "additive"
+    return filled(cls, kind, **options, **({"mode": "sum"} if case == "bag" else {}))
+
+
+TRANSFORMED = [*KINDS, "bag", "tiers"]
+
+
+@pytest.mark.parametrize("padding", ["none", "zeros", "kept"])
+@pytest.mark.parametrize("case", TRANSFORMED)
+def test_functional_gradients(case, padding):
+    """Of all, and of each call by itself."""
+    module = transformed(case, padding)
+    params = {name: value.detach() for name, value in module.named_parameters()}
+
+    def loss(values, ids):
+        return torch.func.functional_call(module, values, (ids,)).square().sum()
+
+    module(IDS).square().sum().backward()
+    found = torch.func.grad(loss)(params, IDS)
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, IDS[:, None])
+    for name, parameter in module.named_parameters():
+        wanted = parameter.grad.to_dense()
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found[name], wanted)
+        torch.testing.assert_close(each[name].sum(0), wanted)
+
+
+@pytest.mark.parametrize("padding", ["none", "zeros", "kept"])
+@pytest.mark.parametrize("case", [*KINDS, "tiers"])
+def test_forward_mode(case, padding):
+    """Rows are linear in the codebooks, so that tangents are rows of other codebooks."""
+    module = transformed(case, padding)
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    tangents = {name: torch.randn_like(value) for name, value in params.items()}
+
+    def rows(values):
+        return torch.func.functional_call(module, values, (IDS,))
+
+    skipped = (padding != "none") & (IDS == 7)
+    wanted = rows(tangents).detach().masked_fill(skipped[..., None], 0)
+    out, found = torch.func.jvp(rows, (params,), (tangents,))
+    assert torch.equal(out, module(IDS)) and wanted.abs().max() > 0
+    torch.testing.assert_close(found, wanted)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(params[name], tangents[name]) for name in params}
+        dual = forward_ad.unpack_dual(rows(duals))
+    assert torch.equal(dual.primal, out)
+    torch.testing.assert_close(dual.tangent, wanted)
+    assert torch.equal(module(IDS), out)
+
+
+def test_forward_mode_of_bags_is_refused_as_torchs_own():
+    module = transformed("bag")
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(
+            lambda values: torch.func.functional_call(module, values, (IDS,)), (params,), (params,)
+        )
 
 
 class Scorer(nn.Module):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack
-from .schema import LIBRARY, owners, place_in_tier
+from .schema import has_tangents, owners, place_in_tier, serve_all
 
 
 def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
     """Raise for ids that are no row of the table.
 
-    Off the CPU the range is not checked: that would make the host wait for the device.
+    Off the CPU the range is not checked: that would make the host wait for the device. Nor is it
+    where ``torch.vmap`` runs: torch's own operators refuse those.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"table {name!r}: ids must be int32 or int64, got {ids.dtype}")
-    if ids.device.type != "cpu" or not ids.numel():
+    if ids.device.type != "cpu" or not ids.numel() or _is_batched(ids):
         return
     low, high = ids.aminmax()
     if low < 0 or high >= num_embeddings:
@@ -26,6 +29,14 @@ def check_ids(ids: Tensor, num_embeddings: int, name: str) -> None:
             f"table {name!r}: id {found} is out of range, expected 0..{num_embeddings - 1}; "
             "map unknown ids to a row of the table before the lookup"
         )
+
+
+def _is_batched(ids: Tensor) -> bool:
+    """Whether these are ids of one of many calls that ``torch.vmap`` makes at once."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(ids):
+        ids = functorch.get_unwrapped(ids)
+    return functorch.is_batchedtensor(ids)
 
 
 def check_offsets(offsets: Tensor | None, name: str) -> None:
@@ -91,12 +102,31 @@ def lookup(
         if scales is not None:
             words = words * scales.flatten().to(compute)[:, None]
         if words.shape[1] == embedding_dim:
-            rows = F.embedding_bag(flat, words, mode="sum")
+            rows = _sum_words(flat, words)
         else:
             rows = F.embedding(flat, words).flatten(1)
-    if padding_idx >= 0 and zero_padding:
-        rows = rows.masked_fill((ids == padding_idx)[:, None], 0)
+    rows = _without_padding(rows, ids, padding_idx, zero_padding)
     return rows.to(dtype).view(*input.shape, embedding_dim)
+
+
+def _without_padding(rows: Tensor, ids: Tensor, padding_idx: int, zero_padding: bool) -> Tensor:
+    """Rows (..., dim) of ids (...): that of ``padding_idx`` without derivative, or zeros."""
+    if padding_idx < 0:
+        return rows
+    padding = (ids == padding_idx)[..., None]
+    if zero_padding:
+        return rows.masked_fill(padding, 0)
+    if rows.requires_grad or has_tangents():  # else the operator's derivative sees to it
+        return torch.where(padding, rows.detach(), rows)
+    return rows
+
+
+def _sum_words(flat: Tensor, words: Tensor) -> Tensor:
+    """Sums (n, dim) of codewords (words, dim) by their places ``flat`` (n, M)."""
+    if has_tangents():  # embedding_bag knows no forward mode
+        first, *others = F.embedding(flat, words).unbind(1)
+        return functools.reduce(torch.add, others, first)
+    return F.embedding_bag(flat, words, mode="sum")
 
 
 def lookup_backward(
@@ -305,9 +335,7 @@ def tiered(
         table = (codes, books, scales, rows, embedding_dim, bits)
         found.append(torch.ops.mec_embed.lookup(own, *table, *options))
     out = torch.where(popular[..., None], found[0], found[1])
-    if padding_idx >= 0 and zero_padding:
-        out = out.masked_fill((input == padding_idx)[..., None], 0)
-    return out
+    return _without_padding(out, input, padding_idx, zero_padding)
 
 
 def _tiers_by_runs(ids: Tensor, starts: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,9 +367,4 @@ def count_ones(byte: Tensor) -> Tensor:
     return (fours + (fours >> 4)) & 0x0F
 
 
-LIBRARY.impl("lookup", lookup, "CompositeExplicitAutograd")
-LIBRARY.impl("bag", bag, "CompositeExplicitAutograd")
-LIBRARY.impl("tiers", tiers, "CompositeExplicitAutograd")
-LIBRARY.impl("lookup_backward", lookup_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("bag_backward", bag_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("tiered", tiered, "CompositeExplicitAutograd")
+serve_all(lookup, bag, tiers, lookup_backward, bag_backward, tiered)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 #: Owns the namespace; backends register their implementations on it.
 LIBRARY = torch.library.Library("mec_embed", "DEF")
@@ -419,16 +420,40 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return (rows.masked_fill(skipped[..., None], 0), *[None] * 10)
 
 
+def has_tangents() -> bool:
+    """Whether derivatives are being computed in forward mode, as ``torch.func.jvp`` does."""
+    return forward_ad._current_level >= 0
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` differentiates, which takes no autograd function."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    transforms = torch._C._functorch.TransformType
+    return interpreter is not None and interpreter.key() in (transforms.Grad, transforms.Jvp)
+
+
 #: Return 0, False or None where no mode, tracer or transform watches.
 GUARDS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
     torch._C._get_tracing_state,
     torch._C._functorch.peek_interpreter_stack,
+    has_tangents,
 )
 PLAIN = (Tensor, torch.nn.Parameter)
 #: (operator, whether for tensors on a GPU) -> what serves it there.
 _SERVING: dict[tuple[str, bool], Callable[..., Any]] = {}
+
+
+#: Operator -> its plain-torch reference.
+_REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def serve_all(*implementations: Callable[..., Any]) -> None:
+    """Let functions in plain torch serve the operators of their names where nothing else does."""
+    for implementation in implementations:
+        LIBRARY.impl(implementation.__name__, implementation, "CompositeExplicitAutograd")
+        _REFERENCES[implementation.__name__] = implementation
 
 
 def serve(device: str, *implementations: Callable[..., Any]) -> None:
@@ -532,10 +557,14 @@ def _differentiable(
         return False
 
     def kernel(keyset: Any, *inputs: Any) -> Tensor:
-        if differs(inputs):
-            output: Tensor = function.apply(*inputs, functools.partial(below, keyset))
-            return output
-        return below(keyset, *inputs)
+        output: Tensor
+        if has_tangents() or _is_transformed():  # which torch's own operators know
+            output = _REFERENCES[name](*inputs)
+        elif differs(inputs):
+            output = function.apply(*inputs, functools.partial(below, keyset))
+        else:
+            output = below(keyset, *inputs)
+        return output
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
