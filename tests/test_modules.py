@@ -370,17 +370,18 @@ def test_export(case):
     assert any(operator in str(node.target) for node in exported.graph.nodes)
 
 
-def functional_loss(module):
+def functional(module):
+    """Its parameters, and the call as a function of them."""
     params = {name: value.detach() for name, value in module.named_parameters()}
-    return params, lambda p: torch.func.functional_call(module, p, (IDS,)).square().sum()
+    return params, lambda p, ids=IDS: torch.func.functional_call(module, p, (ids,))
 
 
 def test_functional_call_and_vmap():
     """Stateless calls and batched ids, as nn.Embedding allows."""
     module = filled(CompressedEmbedding)
-    params, loss = functional_loss(module)
+    params, call = functional(module)
     params["codebook_set.codebooks"] = 2 * params["codebook_set.codebooks"]
-    torch.testing.assert_close(loss(params), 4 * module(IDS).square().sum())
+    torch.testing.assert_close(call(params).square().sum(), 4 * module(IDS).square().sum())
     torch.testing.assert_close(torch.vmap(module)(IDS), module(IDS))
 
 
@@ -405,18 +406,15 @@ def transformed(case, padding="none"):
     return filled(cls, kind, **options, **({"mode": "sum"} if case == "bag" else {}))
 
 
-TRANSFORMED = [*KINDS, "bag", "tiers"]
-
-
 @pytest.mark.parametrize("padding", ["none", "zeros", "kept"])
-@pytest.mark.parametrize("case", TRANSFORMED)
+@pytest.mark.parametrize("case", [*KINDS, "bag", "tiers"])
 def test_functional_gradients(case, padding):
     """Of all, and of each call by itself."""
     module = transformed(case, padding)
-    params = {name: value.detach() for name, value in module.named_parameters()}
+    params, call = functional(module)
 
     def loss(values, ids):
-        return torch.func.functional_call(module, values, (ids,)).square().sum()
+        return call(values, ids).square().sum()
 
     module(IDS).square().sum().backward()
     found = torch.func.grad(loss)(params, IDS)
@@ -433,12 +431,8 @@ def test_functional_gradients(case, padding):
 def test_forward_mode(case, padding):
     """Rows are linear in the codebooks, so that tangents are rows of other codebooks."""
     module = transformed(case, padding)
-    params = {name: value.detach() for name, value in module.named_parameters()}
+    params, rows = functional(module)
     tangents = {name: torch.randn_like(value) for name, value in params.items()}
-
-    def rows(values):
-        return torch.func.functional_call(module, values, (IDS,))
-
     skipped = (padding != "none") & (IDS == 7)
     wanted = rows(tangents).detach().masked_fill(skipped[..., None], 0)
     out, found = torch.func.jvp(rows, (params,), (tangents,))
@@ -453,12 +447,9 @@ def test_forward_mode(case, padding):
 
 
 def test_forward_mode_of_bags_is_refused_as_torchs_own():
-    module = transformed("bag")
-    params = {name: value.detach() for name, value in module.named_parameters()}
+    params, bags = functional(transformed("bag"))
     with pytest.raises(NotImplementedError, match="forward AD"):
-        torch.func.jvp(
-            lambda values: torch.func.functional_call(module, values, (IDS,)), (params,), (params,)
-        )
+        torch.func.jvp(bags, (params,), (params,))
 
 
 class Scorer(nn.Module):

@@ -25,7 +25,7 @@ RATES = (3e-4, 2e-3)
 
 
 class Targets(NamedTuple):
-    """What is learnt, and with labels for how many epochs; see :func:`mec_embed.distill`."""
+    """What is learnt, and for how many epochs; see :func:`mec_embed.distill`."""
 
     label_weight: float = 0.0
     rare: int = 0
@@ -36,6 +36,11 @@ class Targets(NamedTuple):
 #: The first takes labels as they are, which suits tables that know none, such as hashed ones. The
 #: last two give up what the rows of rare ids mean, the one before keeps it.
 LABELS = (Targets(0.1), Targets(0.5, 200), Targets(0.5, 100, 0.0), Targets(0.5, 50, 0.0, 8))
+
+
+def _teacher_alone(base: Base) -> Targets:
+    """Without labels."""
+    return Targets(epochs=base.settings.distill_epochs)
 
 
 def tune(
@@ -92,7 +97,7 @@ def logits_of(model: nn.Module, base: Base, split: str) -> tuple[Tensor, Tensor]
 def _ours(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    trials = [("trained", Targets())]
+    trials = [("trained", _teacher_alone(base))]
     if labels:
         trials = [("fresh", LABELS[0]), *(("trained", targets) for targets in LABELS[1:])]
     for network, targets in trials:
@@ -101,11 +106,8 @@ def _ours(
             tuned,
             base.model,
             batches,
-            epochs=targets.epochs if labels else base.settings.distill_epochs,
             labels=(lambda batch: batch[1]) if labels else None,
-            label_weight=targets.label_weight,
-            rare=targets.rare,
-            mix=targets.mix,
+            **targets._asdict(),
             temperature=temperature,
             network=network,  # type: ignore[arg-type]
             # A softened teacher's AUC is the same from the start on.
@@ -119,7 +121,7 @@ def _ours(
 def _others(
     model: nn.Module, base: Base, batches: Batches, labels: bool, temperature: float
 ) -> Iterator[nn.Module]:
-    for rate, targets in itertools.product(RATES, LABELS if labels else (Targets(),)):
+    for rate, targets in itertools.product(RATES, LABELS if labels else (_teacher_alone(base),)):
         tuned = copy.deepcopy(model)
         yield _distilled(tuned, base, batches, rate, labels, temperature, targets)
     if labels:
@@ -150,8 +152,7 @@ def _distilled(
     model.eval()
     generator = torch.Generator().manual_seed(base.seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
-    epochs = targets.epochs if labels else base.settings.distill_epochs
-    steps = epochs * len(batches)
+    steps = targets.epochs * len(batches)
     counts = count_ids(batches) if targets.rare else {}
     best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
     for step in range(steps):

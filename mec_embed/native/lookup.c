@@ -1275,17 +1275,6 @@ static void *unpack_plan(Job *job, Plan *plan, int threads) {
     return memory;
 }
 
-/* Run a job on rows or bags, in the way that costs least. */
-static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
-    const int bags = part == bags_part, pays = should_unpack(job, bags ? 2 : 6, bags ? 8 : 10);
-    void *rows = pays ? unpack_plan(job, plan, threads) : NULL;
-    if (!rows) return run_words(part, job, plan, total, step, threads);
-    part = !bags ? copy_rows_part : job->weights ? wide_bags_part : unpacked_bags_part;
-    const int64_t failed = run_parts(part, job, total, step, threads);
-    free(rows);
-    return failed;
-}
-
 /* Ask for huge pages for a large output, as numpy does for its arrays: fetching fresh pages of 4 KB
  * takes several times as long as writing to them. */
 static void expect_pages(const Job *job, int64_t rows) {
@@ -1298,6 +1287,18 @@ static void expect_pages(const Job *job, int64_t rows) {
 #endif
 }
 
+/* Run a job on rows or bags, in the way that costs least. */
+static int64_t run_job(Part part, Job *job, Plan *plan, int64_t total, int64_t step, int threads) {
+    const int bags = part == bags_part, pays = should_unpack(job, bags ? 2 : 6, bags ? 8 : 10);
+    expect_pages(job, total);
+    void *rows = pays ? unpack_plan(job, plan, threads) : NULL;
+    if (!rows) return run_words(part, job, plan, total, step, threads);
+    part = !bags ? copy_rows_part : job->weights ? wide_bags_part : unpacked_bags_part;
+    const int64_t failed = run_parts(part, job, total, step, threads);
+    free(rows);
+    return failed;
+}
+
 int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t count,
                    int64_t zero_id, int64_t out, int threads) {
     Job job = {.plan = plan, .ids = {ADDRESS(ids), bytes == 8, stride}, .count = count};
@@ -1308,7 +1309,6 @@ int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t c
     if (count <= CHUNK) return run_job(rows_part, &job, plan, count, CHUNK, 1);
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
-    expect_pages(&job, count);
     failed = run_job(rows_part, &job, plan, count, CHUNK, threads);
     Py_END_ALLOW_THREADS
     return failed;
@@ -1348,7 +1348,6 @@ PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     const int64_t each = job.bags ? job.count / job.bags + 1 : 1;
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
-    expect_pages(&job, job.bags);
     failed = run_job(bags_part, &job, &plan, job.bags, CHUNK / each + 1, (int)v[11]);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(failed);

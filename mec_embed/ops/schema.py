@@ -425,11 +425,10 @@ def has_tangents() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` differentiates, which takes no autograd function."""
+def _in_functional_grad() -> bool:
+    """Whether ``torch.func.grad`` is at work, which takes no autograd function."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    transforms = torch._C._functorch.TransformType
-    return interpreter is not None and interpreter.key() in (transforms.Grad, transforms.Jvp)
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad
 
 
 #: Return 0, False or None where no mode, tracer or transform watches.
@@ -443,8 +442,6 @@ GUARDS = (
 PLAIN = (Tensor, torch.nn.Parameter)
 #: (operator, whether for tensors on a GPU) -> what serves it there.
 _SERVING: dict[tuple[str, bool], Callable[..., Any]] = {}
-
-
 #: Operator -> its plain-torch reference.
 _REFERENCES: dict[str, Callable[..., Any]] = {}
 
@@ -558,7 +555,7 @@ def _differentiable(
 
     def kernel(keyset: Any, *inputs: Any) -> Tensor:
         output: Tensor
-        if has_tangents() or _is_transformed():  # which torch's own operators know
+        if has_tangents() or _in_functional_grad():  # which torch's own operators know
             output = _REFERENCES[name](*inputs)
         elif differs(inputs):
             output = function.apply(*inputs, functools.partial(below, keyset))
