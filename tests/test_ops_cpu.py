@@ -246,6 +246,17 @@ def test_nothing_is_written_behind_the_output(
     assert (out[written:] == 7).all() and (out[:written] != 7).all()
 
 
+@pytest.fixture(params=["OpenMP", "pool"])
+def kinds_of_threads(request: pytest.FixtureRequest) -> Any:
+    """The threads of torch's OpenMP runtime, where it has some, and those of the kernel."""
+    if request.param == "OpenMP" and not cpu._open_mp():
+        pytest.skip("torch runs on no OpenMP runtime that offers its threads")
+    cpu.kernel.share_threads(cpu._open_mp() if request.param == "OpenMP" else 0)
+    yield request.param
+    cpu.kernel.share_threads(cpu._open_mp())
+
+
+@pytest.mark.usefixtures("kinds_of_threads")
 def test_threads_share_the_work_and_change_nothing(threads: Any) -> None:
     table = _table(CodeLayout("additive", 5000, 40, 5, 32, torch.int8))
     ids = torch.randint(5000, (20_000,))
@@ -256,6 +267,7 @@ def test_threads_share_the_work_and_change_nothing(threads: Any) -> None:
         assert torch.equal(cpu.lookup(*_arguments(table, ids)), alone)
 
 
+@pytest.mark.usefixtures("kinds_of_threads")
 def test_several_python_threads_may_look_up_at_once(threads: Any) -> None:
     threads(2)
     table = _table(CodeLayout("additive", 5000, 40, 5, 32))
@@ -267,11 +279,28 @@ def test_several_python_threads_may_look_up_at_once(threads: Any) -> None:
             assert torch.equal(torch.stack(found), expected)
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.openmp.is_available(),
+    reason="torch runs on no GNU OpenMP here",
+)
+def test_no_threads_are_started_beside_those_of_torch(threads: Any) -> None:
+    threads(3)
+    torch.ones(1 << 20).add_(1)
+    before = len(os.listdir("/proc/self/task"))
+    table = _table(CodeLayout("additive", 5000, 40, 5, 32))
+    ids = torch.randint(5000, (20_000,))
+    assert torch.equal(
+        cpu.lookup(*_arguments(table, ids)), reference.lookup(*_arguments(table, ids))
+    )
+    assert len(os.listdir("/proc/self/task")) <= before
+
+
+@pytest.mark.usefixtures("kinds_of_threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_can_look_up(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     threads(1)  # torch's own threads would not survive the fork
-    monkeypatch.setattr(cpu, "threads_for", lambda entries: 2)
+    monkeypatch.setattr(cpu, "threads_for", lambda count, columns: 2)
     table = _table(CodeLayout("additive", 5000, 40, 5, 32))
     ids = torch.randint(5000, (4000,))
     expected = cpu.lookup(*_arguments(table, ids))

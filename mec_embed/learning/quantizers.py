@@ -191,7 +191,7 @@ def _normal_equations(
             x.shape[1],
             normal.data_ptr(),
             right.data_ptr(),
-            cpu.threads_for(rows * count),
+            cpu.threads_for(rows, count * x.shape[1]),
         )
         if failed:
             raise IndexError(f"codes must be in [0, {size})")
@@ -240,7 +240,7 @@ def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
             size,
             beam,
             codes[i:].data_ptr(),
-            cpu.threads_for(alone.numel()),
+            cpu.threads_for(len(part), count * size),
         )
         if failed:
             raise MemoryError("no memory to search for codes")

@@ -296,10 +296,11 @@ PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
                      .beam = v[5], .codes = ADDRESS(v[6])};
     const int64_t rows = v[2], threads = v[7];
     search.stride = (search.books + WORDS - 1) / WORDS * WORDS;
-    const int64_t share = (rows + threads - 1) / threads;
     const int64_t fit = STATE_BYTES / (search.beam * search.stride * 2) + 1;
-    search.block = fit < MOST_ROWS ? fit : MOST_ROWS;
-    if (share < search.block) search.block = share;
+    const int64_t most = threads * (fit < MOST_ROWS ? fit : MOST_ROWS);
+    /* As many blocks for each thread, and as large ones. */
+    const int64_t parts = threads * ((rows + most - 1) / most);
+    search.block = rows ? (rows + parts - 1) / parts : 0;
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
     failed = rows ? run_parts(search_part, &search, rows, search.block, (int)threads) : 0;

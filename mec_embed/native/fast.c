@@ -228,9 +228,9 @@ PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     PyObject *out = make_output(torch.new_empty, ids, plan.dim, &count);
     if (!out) return NULL;
     const int64_t from = address_of(ids), to = address_of(out);
-    const int64_t threads = count * plan.dim < THREAD_ENTRIES
-                                ? 1
-                                : as_integer(PyObject_CallNoArgs(torch.threads));
+    const int64_t threads = MAY_SHARE(count, plan.dim)
+                                ? as_integer(PyObject_CallNoArgs(torch.threads))
+                                : 1;
     const int broken = PyErr_Occurred() != NULL;
     if (!broken &&
         !decode_ids(&plan, from, bytes, stride, count, zero_id, to, (int)threads))

@@ -29,6 +29,7 @@ int read_packed(PyObject *packed, void *to, size_t size) {
     {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, text}
 
 static PyMethodDef methods[] = {
+    CALL(share_threads, "Tell where torch's OpenMP runtime is; once."),
     CALL(set_up, "Tell what torch offers; once."),
     CALL(fast_rows, "Rows of a module, where nothing watches."),
     CALL(check, "Whether a module's plan serves, and nothing watches."),

@@ -55,8 +55,8 @@ PyObject *make_output(PyObject *new_empty, PyObject *ids, int64_t dim, int64_t *
 /* Rows of ids by mec_embed.ops.gpu.Lookups.ready; NULL where it cannot, also without an exception. */
 PyObject *decode_on_gpu(PyObject *ready, PyObject *ids, int64_t zero_id);
 
-/* Entries of the output below which a second thread costs more than it brings. */
-#define THREAD_ENTRIES (1 << 16)
+/* Whether more than one thread pays, as `threads_for` of mec_embed/ops/cpu.py says. */
+#define MAY_SHARE(count, columns) ((count) * ((columns) + 16) >= 1 << 17)
 
 /* As Python packs them (mec_embed/ops/cpu.py): all fields are int64. */
 typedef struct {
@@ -93,5 +93,6 @@ PyObject *bags_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given)
 PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *normal(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *share_threads(PyObject *self, PyObject *const *args, Py_ssize_t given);
 
 #endif

@@ -6,6 +6,7 @@ otherwise. It reads float32, float16, bfloat16 and int8 codebooks and sums in fl
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import struct
 from types import ModuleType
@@ -20,8 +21,9 @@ from .schema import serve
 
 #: Codebooks that the kernel takes.
 MOST_CODEBOOKS = 256
-#: Entries of the output below which a second thread costs more than it brings.
-THREAD_ENTRIES = 1 << 16
+#: What :func:`threads_for` counts, below which a second thread costs more than it brings: it reads
+#: codebooks and ids that are in the cache of the first (docs/experiments.md).
+THREAD_WORK = 1 << 17
 #: Numbers of the kernel for the dtypes of codebooks.
 _KINDS = {torch.float32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 #: Dtypes of ids.
@@ -35,9 +37,21 @@ _NO_MAP = (0,) * 4
 
 def _import_kernel() -> ModuleType | None:
     try:
-        return importlib.import_module("mec_embed._native")
+        kernel = importlib.import_module("mec_embed._native")
     except ImportError:
         return None
+    kernel.share_threads(_open_mp())
+    return kernel
+
+
+def _open_mp() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on, or 0."""
+    try:
+        # torch's, and not one that another library has brought along.
+        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 #: The extension module, or None where it was not built.
@@ -49,9 +63,9 @@ def available() -> bool:
     return kernel is not None
 
 
-def threads_for(entries: int) -> int:
-    """Threads for an output of so many entries."""
-    return torch.get_num_threads() if entries >= THREAD_ENTRIES else 1
+def threads_for(count: int, columns: int) -> int:
+    """Threads for so many ids, each of which makes so many entries."""
+    return torch.get_num_threads() if count * (columns + 16) >= THREAD_WORK else 1
 
 
 def table_fields(
@@ -181,7 +195,7 @@ def _rows(plan: bytes, input: Tensor, embedding_dim: int, zero_id: int) -> Tenso
         ids.numel(),
         zero_id,
         out.data_ptr(),
-        threads_for(out.numel()),
+        threads_for(ids.numel(), embedding_dim),
     )
     return None if failed else out
 
@@ -291,7 +305,7 @@ def lookup_backward(
         padding_idx,
         rows.data_ptr(),
         total.data_ptr(),
-        threads_for(rows.numel()),
+        threads_for(ids.numel(), embedding_dim),
     )
     if failed:
         _refuse(input, num_embeddings, "")
@@ -430,7 +444,7 @@ def reduce_bags(
         plan,
         *bags.arguments(padding_idx),
         out.data_ptr(),
-        threads_for(bags.ids.numel() * embedding_dim),
+        threads_for(bags.ids.numel(), embedding_dim),
     )
     return None if failed else out
 
@@ -482,7 +496,7 @@ def bag_backward(
         *bags.arguments(padding_idx),
         lines.data_ptr(),
         total.data_ptr(),
-        threads_for(input.numel() * embedding_dim),
+        threads_for(input.numel(), embedding_dim),
     )
     if failed:
         # As the forward pass has refused all of this, there is no name to tell.
@@ -511,7 +525,7 @@ def tiers(
         ids.numel(),
         popular.data_ptr(),
         place.data_ptr(),
-        threads_for(ids.numel()),
+        threads_for(ids.numel(), 0),
     )
     if failed:
         reference.check_ids(input, num_embeddings, name)
