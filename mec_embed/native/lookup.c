@@ -15,6 +15,7 @@
 #define MOST_CODEBOOKS 256
 #define MOST_VECTORS 8 /* summed in registers */
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
+#define FEW 8          /* codewords of a row that are asked for as well, at most */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
@@ -194,6 +195,45 @@ INLINE int find_words(const Table *table, int64_t row, const char **word, float 
     return 1;
 }
 
+/* Whether a row has so few codewords that they are asked for before any is read: those of a block
+ * of rows then arrive together. */
+INLINE int has_few(const Table *table) {
+    return table->bits && table->books <= FEW && table->bits * table->books <= 57;
+}
+
+/* Ask for the codewords of a row that has few, and their scales, and number them; 0 if one does not
+ * exist. */
+INLINE int expect_words(const Place *place, int32_t *number) {
+    const Table *table = place->table;
+    if (!table || !has_few(table)) return 1;
+    const int64_t bits = table->bits, size = table->size, stride = stride_of(table);
+    const int64_t first = place->row * bits * table->books, last = table->books * size;
+    const uint8_t *codes = ADDRESS(table->codes);
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    uint64_t stream = load64(codes + (first >> 3)) >> (first & 7);
+    int fits = 1;
+    for (int64_t book = 0; book < last; book += size, stream >>= bits) {
+        const int64_t code = (int64_t)(stream & mask);
+        fits &= code < size;
+        *number++ = (int32_t)(book + code);
+        PREFETCH((uintptr_t)table->words + (uintptr_t)((book + code) * stride));
+        if (table->kind == INT8) PREFETCH((uintptr_t)table->scales + (uintptr_t)(book + code) * 2);
+    }
+    return fits;
+}
+
+/* As find_words, of a row for which expect_words was called. */
+INLINE int take_words(const Place *place, const int32_t *number, const char **word, float *scale) {
+    const Table *table = place->table;
+    if (!has_few(table)) return find_words(table, place->row, word, scale);
+    const char *words = ADDRESS(table->words);
+    for (int64_t m = 0; m < table->books; m++) {
+        word[m] = words + number[m] * stride_of(table);
+        put_scale(table, number[m], scale + m);
+    }
+    return 1;
+}
+
 /* ---- Codewords ---- */
 
 typedef float Floats __attribute__((vector_size(32)));
@@ -314,8 +354,8 @@ INLINE void put_words(const Table *table, const char **word, const float *scale,
         sum_words(table->books, word, scale, table->width, kind, 0, out);
 }
 
-/* One row; 0 where its codes are damaged. */
-INLINE int decode(const Place *place, int64_t dim, float *out) {
+/* One row for which expect_words was called; 0 where its codes are damaged. */
+INLINE int decode(const Place *place, const int32_t *number, int64_t dim, float *out) {
     const char *word[MOST_CODEBOOKS];
     float scale[MOST_CODEBOOKS];
     const Table *table = place->table;
@@ -323,7 +363,7 @@ INLINE int decode(const Place *place, int64_t dim, float *out) {
         memset(out, 0, dim * sizeof(float));
         return 1;
     }
-    if (!find_words(table, place->row, word, scale)) return 0;
+    if (!take_words(place, number, word, scale)) return 0;
     switch (table->kind) {
         case FLOAT32: put_words(table, word, scale, FLOAT32, out); break;
         case INT8: put_words(table, word, scale, INT8, out); break;
@@ -356,12 +396,15 @@ typedef struct {
 INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_t end) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
+    int32_t number[BLOCK][FEW];
     expect_ids(job->plan, ids, begin, begin + BLOCK < end ? begin + BLOCK : end);
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
         if (!find_places(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
         for (int64_t j = 0; j < count; j++)
-            if (!decode(place + j, dim, job->out + (i + j) * job->pitch)) return 1;
+            if (!expect_words(place + j, number[j])) return 1;
+        for (int64_t j = 0; j < count; j++)
+            if (!decode(place + j, number[j], dim, job->out + (i + j) * job->pitch)) return 1;
     }
     return 0;
 }
@@ -418,6 +461,7 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
             if (heap.count + table->books > MOST_CODEBOOKS) empty_heap(&heap, dim, kind, row);
             if (!find_words(table, place[j].row, heap.word + heap.count, heap.scale + heap.count))
                 return 0;
+            for (int64_t m = 0; m < table->books; m++) PREFETCH(heap.word[heap.count + m]);
             heap.count += table->books;
             ++*members;
         }
@@ -432,11 +476,12 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
                      int64_t *members) {
     const int64_t dim = job->plan->dim;
     Place place;
+    int32_t number[FEW];
     memset(out, 0, dim * sizeof(float));
     for (int64_t i = begin; i < end; i++) {
         if (!find_places(job->plan, &job->ids, i, 1, job->count, job->zero_id, &place)) return 0;
         if (!place.table) continue;
-        if (!decode(&place, dim, row)) return 0;
+        if (!expect_words(&place, number) || !decode(&place, number, dim, row)) return 0;
         const float weight = job->weights ? job->weights[i] : 1.0f;
         if (job->mode == MAX)
             for (int64_t j = 0; j < dim; j++)
