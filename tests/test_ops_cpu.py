@@ -257,14 +257,25 @@ def kinds_of_threads(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.usefixtures("kinds_of_threads")
-def test_threads_share_the_work_and_change_nothing(threads: Any) -> None:
-    table = _table(CodeLayout("additive", 5000, 40, 5, 32, torch.int8))
-    ids = torch.randint(5000, (20_000,))
+@pytest.mark.parametrize("size", [32, 2048])  # codewords that are widened, and too many for that
+@pytest.mark.parametrize("count", [1025, 1500, 20_000])
+def test_threads_share_the_work_and_change_nothing(size: int, count: int, threads: Any) -> None:
+    tier_map, popular = _popular(50_000)
+    parts = [
+        _table(CodeLayout("additive", rows, 40, codes, size, torch.int8), requires_grad=False)
+        for rows, codes in ((50_000, 5), (popular, 3), (50_000 - popular, 1))
+    ]
+    bags = CompressedEmbeddingBag(
+        parts[0].layout, code_table=parts[0].code_table, codebook_set=parts[0].codebook_set
+    )
+    tables = [parts[0], TieredEmbedding(tier_map, *parts[1:]), bags]
+    ids = torch.randint(50_000, (count // 5, 5))
     threads(1)
-    alone = cpu.lookup(*_arguments(table, ids))
-    threads(4)
-    for _ in range(20):
-        assert torch.equal(cpu.lookup(*_arguments(table, ids)), alone)
+    alone = [table(ids) for table in tables]
+    for number in (2, 3, 4):
+        threads(number)
+        for table, expected in zip(tables, alone, strict=True):
+            assert torch.equal(table(ids), expected)
 
 
 @pytest.mark.usefixtures("kinds_of_threads")

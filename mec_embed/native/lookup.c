@@ -1208,8 +1208,8 @@ static void give_memory(Memory *memory) {
     if (memory) free(__atomic_exchange_n(&kept, memory, __ATOMIC_ACQ_REL));
 }
 
-/* Whether widened codebooks pay for a job: rows are sums, and ids are many. */
-static int should_widen(const Job *job) {
+/* Whether widened codebooks pay for so many ids of a job: rows are sums, and ids are many. */
+static int should_widen(const Job *job, int64_t count) {
     const Plan *plan = job->plan;
     int64_t cost = 0, books = 0;
     if (job->mode == MAX) return 0;
@@ -1222,7 +1222,7 @@ static int should_widen(const Job *job) {
         cost += words * (table->width + 32) * (table->books <= 2 ? 3 : 6);
         books += table->books;
     }
-    return 320 * job->count * books >= cost * plan->tiers + WIDENING;
+    return 320 * count * books >= cost * plan->tiers + WIDENING;
 }
 
 /* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
@@ -1260,14 +1260,36 @@ static Memory *widen_plan(Job *job, Plan *plan) {
     return memory;
 }
 
-/* Run a job with the codewords of each id, widened where that pays. */
-static int64_t run_words(Part part, Job *job, Plan *plan, int64_t total, int64_t step,
-                         int threads) {
-    Memory *memory = should_widen(job) ? widen_plan(job, plan) : NULL;
+typedef struct {
+    Part part;
+    const Job *job;
+    const Plan *plan;
+} Widening;
+
+/* Part of a job, with codebooks widened for it alone: what another thread has just written takes
+ * longer to read than to write anew. */
+static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
+    const Widening *all = what;
+    Part part = all->part;
+    Plan plan = *all->plan;
+    Job job = *all->job;
+    job.plan = &plan;
+    Memory *memory = widen_plan(&job, &plan);
     if (memory) part = part == rows_part ? wide_rows_part : wide_bags_part;
-    const int64_t failed = run_parts(part, job, total, step, threads);
+    const int64_t failed = part(&job, begin, end);
     give_memory(memory);
     return failed;
+}
+
+/* Run a job with the codewords of each id, widened where that pays. */
+static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
+                         int threads) {
+    if (!should_widen(job, job->count)) return run_parts(part, job, total, step, threads);
+    const Widening all = {part, job, plan};
+    int64_t parts = threads;
+    while (parts > 1 && !should_widen(job, job->count / parts)) parts--;
+    const int64_t share = (total + parts - 1) / parts;
+    return run_parts(widening_part, &all, total, (share + step - 1) / step * step, threads);
 }
 
 /* Whether ids are so many for their table that all its rows are made first, each once. In halves

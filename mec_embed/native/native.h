@@ -56,7 +56,7 @@ PyObject *make_output(PyObject *new_empty, PyObject *ids, int64_t dim, int64_t *
 PyObject *decode_on_gpu(PyObject *ready, PyObject *ids, int64_t zero_id);
 
 /* Whether more than one thread pays, as `threads_for` of mec_embed/ops/cpu.py says. */
-#define MAY_SHARE(count, columns) ((count) * ((columns) + 16) >= 1 << 17)
+#define MAY_SHARE(count, columns) ((count) * ((columns) + 16) >= 1 << 15)
 
 /* As Python packs them (mec_embed/ops/cpu.py): all fields are int64. */
 typedef struct {

@@ -21,9 +21,9 @@ from .schema import serve
 
 #: Codebooks that the kernel takes.
 MOST_CODEBOOKS = 256
-#: What :func:`threads_for` counts, below which a second thread costs more than it brings: it reads
-#: codebooks and ids that are in the cache of the first (docs/experiments.md).
-THREAD_WORK = 1 << 17
+#: What :func:`threads_for` counts, below which a second thread costs more than it brings
+#: (docs/experiments.md).
+THREAD_WORK = 1 << 15
 #: Numbers of the kernel for the dtypes of codebooks.
 _KINDS = {torch.float32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 #: Dtypes of ids.
