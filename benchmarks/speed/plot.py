@@ -29,9 +29,10 @@ def main() -> None:
     parser.add_argument("--ids", default="uniform")
     parser.add_argument("--timing", default="graph", choices=("graph", "eager"))
     parser.add_argument("--processor", default="", help="part of its name, where there are several")
+    parser.add_argument("--threads", default="1", help="of the processor")
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     options = parser.parse_args()
-    wanted = {"what": options.what, "ids": options.ids, "timing": options.timing}
+    wanted = {name: getattr(options, name) for name in ("what", "ids", "timing", "threads")}
     panels = read(options.file, wanted, options.processor)
     sys.stdout.write(table(panels) + "\n")
     if options.plot:

@@ -1187,16 +1187,20 @@ DISPATCHED static void widen_codebooks(const Table *table, int64_t lines, char *
         memset(to + words * line, 0, line);
 }
 
-/* The memory of the last call that widened codebooks: fresh pages cost more than what is put on
- * them. */
+/* Memory of earlier calls that widened codebooks, of each of their threads: fresh pages cost more
+ * than what is put on them. */
 typedef struct {
     int64_t bytes;
 } Memory;
 
-static Memory *kept;
+#define MOST_KEPT 64
+
+static Memory *kept[MOST_KEPT];
 
 static Memory *take_memory(int64_t bytes) {
-    Memory *memory = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQ_REL);
+    Memory *memory = NULL;
+    for (int i = 0; !memory && i < MOST_KEPT; i++)
+        memory = __atomic_exchange_n(kept + i, NULL, __ATOMIC_ACQ_REL);
     if (memory && memory->bytes >= bytes) return memory;
     free(memory);
     memory = malloc(sizeof *memory + bytes);
@@ -1205,7 +1209,9 @@ static Memory *take_memory(int64_t bytes) {
 }
 
 static void give_memory(Memory *memory) {
-    if (memory) free(__atomic_exchange_n(&kept, memory, __ATOMIC_ACQ_REL));
+    for (int i = 0; memory && i < MOST_KEPT; i++)
+        memory = __atomic_exchange_n(kept + i, memory, __ATOMIC_ACQ_REL);
+    free(memory);
 }
 
 /* Whether widened codebooks pay for so many ids of a job: rows are sums, and ids are many. */
