@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,11 +245,15 @@ _FBGEMM = {
 def _measure(
     methods: dict[str, Lookup], rows: int, shape: tuple[int, ...], kind: str
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of each method."""
+    """Seconds of every repetition of each method.
+
+    In random order: what a method leaves in the allocator is not always the same one's.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+    shuffle = random.Random(0)
     stop = time.perf_counter() + LEAST_SECONDS * len(methods)
     for number, ids in enumerate(id_batches(rows, shape, kind)):
-        for name, method in methods.items():
+        for name, method in shuffle.sample(list(methods.items()), len(methods)):
             started = time.perf_counter()
             method(ids)
             seconds[name].append(time.perf_counter() - started)

@@ -10,6 +10,7 @@ the state of the optimizer.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,12 +155,15 @@ class _Training:
 def _measure(
     runs: dict[str, Callable[[Tensor], object]], rows: int, batch: int, repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of each model, run in turn on the same fresh ids."""
-    generator = torch.Generator().manual_seed(0)
+    """Seconds of every repetition of each model, on the same fresh ids.
+
+    In random order: what a model leaves in the allocator is not always the same one's.
+    """
+    generator, shuffle = torch.Generator().manual_seed(0), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(max(3, min(repetitions, repetitions * 1024 // batch)) + 1):
         ids = torch.randint(rows, (batch, FIELDS), generator=generator)
-        for name, run in runs.items():
+        for name, run in shuffle.sample(list(runs.items()), len(runs)):
             started = time.perf_counter()
             run(ids)
             seconds[name].append(time.perf_counter() - started)
