@@ -21,6 +21,7 @@
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
 #define WIDENING (1 << 13) /* what it costs besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
+#define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
 
@@ -461,6 +462,7 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
             if (heap.count + table->books > MOST_CODEBOOKS) empty_heap(&heap, dim, kind, row);
             if (!find_words(table, place[j].row, heap.word + heap.count, heap.scale + heap.count))
                 return 0;
+            /* They are read when the heap is full. */
             for (int64_t m = 0; m < table->books; m++) PREFETCH(heap.word[heap.count + m]);
             heap.count += table->books;
             ++*members;
@@ -1192,8 +1194,6 @@ DISPATCHED static void widen_codebooks(const Table *table, int64_t lines, char *
 typedef struct {
     int64_t bytes;
 } Memory;
-
-#define MOST_KEPT 64
 
 static Memory *kept[MOST_KEPT];
 
