@@ -272,10 +272,13 @@ def test_threads_share_the_work_and_change_nothing(size: int, count: int, thread
     ids = torch.randint(50_000, (count // 5, 5))
     threads(1)
     alone = [table(ids) for table in tables]
+    by_operator = cpu.lookup(*_arguments(parts[0], ids))
     for number in (2, 3, 4):
         threads(number)
-        for table, expected in zip(tables, alone, strict=True):
-            assert torch.equal(table(ids), expected)
+        for _ in range(20):
+            assert torch.equal(cpu.lookup(*_arguments(parts[0], ids)), by_operator)
+            for table, expected in zip(tables, alone, strict=True):
+                assert torch.equal(table(ids), expected)
 
 
 @pytest.mark.usefixtures("kinds_of_threads")

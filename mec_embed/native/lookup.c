@@ -15,6 +15,7 @@
 #define MOST_CODEBOOKS 256
 #define MOST_VECTORS 8 /* summed in registers */
 #define BLOCK 32       /* rows whose codes are asked for before the first of them is decoded */
+#define MOST_BITS 57   /* that are read at once, from any bit of a byte on */
 #define FEW 8          /* codewords of a row that are asked for as well, at most */
 #define BLOCK_ROWS 128 /* of a bitmap, with one count */
 #define CHUNK 512      /* ids that a thread takes at once */
@@ -36,6 +37,7 @@ enum { FLOAT32, INT8, FLOAT16, BFLOAT16 };
 typedef struct {
     const Table *table; /* NULL: it reads as zeros */
     int64_t row;
+    int32_t number[FEW]; /* of its codewords, where they are few, see find_block */
 } Place;
 
 /* Ids in memory, or offsets: `stride` items from one to the next. */
@@ -161,6 +163,37 @@ INLINE void put_scale(const Table *table, int64_t number, float *scale) {
         *scale = as_float((uint32_t)((const uint16_t *)ADDRESS(table->scales))[number] << 16);
 }
 
+/* Whether all codes of a row are read at once. */
+INLINE int read_at_once(const Table *table) {
+    return table->bits && table->bits * table->books <= MOST_BITS;
+}
+
+/* Numbers of the codewords of a row whose codes are read at once; 0 if one does not exist. */
+INLINE int number_words(const Table *table, int64_t row, int32_t *number) {
+    const int64_t bits = table->bits, size = table->size, last = table->books * size;
+    const int64_t first = row * bits * table->books;
+    const uint8_t *codes = ADDRESS(table->codes);
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    uint64_t stream = load64(codes + (first >> 3)) >> (first & 7);
+    int fits = 1;
+    for (int64_t book = 0; book < last; book += size, stream >>= bits) {
+        const int64_t code = (int64_t)(stream & mask);
+        fits &= code < size;
+        *number++ = (int32_t)(book + code);
+    }
+    return fits;
+}
+
+/* The codewords of these numbers, and the scale of each. */
+INLINE void name_words(const Table *table, const int32_t *number, const char **word,
+                       float *scale) {
+    const char *words = ADDRESS(table->words);
+    for (int64_t m = 0; m < table->books; m++) {
+        word[m] = words + number[m] * stride_of(table);
+        put_scale(table, number[m], scale + m);
+    }
+}
+
 /* The codewords of a row, and the scale of each; 0 if one does not exist, as in damaged codes of
  * codebooks whose size is no power of two. */
 INLINE int find_words(const Table *table, int64_t row, const char **word, float *scale) {
@@ -171,21 +204,16 @@ INLINE int find_words(const Table *table, int64_t row, const char **word, float 
         put_scale(table, row, scale);
         return row < size;
     }
-    int fits = 1;
+    if (read_at_once(table)) {
+        int32_t number[MOST_BITS];
+        if (!number_words(table, row, number)) return 0;
+        name_words(table, number, word, scale);
+        return 1;
+    }
     const uint8_t *codes = ADDRESS(table->codes);
     const int64_t bits = table->bits, books = table->books, next = size * stride;
     const int64_t first = row * bits * books;
     const uint64_t mask = ((uint64_t)1 << bits) - 1;
-    if (bits * books <= 57) {
-        uint64_t stream = load64(codes + (first >> 3)) >> (first & 7);
-        for (int64_t m = 0; m < books; m++, stream >>= bits, book += next) {
-            const int64_t code = (int64_t)(stream & mask);
-            fits &= code < size;
-            word[m] = book + code * stride;
-            put_scale(table, fits ? m * size + code : 0, scale + m);
-        }
-        return fits;
-    }
     for (int64_t m = 0; m < books; m++, book += next) {
         const int64_t place = first + m * bits;
         const int64_t code = (int64_t)(load64(codes + (place >> 3)) >> (place & 7) & mask);
@@ -198,40 +226,30 @@ INLINE int find_words(const Table *table, int64_t row, const char **word, float 
 
 /* Whether a row has so few codewords that they are asked for before any is read: those of a block
  * of rows then arrive together. */
-INLINE int has_few(const Table *table) {
-    return table->bits && table->books <= FEW && table->bits * table->books <= 57;
+INLINE int has_few(const Table *table) { return read_at_once(table) && table->books <= FEW; }
+
+/* As find_places; the codewords of rows that have few, and their scales, are numbered and asked for.
+ * 0 also where a codeword does not exist. */
+INLINE int find_block(const Plan *plan, const Ids *ids, int64_t first, int64_t count, int64_t end,
+                      int64_t zero_id, Place *place) {
+    if (!find_places(plan, ids, first, count, end, zero_id, place)) return 0;
+    for (int64_t i = 0; i < count; i++, place++) {
+        const Table *table = place->table;
+        if (!table || !has_few(table)) continue;
+        if (!number_words(table, place->row, place->number)) return 0;
+        for (int64_t m = 0; m < table->books; m++) {
+            const int64_t number = place->number[m];
+            PREFETCH((uintptr_t)table->words + (uintptr_t)(number * stride_of(table)));
+            if (table->kind == INT8) PREFETCH((uintptr_t)table->scales + (uintptr_t)number * 2);
+        }
+    }
+    return 1;
 }
 
-/* Ask for the codewords of a row that has few, and their scales, and number them; 0 if one does not
- * exist. */
-INLINE int expect_words(const Place *place, int32_t *number) {
-    const Table *table = place->table;
-    if (!table || !has_few(table)) return 1;
-    const int64_t bits = table->bits, size = table->size, stride = stride_of(table);
-    const int64_t first = place->row * bits * table->books, last = table->books * size;
-    const uint8_t *codes = ADDRESS(table->codes);
-    const uint64_t mask = ((uint64_t)1 << bits) - 1;
-    uint64_t stream = load64(codes + (first >> 3)) >> (first & 7);
-    int fits = 1;
-    for (int64_t book = 0; book < last; book += size, stream >>= bits) {
-        const int64_t code = (int64_t)(stream & mask);
-        fits &= code < size;
-        *number++ = (int32_t)(book + code);
-        PREFETCH((uintptr_t)table->words + (uintptr_t)((book + code) * stride));
-        if (table->kind == INT8) PREFETCH((uintptr_t)table->scales + (uintptr_t)(book + code) * 2);
-    }
-    return fits;
-}
-
-/* As find_words, of a row for which expect_words was called. */
-INLINE int take_words(const Place *place, const int32_t *number, const char **word, float *scale) {
-    const Table *table = place->table;
-    if (!has_few(table)) return find_words(table, place->row, word, scale);
-    const char *words = ADDRESS(table->words);
-    for (int64_t m = 0; m < table->books; m++) {
-        word[m] = words + number[m] * stride_of(table);
-        put_scale(table, number[m], scale + m);
-    }
+/* As find_words, of a place that find_block found. */
+INLINE int take_words(const Place *place, const char **word, float *scale) {
+    if (!has_few(place->table)) return find_words(place->table, place->row, word, scale);
+    name_words(place->table, place->number, word, scale);
     return 1;
 }
 
@@ -355,8 +373,8 @@ INLINE void put_words(const Table *table, const char **word, const float *scale,
         sum_words(table->books, word, scale, table->width, kind, 0, out);
 }
 
-/* One row for which expect_words was called; 0 where its codes are damaged. */
-INLINE int decode(const Place *place, const int32_t *number, int64_t dim, float *out) {
+/* One row that find_block found; 0 where its codes are damaged. */
+INLINE int decode(const Place *place, int64_t dim, float *out) {
     const char *word[MOST_CODEBOOKS];
     float scale[MOST_CODEBOOKS];
     const Table *table = place->table;
@@ -364,7 +382,7 @@ INLINE int decode(const Place *place, const int32_t *number, int64_t dim, float 
         memset(out, 0, dim * sizeof(float));
         return 1;
     }
-    if (!take_words(place, number, word, scale)) return 0;
+    if (!take_words(place, word, scale)) return 0;
     switch (table->kind) {
         case FLOAT32: put_words(table, word, scale, FLOAT32, out); break;
         case INT8: put_words(table, word, scale, INT8, out); break;
@@ -397,15 +415,12 @@ typedef struct {
 INLINE int64_t decode_rows(const Job *job, const Ids *ids, int64_t begin, int64_t end) {
     const int64_t dim = job->plan->dim;
     Place place[BLOCK];
-    int32_t number[BLOCK][FEW];
     expect_ids(job->plan, ids, begin, begin + BLOCK < end ? begin + BLOCK : end);
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        if (!find_places(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
+        if (!find_block(job->plan, ids, i, count, end, job->zero_id, place)) return 1;
         for (int64_t j = 0; j < count; j++)
-            if (!expect_words(place + j, number[j])) return 1;
-        for (int64_t j = 0; j < count; j++)
-            if (!decode(place + j, number[j], dim, job->out + (i + j) * job->pitch)) return 1;
+            if (!decode(place + j, dim, job->out + (i + j) * job->pitch)) return 1;
     }
     return 0;
 }
@@ -455,15 +470,12 @@ INLINE int sum_bag(const Job *job, int64_t begin, int64_t end, int kind, float *
     heap.count = heap.started = 0;
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t count = end - i < BLOCK ? end - i : BLOCK;
-        if (!find_places(job->plan, &job->ids, i, count, job->count, job->zero_id, place)) return 0;
+        if (!find_block(job->plan, &job->ids, i, count, job->count, job->zero_id, place)) return 0;
         for (int64_t j = 0; j < count; j++) {
             const Table *table = place[j].table;
             if (!table) continue;
             if (heap.count + table->books > MOST_CODEBOOKS) empty_heap(&heap, dim, kind, row);
-            if (!find_words(table, place[j].row, heap.word + heap.count, heap.scale + heap.count))
-                return 0;
-            /* They are read when the heap is full. */
-            for (int64_t m = 0; m < table->books; m++) PREFETCH(heap.word[heap.count + m]);
+            if (!take_words(place + j, heap.word + heap.count, heap.scale + heap.count)) return 0;
             heap.count += table->books;
             ++*members;
         }
@@ -478,12 +490,11 @@ INLINE int mixed_bag(const Job *job, int64_t begin, int64_t end, float *row, flo
                      int64_t *members) {
     const int64_t dim = job->plan->dim;
     Place place;
-    int32_t number[FEW];
     memset(out, 0, dim * sizeof(float));
     for (int64_t i = begin; i < end; i++) {
-        if (!find_places(job->plan, &job->ids, i, 1, job->count, job->zero_id, &place)) return 0;
+        if (!find_block(job->plan, &job->ids, i, 1, job->count, job->zero_id, &place)) return 0;
         if (!place.table) continue;
-        if (!expect_words(&place, number) || !decode(&place, number, dim, row)) return 0;
+        if (!decode(&place, dim, row)) return 0;
         const float weight = job->weights ? job->weights[i] : 1.0f;
         if (job->mode == MAX)
             for (int64_t j = 0; j < dim; j++)
@@ -659,7 +670,7 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
                       int whole, uint32_t *word) {
     const int64_t bits = table->bits, books = table->books, size = table->size;
     const uint8_t *codes = ADDRESS(table->codes);
-    const int64_t most = 57 / bits < LANES ? 57 / bits : LANES, once = whole ? books : most;
+    const int64_t most = MOST_BITS / bits < LANES ? MOST_BITS / bits : LANES, once = whole ? books : most;
     const int64_t rest = books - (books - 1) / once * once; /* codes of the last load */
     const uint32_t spare = spare_codes(table);
     const Streams none = {0};
@@ -734,7 +745,7 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
             fits = find_few(table, row, found, stride, 1, word);
         else if (table->books == 2)
             fits = find_few(table, row, found, stride, 2, word);
-        else if (table->bits * table->books <= 57 && table->books <= LANES)
+        else if (read_at_once(table) && table->books <= LANES)
             fits = find_codes(table, row, found, stride, 1, word);
         else
             fits = find_codes(table, row, found, stride, 0, word);

@@ -14,7 +14,8 @@ typedef struct {
 #define MOST_THREADS 64
 
 /* GOMP_parallel: run a function on so many threads, of which the caller is one. */
-static void (*open_mp)(void (*)(void *), void *, unsigned, unsigned);
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+static Parallel open_mp;
 
 static struct {
     pthread_mutex_t busy, lock;
@@ -89,17 +90,16 @@ static void run_in_pool(Team *team, int threads) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-static int64_t run_shared(Team *team, int threads) {
+static void run_shared(Team *team, int threads) {
     if (open_mp) {
         /* As many as torch asks for, though there be fewer parts: a smaller team would end the
          * threads that it leaves out, and the next job of torch would start them again. */
         open_mp(take_parts, team, (unsigned)threads, 0);
-        return team->result;
+        return;
     }
     const int64_t parts = (team->total + team->step - 1) / team->step;
     if (threads > parts) threads = (int)parts;
     run_in_pool(team, threads < MOST_THREADS ? threads : MOST_THREADS);
-    return team->result;
 }
 #else
 void prepare_threads(void) {}
@@ -110,9 +110,9 @@ int64_t run_parts(Part part, const void *job, int64_t total, int64_t step, int t
     /* Where another Python thread has the threads, do without. */
     if (threads > 1 && total > step && !pthread_mutex_trylock(&pool.busy)) {
         Team team = {.part = part, .job = job, .total = total, .step = step};
-        const int64_t result = run_shared(&team, threads);
+        run_shared(&team, threads);
         pthread_mutex_unlock(&pool.busy);
-        return result;
+        return team.result;
     }
 #endif
     return total ? part(job, 0, total) : 0;
@@ -124,7 +124,7 @@ PyObject *share_threads(PyObject *module, PyObject *const *args, Py_ssize_t give
     (void)module;
     if (read_integers(args, given, 1, &address)) return NULL;
 #if !defined(_WIN32)
-    open_mp = (void (*)(void (*)(void *), void *, unsigned, unsigned))ADDRESS(address);
+    open_mp = (Parallel)ADDRESS(address);
 #endif
     Py_RETURN_NONE;
 }
