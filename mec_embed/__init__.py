@@ -11,6 +11,7 @@ from .lifecycle import Drift, drift, extend, update
 from .modules import CompressedEmbedding, CompressedEmbeddingBag
 from .optimization import keep_row_steps
 from .report import CompressionReport, TableReport
+from .self_distill import self_distill
 from .sharding import gather_codes, shard_codes
 from .storage import FormatError, load, save
 from .tiers import TieredEmbedding, TieredEmbeddingBag
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "plan",
     "save",
+    "self_distill",
     "shard_codes",
     "update",
 ]

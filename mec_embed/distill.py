@@ -129,30 +129,30 @@ def distill(
         ... )
     """
     check_batches(batches)
-    _check_options(epochs, mix, labels, label_weight, rare, temperature, network)
+    check_options(epochs, mix, labels, label_weight, rare, temperature, network)
     books = _codebook_sets(model)
     dtypes = [book.codebooks.dtype for book in books]
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
-    modes = eval_mode(model), eval_mode(teacher), _dense_gradients(model)
+    modes = eval_mode(model), eval_mode(teacher), dense_gradients(model)
     with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
         optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
-        best = _Best(model, optimizer, score, list(zip(codebooks, dtypes, strict=True)))
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        best = BestState(model, trained, score, list(zip(codebooks, dtypes, strict=True)))
         counts = count_ids(batches) if labels is not None and rare and epochs else {}
-        loss_of = _Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
+        loss_of = Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
+
+        def take_step(batch: Any, done: float) -> float:
+            set_rate(optimizer, lr, done)
+            optimizer.zero_grad()
+            loss = loss_of(batch, mix, generator)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
         with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
-            for epoch in range(epochs):
-                bar = tqdm(batches, desc=f"distilling {epoch + 1}/{epochs}", disable=not progress)
-                steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-                total, seen = 0.0, 0
-                for step, batch in enumerate(bar):
-                    share = step / steps if steps else 0.5
-                    _set_rate(optimizer, lr, (epoch + share) / epochs)
-                    total, seen = total + _step(optimizer, loss_of(batch, mix, generator)), seen + 1
-                    bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
-                if not seen:
-                    raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
-                history.append(total / seen)
+            for mean in run_epochs(batches, epochs, take_step, "distilling", progress):
+                history.append(mean)
                 best.update()
         if score is not None:
             best.restore()
@@ -174,26 +174,43 @@ def _groups(model: nn.Module, codebooks: list[nn.Parameter], network: str) -> li
     return groups
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+def run_epochs(
+    batches: Iterable[Any],
+    epochs: int,
+    take_step: Callable[[Any, float], float],
+    what: str,
+    progress: bool,
+) -> Iterator[float]:
+    """Train, and give the mean loss after each epoch.
+
+    ``take_step`` gets a batch and the part of all training that is done; it returns its loss.
+    """
+    steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    for epoch in range(epochs):
+        bar = tqdm(batches, desc=f"{what} {epoch + 1}/{epochs}", disable=not progress)
+        total, seen = 0.0, 0
+        for step, batch in enumerate(bar):
+            share = step / steps if steps else 0.5
+            total, seen = total + take_step(batch, (epoch + share) / epochs), seen + 1
+            bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
+        if not seen:
+            raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
+        yield total / seen
 
 
-class _Best:
+class BestState:
     """The best state of what is trained, as it will be stored; without a score, the first."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        trained: list[nn.Parameter],
         score: Callable[[nn.Module], float] | None,
         codebooks: list[tuple[nn.Parameter, torch.dtype]],
     ) -> None:
         self.model, self.score = model, score
         self.codebooks = [pair for pair in codebooks if pair[1] is not pair[0].dtype]
-        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trained = trained
         self.value = -math.inf
         self.state: list[Tensor] = []
         self.update()
@@ -232,7 +249,7 @@ class _Best:
             param.copy_(value)
 
 
-class _Loss:
+class Loss:
     """Cross entropy of the student against the teacher and labels, in logits or probabilities."""
 
     def __init__(
@@ -252,6 +269,7 @@ class _Loss:
         self.probabilities: bool | None = None
 
     def __call__(self, batch: Any, mix: float, generator: torch.Generator) -> Tensor:
+        """Mean loss of a batch, whose columns are shuffled as asked for."""
         inputs = mixed(batch, mix, generator)
         if self.counts:
             inputs = without_rare(inputs, self.counts, self.rare, mix, generator)
@@ -284,7 +302,7 @@ class _Loss:
         return (logits / self.temperature).sigmoid()
 
 
-def _check_options(
+def check_options(
     epochs: int,
     mix: float,
     labels: Any,
@@ -293,6 +311,7 @@ def _check_options(
     temperature: float,
     network: str,
 ) -> None:
+    """ValueError for what is out of range, TypeError for labels that cannot be called."""
     for name, count in (("epochs", epochs), ("rare", rare)):
         if count < 0:
             raise ValueError(f"{name} must be 0 or more, got {count}")
@@ -332,7 +351,7 @@ def _labels_of(found: Any, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def _drawn_anew(model: nn.Module, seed: int, best: _Best) -> Iterator[None]:
+def _drawn_anew(model: nn.Module, seed: int, best: BestState) -> Iterator[None]:
     """Initial values outside the tables; an error puts the best state back.
 
     Drawn are modules with a ``reset_parameters()`` whose own parameters are all trainable. Their
@@ -526,7 +545,7 @@ def _codebook_rate(codebooks: Tensor) -> float:
     return _ROW_RATE * float(values.square().mean().sqrt()) / math.sqrt(len(values))
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
     """Linear warm-up, as Adam's first steps are its wildest, then a cosine to zero."""
     warm = min(1.0, (progress + 1e-3) / _WARM_UP)
     decayed = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
@@ -561,7 +580,7 @@ def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
-def _dense_gradients(model: nn.Module) -> Iterator[None]:
+def dense_gradients(model: nn.Module) -> Iterator[None]:
     """Adam takes no sparse gradients: tables that give them give dense ones for a while."""
     sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
     for module in sparse:

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from torch import nn
 
 from benchmarks.quality.common import Base, Method, tables
-from mec_embed import CompressionConfig, budget, compress
+from examples.ctr.training import evaluate
+from mec_embed import CompressionConfig, budget, compress, self_distill
 
 
 def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> nn.Module | None:
     """``compress()`` with int8 codebooks; ``measured``: with ``batches=``."""
     model = base.copy()
-    counts = {}
-    for part, field, _ in tables(model):
-        name = "embeddings" if part is model.embeddings else "first_order"
-        counts[f"{name}.{field}"] = base.counts[field]
     values: dict[str, Any] = {"codebook_dtype": "int8", "seed": base.seed} | options
     # max_bytes, not ratio: rounding shall not decide whether the budget is kept.
     config = CompressionConfig(ratio=None, max_bytes=base.budget(ratio), **values)
     try:
         batches = list(base.batches()) if measured else None
-        compress(model, counts, config, batches=batches, progress=False)
+        compress(model, _counts(base), config, batches=batches, progress=False)
     except ValueError as error:
         if "the least possible" in str(error) or "left alone take" in str(error):
             return None
         raise
     return model
+
+
+def self_distilled(base: Base) -> Base:
+    """A base whose model has been trained on by ``self_distill()``, the best by validation."""
+    model = base.copy()
+    self_distill(
+        model,
+        _counts(base),
+        list(base.batches(base.seed + 1)),
+        labels=lambda batch: batch[1],
+        score=lambda one: evaluate(one, base.data, "valid").auc,
+        seed=base.seed,
+        progress=False,
+    )
+    return replace(base, model=model)
+
+
+def _counts(base: Base) -> dict[str, np.ndarray]:
+    """Qualified name -> training occurrences of each row (rows,)."""
+    first = base.model.embeddings
+    return {
+        f"{'embeddings' if held is first else 'first_order'}.{field}": base.counts[field]
+        for held, field, _ in tables(base.model)
+    }
 
 
 def _apart(base: Base, ratio: float, part: str, instead: Any) -> nn.Module | None:

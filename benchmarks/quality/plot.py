@@ -20,7 +20,7 @@ from benchmarks import lines
 Panel = tuple[str, str, str]
 #: Colours are for methods of interest; the others share grey.
 COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
-STAGES = ("right after", "tuned", "labels")
+STAGES = ("right after", "tuned", "labels", "self-distilled")
 #: Columns and lines of the short table.
 SHORT: tuple[tuple[Panel, float], ...] = (
     (("criteo_dac80k", "DeepFM", "40"), 25.0),
@@ -79,7 +79,7 @@ def _panel(row: dict[str, str]) -> Panel:
 
 
 def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
-    """Markdown: one line a method, one column a ratio, "right after / tuned / with labels"."""
+    """Markdown: one line a method, one column a ratio, the stages that were run in a cell."""
     ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
     text = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
     text += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
@@ -119,7 +119,7 @@ def _cell(cell: dict[str, list[float]] | None) -> str:
     if cell is None:
         return "-"
     seeds = len(cell[STAGES[0]])
-    stages = [cell[stage] for stage in STAGES if cell[stage]]
+    stages = [cell[stage] for stage in STAGES if cell.get(stage)]
     # A stage of fewer seeds than the first says so.
     values = [
         f"{mean(stage):+.4f}" + (f" ({len(stage)})" if len(stage) != seeds else "")

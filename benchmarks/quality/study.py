@@ -28,7 +28,7 @@ from benchmarks.quality.big_generator import TOTAL_IDS, generate_named, train_sp
 from benchmarks.quality.common import Base, Method, embedding_bytes
 from benchmarks.quality.fuxictr_data import FIELDS, load_folder
 from benchmarks.quality.models import ALL_IDS, MODELS, STUDY_SETTINGS, build, settings_for
-from benchmarks.quality.ours import ABLATION, OURS
+from benchmarks.quality.ours import ABLATION, OURS, self_distilled
 from benchmarks.quality.posthoc import POSTHOC
 from benchmarks.quality.trained import TRAINED
 from benchmarks.quality.tuning import tune
@@ -48,8 +48,9 @@ COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
-#: The stages of models tuned with labels mixed into the targets, and from a softened teacher.
-LABELS, CALIBRATED = "labels", "calibrated"
+#: The stages of models tuned with labels mixed into the targets, the same where the base was
+#: self-distilled before, and from a softened teacher.
+LABELS, SELF_DISTILLED, CALIBRATED = "labels", "self-distilled", "calibrated"
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -64,6 +65,8 @@ def main() -> None:
             base = _base(name, model, options, seed)
             label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
             _record_base(options.out, base, label)
+            if options.self_distilled:
+                base = self_distilled(base)
             for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
                 _run(options, base, label, method, ratio)
@@ -82,6 +85,11 @@ def _parse() -> argparse.Namespace:
     stages = parser.add_mutually_exclusive_group()
     stages.add_argument(
         "--labels", action="store_true", help="only tuning with labels, a stage of its own"
+    )
+    stages.add_argument(
+        "--self-distilled",
+        action="store_true",
+        help="the same, of a base that was self-distilled with labels before",
     )
     stages.add_argument(
         "--calibrated",
@@ -116,6 +124,8 @@ def _stage(options: argparse.Namespace) -> str:
     """The stage of models that these options tune."""
     if options.calibrated:
         return CALIBRATED
+    if options.self_distilled:
+        return SELF_DISTILLED
     return LABELS if options.labels else "tuned"
 
 
@@ -125,7 +135,7 @@ def read_keys(file: Path, stage: str = "tuned") -> set[tuple[str, ...]]:
         tuple(row[name] for name in KEY)
         for row in lines.read(file)
         if row["stage"] in ("impossible", stage)
-        or (stage == "tuned" and row["stage"] not in (LABELS, CALIBRATED))
+        or (stage == "tuned" and row["stage"] not in (LABELS, SELF_DISTILLED, CALIBRATED))
     }
 
 
@@ -207,7 +217,8 @@ def _run(
     if options.no_tuning:
         return
     started = time.perf_counter()
-    tuned = tune(model, base, labels=options.labels, calibrated=options.calibrated)
+    labels = options.labels or options.self_distilled
+    tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started
     record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)
 

@@ -86,6 +86,22 @@ def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, ca
     assert ours.count("/") == 1  # right after and with labels
 
 
+def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path, capsys):
+    methods = ["--methods", "mec_embed", "--ratios", "8"]
+    first = run(*methods, "--labels")
+    lines = run(*methods, "--self-distilled")
+    assert lines[: len(first)] == first
+    [line] = lines[len(first) :]
+    assert line["stage"] == "self-distilled" and line["test_auc"] != first[-1]["test_auc"]
+    assert run(*methods, "--self-distilled") == lines
+    assert run(*methods, "--no-tuning")[: len(lines)] == lines
+
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv")])
+    plot.main()
+    [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
+    assert ours.count("/") == 2  # right after, with labels, and self-distilled before
+
+
 def test_tuning_from_a_softened_teacher_is_a_stage_of_its_own(run):
     methods = ["--methods", "mec_embed", "hashing", "--ratios", "8"]
     first = run(*methods, "--no-tuning")

@@ -1,0 +1,261 @@
+"""Self-distillation: what a model learnt by heart is unlearnt before it is compressed.
+
+Rows of ids that are seen a few times remember the labels they were seen with, and the network
+learns to trust them; then training has to stop before the rows of popular ids and the network are
+done. Here these go on, against labels and the model as it was, while rare ids tell nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import CompressionConfig
+from .distill import (
+    BestState,
+    Labels,
+    Loss,
+    check_options,
+    count_ids,
+    dense_gradients,
+    run_epochs,
+    set_rate,
+)
+from .forward import Forward, check_batches, default_forward, eval_mode
+from .frequency import FrequencyStats, counts_for_tables
+from .modules import CompressedEmbedding, CompressedEmbeddingBag
+from .shards import is_dtensor
+from .tables import Table, find_modules, find_tables
+
+
+def self_distill(
+    model: nn.Module,
+    freq_stats: FrequencyStats | Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    labels: Labels,
+    epochs: int = 3,
+    lr: float = 1e-3,
+    label_weight: float = 0.5,
+    rare: int = 50,
+    l2: float = 5e-4,
+    forward: Forward = default_forward,
+    score: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Train an uncompressed model against labels and itself, in place, before ``compress()``.
+
+    A step that one may leave out. Models of click logs are stopped early, as the rows of rare ids
+    over-fit; what this gains over the model as it was, :func:`compress` keeps, and a
+    :func:`distill` with labels from a copy of the result gains more (docs/measured.md). The
+    target is that of born-again networks (Furlanello et al., 2018, arXiv 1805.04770):
+    ``label_weight`` of the label, the rest of the probability by the model as it was.
+
+    Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move. Popular rows are
+    trained by SparseAdam, all else by Adam, in eval mode; the learning rate warms up and falls to
+    zero by a cosine. It takes the memory of a copy of the model, and three times the popular rows.
+
+    Args:
+        model: the trained model, with its tables in this process.
+        freq_stats: how often each row occurs in ``batches``, as :func:`compress` takes it.
+        batches: training batches, iterated once to count and once an epoch: a DataLoader, a list.
+        labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch.
+        epochs: passes over ``batches``.
+        lr: learning rate of both optimizers.
+        label_weight: part of the label in a target, 0 to 1.
+        rare: ids of a column that occur less often than this in ``batches`` are shuffled between
+            the rows of a batch, as in :func:`distill`. 0: none is rare.
+        l2: L2 penalty; ``l2`` times a row is added to its gradient whenever a batch holds it.
+        forward: how to call the model on a batch, see :meth:`FrequencyStats.from_batches`. It
+            returns logits or probabilities (batch,) or (batch, 1).
+        score: says how good the model is, larger is better, such as its validation AUC. It is
+            called before the first and after every epoch, in eval mode and without gradients, and
+            the best state is kept. None keeps the last.
+        seed: of the shuffling.
+        progress: show a progress bar.
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        ValueError: the model holds compressed, sharded or no tables, counts do not fit them, there
+            are no batches, an argument is out of range, or labels are of another length than the
+            predictions or outside 0 to 1.
+        TypeError: a forward that returns no tensor, or labels that are none.
+
+    Example:
+        >>> self_distill(  # doctest: +SKIP
+        ...     model, stats, train_batches, labels=lambda batch: batch[1], score=validation_auc
+        ... )
+        >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
+        >>> compress(model, stats, batches=train_batches)  # doctest: +SKIP
+    """
+    check_batches(batches)
+    if labels is None:
+        raise TypeError("labels must be a function that gives the labels of a batch, got None")
+    check_options(epochs, 0.0, labels, label_weight, rare, 1.0, "trained")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be above 0 and finite, got {lr}")
+    if not 0 <= l2 < math.inf:
+        raise ValueError(f"l2 must be 0 or more and finite, got {l2}")
+    tables, other_names = _tables_of(model)
+    wanted = [(table.names, table.rows) for table in tables]
+    counts = counts_for_tables(freq_stats, wanted, other_names)
+    _check_counts(tables, counts)
+    if not epochs:
+        return []
+    popular = [
+        rows
+        for table, found in zip(tables, counts, strict=True)
+        if len((rows := _PopularRows(table.module, torch.from_numpy(found), max(rare, 1))).values)
+    ]
+    teacher = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with (
+        eval_mode(model),
+        eval_mode(teacher),
+        dense_gradients(model),
+        _sparse_gradients([table.module for table in tables]),
+    ):
+        optimizers = _optimizers(model, tables, popular, lr)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        best = BestState(model, [p for group in groups for p in group["params"]], score, [])
+        ids = count_ids(batches) if rare else {}
+        loss_of = Loss(model, teacher, forward, labels, label_weight, 1.0, ids, rare)
+
+        def take_step(batch: Any, done: float) -> float:
+            model.zero_grad()
+            loss = loss_of(batch, 0.0, generator)
+            loss.backward()
+            for rows in popular:
+                rows.take_gradient(l2)
+            for optimizer in optimizers:
+                set_rate(optimizer, lr, done)
+                optimizer.step()
+            for rows in popular:
+                rows.put_back()
+            return loss.item()
+
+        history = []
+        for mean in run_epochs(batches, epochs, take_step, "self-distilling", progress):
+            history.append(mean)
+            best.update()
+        if score is not None:
+            best.restore()
+            for rows in popular:
+                rows.put_all_back()
+        model.zero_grad()
+    return history
+
+
+def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
+    """The tables that are trained by rows, and the names of those left to Adam or alone."""
+    compressed = [
+        aliases[0].name
+        for _, aliases in find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag))
+    ]
+    if compressed:
+        raise ValueError(
+            f"{', '.join(compressed)} are compressed already; call self_distill() before "
+            "compress(), or train on with distill()"
+        )
+    tables, skipped = find_tables(model, CompressionConfig(min_rows=1))
+    for table in tables:
+        if is_dtensor(table.weight):
+            raise ValueError(
+                f"table {table.name!r} is sharded between ranks; self_distill() trains tables "
+                "that are whole in this process"
+            )
+    trained = [table for table in tables if table.weight.requires_grad]
+    frozen = [name for table in tables if not table.weight.requires_grad for name in table.names]
+    return trained, [*frozen, *(name for t in skipped for name in (t.name, *t.aliases))]
+
+
+def _check_counts(tables: list[Table], counts: list[Any]) -> None:
+    """ValueError for tables without counts: it is not known which of their rows are rare."""
+    missing = [t.name for t, found in zip(tables, counts, strict=True) if found is None]
+    if missing:
+        raise ValueError(
+            f"freq_stats holds no counts of {', '.join(missing)}; count all tables, for instance "
+            "by FrequencyStats.from_batches(model, batches)"
+        )
+
+
+class _PopularRows:
+    """The rows of one table that are trained: a float copy, which an optimizer moves."""
+
+    def __init__(self, module: nn.Embedding | nn.EmbeddingBag, counts: Tensor, least: int) -> None:
+        self.weight = module.weight
+        self.rows = (counts >= least).nonzero()[:, 0].to(self.weight.device)
+        self.slots = torch.full((len(counts),), -1, device=self.weight.device)
+        self.slots[self.rows] = torch.arange(len(self.rows), device=self.weight.device)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self.values = nn.Parameter(self.weight.detach()[self.rows].to(wide))
+        self.moved = self.rows[:0]
+
+    @torch.no_grad()
+    def take_gradient(self, l2: float) -> None:
+        """From the table to ``values``, sparse and with that of the penalty; of these rows only."""
+        found, self.weight.grad = self.weight.grad, None
+        self.values.grad, self.moved = None, self.rows[:0]
+        if found is None:
+            return
+        if found.is_sparse:
+            found = found.to(self.values.dtype).coalesce()
+            ids, gradient = found.indices()[0], found.values()
+        else:
+            ids = found.any(dim=1).nonzero()[:, 0]
+            gradient = found[ids].to(self.values.dtype)
+        slots = self.slots[ids]
+        kept = slots >= 0
+        slots = self.moved = slots[kept]
+        gradient = gradient[kept].add(self.values[slots], alpha=l2)
+        self.values.grad = torch.sparse_coo_tensor(
+            slots[None], gradient, self.values.shape, check_invariants=False, is_coalesced=True
+        )
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """From ``values`` to the table: what moved since the gradient was taken."""
+        self.weight[self.rows[self.moved]] = self.values[self.moved].to(self.weight.dtype)
+
+    @torch.no_grad()
+    def put_all_back(self) -> None:
+        """From ``values`` to the table."""
+        self.weight[self.rows] = self.values.to(self.weight.dtype)
+
+
+def _optimizers(
+    model: nn.Module, tables: list[Table], popular: list[_PopularRows], lr: float
+) -> list[torch.optim.Optimizer]:
+    """SparseAdam of popular rows, and Adam of what is trainable outside the tables."""
+    held = {id(table.weight) for table in tables}
+    network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    found: list[torch.optim.Optimizer] = []
+    if popular:
+        groups = [{"params": [rows.values for rows in popular], "rate": 1.0}]
+        found.append(torch.optim.SparseAdam(groups, lr=lr))
+    if network:
+        found.append(torch.optim.Adam([{"params": network, "rate": 1.0}], lr=lr))
+    return found
+
+
+@contextmanager
+def _sparse_gradients(modules: list[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Tables give sparse gradients for a while, where they can: a dense one is a table more."""
+    able = [m for m in modules if getattr(m, "mode", None) != "max"]
+    kept = [module.sparse for module in able]
+    for module in able:
+        module.sparse = True
+    try:
+        yield
+    finally:
+        for module, sparse in zip(able, kept, strict=True):
+            module.sparse = sparse
