@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .budget import Assignment, Field, Group, Shape, assign, popular_rows, total_weight
 from .config import POPULARITY, CompressionConfig
-from .forward import Forward, default_forward
+from .forward import Forward, default_forward, full_precision
 from .frequency import FrequencyStats, counts_for_tables
 from .layout import CodeLayout, dtype_name
 from .learning.fit import CodeShape, FittedCodes, Learned, Rows, fit_codes, learn_side_by_side
@@ -360,9 +360,23 @@ def _draft(
     if batches is not None:
         others = partial(_sharded_among, model, skipped, standing)
         measure = partial(_measured, model, tables, batches, forward, others)
-    return draft_tables(
+    draft = draft_tables(
         model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
     )
+    draft.notes.extend(_note_untrained(tables, groups_of))
+    return draft
+
+
+def _note_untrained(tables: Sequence[Table], groups_of: Mapping[int, Hashable]) -> list[str]:
+    """Says which tables no optimizer will train, where there are optimizers."""
+    weights = [(table.name, table.weight) for table in tables if table.weight.requires_grad]
+    left = [name for name, weight in weights if id(weight) not in groups_of]
+    if not groups_of or not left:
+        return []
+    return [
+        f"no optimizer that was given holds {', '.join(left)}: another one that does goes on with "
+        "the dense tables, not with the codebooks; give all that train the model"
+    ]
 
 
 def _measured(
@@ -559,8 +573,8 @@ def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> tuple[Hashabl
 
 @contextmanager
 def _grad_mode() -> Iterator[None]:
-    """Gradients for learning, and parameters that can train, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Gradients, parameters that can train and float32, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), full_precision():
         yield
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,9 @@ def distill(
             their scale. It warms up and falls to zero by a cosine.
         mix: part of each batch in which about one column in ten (at least one) is shuffled between
             rows, so that the teacher also labels combinations that the data do not hold. Columns
-            are those of an integer tensor (batch, columns), or the entries of a mapping; other
-            batches are used as they are. With labels, these rows also keep what rows of rare ids
+            are those of an integer tensor (batch, columns), or the entries of a mapping (of its
+            only one with ids, if that is a matrix, the columns); other batches are used as they
+            are. With labels, these rows also keep what rows of rare ids
             mean to the teacher; 0 is worth a trial, by a ``score``: where rare ids tell little, it
             unlearns what was learnt by heart (docs/experiments.md).
         labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch: the target of rows that
@@ -112,10 +113,14 @@ def distill(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: the model holds no compressed table or nothing to train, there are no batches,
-            an argument is out of range, labels are of another length than the predictions or
+        ValueError: the model holds no compressed table or nothing to train, the teacher shares
+            what is trained, there are no batches or they can be read once only, a loss is NaN or
+            infinite, an argument is out of range, labels are of another length than predictions or
             outside 0 to 1, or a module cannot be drawn anew.
         TypeError: a forward that returns no tensor, or labels that are none.
+
+        Whatever is raised, an interruption too, puts the best state back: without a score, the
+        first.
 
     Example:
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
@@ -128,18 +133,26 @@ def distill(
         ...     model, teacher, train_batches, labels=lambda batch: batch[1], score=validation_auc
         ... )
     """
-    check_batches(batches)
+    counting = labels is not None and bool(rare) and epochs > 0
+    check_batches(batches, epochs + counting)
     check_options(epochs, mix, labels, label_weight, rare, temperature, network)
     books = _codebook_sets(model)
     dtypes = [book.codebooks.dtype for book in books]
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
-    modes = eval_mode(model), eval_mode(teacher), dense_gradients(model)
-    with modes[0], modes[1], modes[2], _trainable(books) as codebooks:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        eval_mode(model),
+        eval_mode(teacher),
+        dense_gradients(model),
+        _trainable(books) as codebooks,
+    ):
         optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
+        _check_teacher(teacher, trained)
         best = BestState(model, trained, score, list(zip(codebooks, dtypes, strict=True)))
-        counts = count_ids(batches) if labels is not None and rare and epochs else {}
+        counts = count_ids(batches) if counting else {}
         loss_of = Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
 
         def take_step(batch: Any, done: float) -> float:
@@ -150,13 +163,28 @@ def distill(
             optimizer.step()
             return loss.item()
 
-        with _drawn_anew(model, seed, best) if network == "fresh" and epochs else nullcontext():
+        with best.back_on_error():
+            if network == "fresh" and epochs:
+                _draw_anew(model, seed)
             for mean in run_epochs(batches, epochs, take_step, "distilling", progress):
                 history.append(mean)
                 best.update()
         if score is not None:
             best.restore()
+        optimizer.zero_grad()
     return history
+
+
+def _check_teacher(teacher: nn.Module, trained: list[nn.Parameter]) -> None:
+    """ValueError for a teacher that would be trained as well."""
+    own = {id(parameter) for parameter in trained}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    if shared:
+        raise ValueError(
+            f"the teacher holds {len(shared)} parameters that are trained, {shared[0]!r} among "
+            "them, expected a model of its own; pass a copy.deepcopy(model) that was made before "
+            "compress()"
+        )
 
 
 def _groups(model: nn.Module, codebooks: list[nn.Parameter], network: str) -> list[dict[str, Any]]:
@@ -191,7 +219,14 @@ def run_epochs(
         total, seen = 0.0, 0
         for step, batch in enumerate(bar):
             share = step / steps if steps else 0.5
-            total, seen = total + take_step(batch, (epoch + share) / epochs), seen + 1
+            loss = take_step(batch, (epoch + share) / epochs)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of batch {step} of epoch {epoch + 1} is {loss}, expected a finite "
+                    "one; look for NaN in what the teacher predicts, train a float16 model as "
+                    "float32, or lower lr"
+                )
+            total, seen = total + loss, seen + 1
             bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
         if not seen:
             raise ValueError("batches is empty in this epoch; pass a list or a DataLoader")
@@ -242,6 +277,15 @@ class BestState:
             for (book, _), values in zip(self.codebooks, exact, strict=True):
                 book.copy_(values)
 
+    @contextmanager
+    def back_on_error(self) -> Iterator[None]:
+        """An error, or an interruption, puts the best state back: without a score, the first."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the best state back."""
@@ -276,9 +320,10 @@ class Loss:
         with torch.no_grad():
             target = prediction(self.forward(self.teacher, inputs))
         output = prediction(self.forward(self.model, inputs))
-        if self.probabilities is None:
-            # Logits of a batch that all lie in [0, 1] would mean a model that knows nothing.
-            self.probabilities = bool(((target >= 0) & (target <= 1)).all())
+        # Logits that all lie in [0, 1] would mean a model that knows nothing, or a small batch.
+        within = bool(((target >= 0) & (target <= 1)).all())
+        if self.probabilities is None or (self.probabilities and not within):
+            self.probabilities = within
             logger.info(
                 "distill: outputs are %s", "probabilities" if self.probabilities else "logits"
             )
@@ -350,9 +395,8 @@ def _labels_of(found: Any, target: Tensor) -> Tensor:
     return labels
 
 
-@contextmanager
-def _drawn_anew(model: nn.Module, seed: int, best: BestState) -> Iterator[None]:
-    """Initial values outside the tables; an error puts the best state back.
+def _draw_anew(model: nn.Module, seed: int) -> None:
+    """Initial values outside the tables.
 
     Drawn are modules with a ``reset_parameters()`` whose own parameters are all trainable. Their
     buffers, such as the statistics of a batch norm, stay: the network runs in eval mode.
@@ -360,21 +404,16 @@ def _drawn_anew(model: nn.Module, seed: int, best: BestState) -> Iterator[None]:
     tables = (nn.Embedding, nn.EmbeddingBag, DecodedTable)
     kept = {id(p) for m in model.modules() if isinstance(m, tables) for p in m.parameters()}
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            # Not torch.manual_seed, which also seeds devices that are not forked here.
-            for generator in _generators(sorted(devices)):
-                generator.manual_seed(seed)
-            for name, module in model.named_modules():
-                own = list(module.parameters(recurse=False))
-                if not own or not callable(getattr(module, "reset_parameters", None)):
-                    continue
-                if all(p.requires_grad and id(p) not in kept for p in own):
-                    _reset(name, module, kept)
-        yield
-    except BaseException:
-        best.restore()
-        raise
+    with torch.random.fork_rng(sorted(devices)):
+        # Not torch.manual_seed, which also seeds devices that are not forked here.
+        for generator in _generators(sorted(devices)):
+            generator.manual_seed(seed)
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not own or not callable(getattr(module, "reset_parameters", None)):
+                continue
+            if all(p.requires_grad and id(p) not in kept for p in own):
+                _reset(name, module, kept)
 
 
 def _generators(devices: list[int]) -> list[torch.Generator]:
@@ -471,7 +510,11 @@ def _with_columns(batch: Any, change: Callable[[dict[Any, Tensor]], dict[Any, Te
     changed = change(columns)
     if isinstance(batch, Tensor):
         return torch.stack(list(changed.values()), 1)
-    return {**batch, **changed}
+    fields = [name for name in changed if isinstance(name, _Field)]
+    if not fields:
+        return {**batch, **changed}
+    matrix = torch.stack([changed.pop(name) for name in fields], 1)
+    return {**batch, **changed, fields[0].entry: matrix}
 
 
 def _first(batch: Any) -> Any:
@@ -495,7 +538,28 @@ def _columns(batch: Any) -> dict[Any, Tensor]:
         # Entries of another length, such as offsets of bags, are no columns.
         rows = len(next(iter(columns.values()), ()))
         columns = {name: value for name, value in columns.items() if len(value) == rows}
+        columns = _with_fields(columns)
     return columns if len(columns) > 1 else {}
+
+
+class _Field(NamedTuple):
+    """A column of an entry that holds the ids of all fields."""
+
+    entry: Any
+    number: int
+
+
+def _with_fields(columns: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """A matrix (batch, fields) that is the only entry with ids, as one column a field.
+
+    Beside others with ids a matrix is a sequence, whose ids are all of one kind.
+    """
+    with_ids = [name for name, column in columns.items() if _holds_ids(column)]
+    if len(with_ids) != 1 or columns[with_ids[0]].dim() != 2:
+        return columns
+    matrix = columns[with_ids[0]]
+    others = {name: column for name, column in columns.items() if name != with_ids[0]}
+    return others | {_Field(with_ids[0], i): one for i, one in enumerate(matrix.unbind(1))}
 
 
 def _rows_mixed(batch: Any, part: float, predictions: int) -> int:

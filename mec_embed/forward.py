@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -28,13 +29,28 @@ def prediction(output: Any) -> Tensor:
     return output.reshape(-1).float()
 
 
-def check_batches(batches: Any) -> None:
-    """TypeError for what is no iterable of batches."""
+def check_batches(batches: Any, passes: int = 1) -> None:
+    """TypeError for what is no iterable of batches, ValueError for one that ends too soon."""
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise TypeError(
             f"batches must be a list or a DataLoader of training batches, got "
             f"{type(batches).__name__}"
         )
+    if passes > 1 and isinstance(batches, Iterator) and not hasattr(batches, "__len__"):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, which can be gone through once, expected "
+            f"{passes} times; pass a list or a DataLoader"
+        )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Sums and searches keep their precision, though the caller is within ``torch.autocast``."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def _flat_ids(array: Any) -> np.ndarray:
 
 def _checked(name: str, values: Any) -> np.ndarray:
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu().double().numpy()
     try:
         counts = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .forward import full_precision
 from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, DecodedTable, _Compressed, check_gathered, quantize_codebooks
@@ -25,6 +26,8 @@ Tables = DecodedTable | Sequence[DecodedTable]
 Rows = Tensor | Sequence[Tensor]
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
     """Append rows to a compressed table, in place, with the codebooks that it has.
 
@@ -76,6 +79,8 @@ def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
     return range(first, first + count)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
     """Encode some rows of a compressed table anew, in place, with the codebooks that it has.
 
@@ -147,7 +152,8 @@ def drift(
         table: a compressed table (of tables in tiers, the popular tier is measured).
         rows: a sample of rows (n, embedding_dim), such as those that changed.
         expected: ``weighted_error`` of the table in its :class:`mec_embed.TableReport`.
-        weights: popularity weight (n,) of each; None weighs all alike.
+        weights: popularity weight (n,) of each, as in the expected error; None weighs all alike,
+            and of rows that are mostly rare finds more than that.
         tolerance: how many times the expected error is still no drift.
 
     Raises:
@@ -260,6 +266,7 @@ def _codebooks(parts: Sequence[_Compressed]) -> Tensor:
     return torch.cat([part.codebook_set.values() for part in parts], dim=2)
 
 
+@full_precision()
 def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | None:
     """Codes (n, M) of the rows of all parts; None where rows are stored as they are."""
     if not parts[0].layout.bits:

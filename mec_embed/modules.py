@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +19,22 @@ from .replicas import any_dtensor, on_replicas
 DECODE_ROWS = 1 << 14
 
 
-class CodeTable(nn.Module):
+class SharedModule(nn.Module):
+    """What several tables of a model may hold: walks over a model meet it once.
+
+    ``torch.func.functional_call`` goes over all names of a parameter, puts other tensors in under
+    each, and puts back what it found there: under the second name of a module that is registered
+    twice, that is what it had put in under the first.
+    """
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself, the first time that it is met, with ``remove_duplicate=False`` as well."""
+        return super().named_modules(memo, prefix, True)
+
+
+class CodeTable(SharedModule):
     """The packed codes of one or more tables: a module, so that sharing survives ``.to()``."""
 
     codes: Tensor
@@ -78,7 +93,7 @@ class CodePart(CodeTable):
             held.copy_(state[name])
 
 
-class CodebookSet(nn.Module):
+class CodebookSet(SharedModule):
     """The codebooks of one or more tables: trainable floats, or int8 with a scale a codeword."""
 
     codebooks: Tensor
@@ -95,6 +110,14 @@ class CodebookSet(nn.Module):
         else:
             self.register_parameter("codebooks", nn.Parameter(codebooks, requires_grad))
             self.register_buffer("scales", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CodebookSet:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
+            # .float() and .half() are for the output; the format knows one dtype of scales.
+            self.scales = scales.to(self.scales.device)
+        return self
 
     def store(self, values: Tensor) -> None:
         """Put float codebooks (M, K, subvector_dim) in, rounded to the dtype of this set."""

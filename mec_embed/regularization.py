@@ -43,9 +43,10 @@ def rows_per_codeword(table: Compressed) -> Tensor:
     codes = table.codes
     if isinstance(table.code_table, CodePart):
         return table.code_table.rows_per_codeword.float()
-    # Codes change only when a state is loaded, which counts up their version.
+    # Codes change when a state is loaded, which counts up their version, and when rows are added,
+    # to new memory, which may be where other codes were before.
     version = 0 if codes.is_inference() else codes._version
-    state = (codes.data_ptr(), version, codes.device)
+    state = (codes.data_ptr(), version, codes.device, table.num_embeddings)
     known = _COUNTS.get(table)
     if known is None or known[0] != state:
         known = _COUNTS[table] = (state, count_rows(table))

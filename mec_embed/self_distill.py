@@ -86,9 +86,13 @@ def self_distill(
 
     Raises:
         ValueError: the model holds compressed, sharded or no tables, counts do not fit them, there
-            are no batches, an argument is out of range, or labels are of another length than the
+            are no batches or they can be read once only, a loss is NaN or infinite, an argument is
+            out of range, or labels are of another length than the
             predictions or outside 0 to 1.
         TypeError: a forward that returns no tensor, or labels that are none.
+
+        Whatever is raised, an interruption too, puts the best state back: without a score, the
+        first.
 
     Example:
         >>> self_distill(  # doctest: +SKIP
@@ -97,7 +101,7 @@ def self_distill(
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
         >>> compress(model, stats, batches=train_batches)  # doctest: +SKIP
     """
-    check_batches(batches)
+    check_batches(batches, epochs + (rare > 0))
     if labels is None:
         raise TypeError("labels must be a function that gives the labels of a batch, got None")
     check_options(epochs, 0.0, labels, label_weight, rare, 1.0, "trained")
@@ -119,6 +123,8 @@ def self_distill(
     teacher = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         eval_mode(model),
         eval_mode(teacher),
         dense_gradients(model),
@@ -144,14 +150,17 @@ def self_distill(
             return loss.item()
 
         history = []
-        for mean in run_epochs(batches, epochs, take_step, "self-distilling", progress):
-            history.append(mean)
-            best.update()
-        if score is not None:
-            best.restore()
+        try:
+            with best.back_on_error():
+                for mean in run_epochs(batches, epochs, take_step, "self-distilling", progress):
+                    history.append(mean)
+                    best.update()
+            if score is not None:
+                best.restore()
+        finally:
             for rows in popular:
                 rows.put_all_back()
-        model.zero_grad()
+            model.zero_grad()
     return history
 
 

@@ -88,6 +88,7 @@ def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, manifest
 
 
+@torch.inference_mode(False)
 def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Model:
     """Fill a fresh, uncompressed model of the same architecture from a file, in place.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ _STATE_HOOKS = (
 )
 #: Where hooks of ``fully_shard`` are defined.
 _FSDP = "torch.distributed.fsdp."
+#: What a module holds of its own: tensors, submodules and hooks.
+_MODULE_DICTS = frozenset(vars(nn.Module()))
 _WRAPPERS = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -250,6 +252,7 @@ def find_tables(
     shards = shards or {}
     tables, skipped = [], []
     holders = _storage_holders(model)
+    elsewhere = _held_elsewhere(model)
     counted: set[int] = set()
     for module, aliases in find_modules(model, EMBEDDINGS):
         weight = getattr(module, "weight", None)
@@ -261,7 +264,7 @@ def find_tables(
                 f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
                 "trained weights before compressing"
             )
-        reason = _reason_to_skip(module, aliases, holders, config)
+        reason = elsewhere.get(id(module)) or _reason_to_skip(module, aliases, holders, config)
         if reason:
             table = untouched(module, aliases, reason)
             # Tied tables are one tensor: its bytes count with the first.
@@ -340,6 +343,28 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
             if tensor is not None and tensor.layout is torch.strided and not tensor.is_meta:
                 holders[_storage(tensor)].add((id(module), attribute))
     return holders
+
+
+def _held_elsewhere(model: nn.Module) -> dict[int, str]:
+    """``id(module)`` -> why it stays, for those that an attribute holds beside the modules.
+
+    A forward that reads them from there would go on with the dense tables.
+    """
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _MODULE_DICTS:
+                continue
+            items = value.values() if isinstance(value, Mapping) else value
+            held = items if isinstance(items, (list, tuple, set, ValuesView)) else (items,)
+            for item in held:
+                if isinstance(item, EMBEDDINGS):
+                    where = f"{name}.{attribute}" if name else attribute
+                    found[id(item)] = (
+                        f"the attribute {where!r} holds it too, where a forward may read it; hold "
+                        "it in an nn.ModuleList or nn.ModuleDict"
+                    )
+    return found
 
 
 def _storage(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .modules import CompressedEmbedding, DecodedBags, DecodedRows, DecodedTable
+from .modules import CompressedEmbedding, DecodedBags, DecodedRows, DecodedTable, SharedModule
 from .ops.reference import BLOCK_ROWS, count_ones
 from .tables import Alias, find_modules
 
@@ -24,7 +24,7 @@ MOST_RUNS = 16
 _MOST_POPULAR = 2**31 - 1
 
 
-class TierMap(nn.Module):
+class TierMap(SharedModule):
     """Which rows of a table are popular, and the place of each row within its tier.
 
     Rows that are sorted by popularity but for a few exceptions, as tokenizers number them, are

@@ -251,19 +251,20 @@ def test_an_error_restores_modes_and_codebooks(
     model.train()
     teacher.train()
     before = [(t.codebook_set, t.codebooks, t.codebook_set.scales) for t in _tables(model)]
-    codes = [t.codes.clone() for t in _tables(model)]
+    state = copy.deepcopy(model.state_dict())
 
     def batches() -> Iterator[Tensor]:
         yield from _batches(3)
         raise error
 
     with pytest.raises(error):
-        _distill(model, teacher, batches())
+        _distill(model, teacher, batches(), epochs=1)
     assert all(_modes(model)) and all(_modes(teacher))
     for store, codebooks, scales in before:
         assert store.codebooks is codebooks and store.scales is scales
-    assert all(torch.equal(a, t.codes) for a, t in zip(codes, _tables(model), strict=True))
-    assert bool(model.eval()(_batches(1)[0]).isfinite().all())
+    for name, value in model.state_dict().items():
+        # Rounding of what was not trained changes nothing, or the last bit of a scale.
+        assert torch.allclose(value.float(), state[name].float(), rtol=1e-2, atol=1e-6), name
 
 
 def test_a_model_without_compressed_tables() -> None:
@@ -277,15 +278,21 @@ def test_no_batches(batches: Any) -> None:
     model, teacher = _pair("int8")
     before = _state(model)
     with pytest.raises(ValueError, match="batches is empty"):
-        _distill(model, teacher, batches)
+        _distill(model, teacher, batches, epochs=1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_an_iterator_that_is_used_up_after_one_epoch() -> None:
     model, teacher = _pair()
     assert len(_distill(model, teacher, iter(_batches(2)), epochs=1)) == 1
-    with pytest.raises(ValueError, match="empty in this epoch"):
+    before = _state(model)
+    with pytest.raises(ValueError, match="can be gone through once, expected 2 times"):
         _distill(model, teacher, iter(_batches(2)), epochs=2)
+    with pytest.raises(ValueError, match="expected 2 times"):
+        _distill(
+            model, teacher, iter(_batches(2)), epochs=1, labels=lambda ids: torch.zeros(len(ids))
+        )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("output", [None, 3.0, {"other": torch.zeros(3)}, (torch.zeros(3),)])
@@ -590,7 +597,7 @@ def test_rows_that_were_mixed_keep_the_teacher_alone() -> None:
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda ids: {"row": {"ids": ids}}, lambda ids: ids.float(), lambda ids: {"ids": ids}],
+    [lambda ids: {"row": {"ids": ids}}, lambda ids: ids.float(), lambda ids: {"ids": ids.float()}],
     ids=["nested", "floats", "one entry"],
 )
 def test_batches_that_are_not_mixed_have_labels_for_all_rows(wrap: Any) -> None:
@@ -605,6 +612,71 @@ def test_batches_that_are_not_mixed_have_labels_for_all_rows(wrap: Any) -> None:
     with torch.no_grad():
         expected = float(F.binary_cross_entropy_with_logits(model(ids), labels))
     assert _distill(model, teacher, [wrap(ids)], **options) == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_a_matrix_of_ids_in_a_mapping_is_shuffled_by_its_columns() -> None:
+    ids = torch.stack([torch.arange(8), torch.arange(100, 108), torch.arange(200, 208)], 1)
+    batch = {"sparse": ids, "dense": torch.arange(8.0), "label": torch.zeros(8)}
+    counts = count_ids([batch, batch])
+    assert sorted(map(len, counts.values())) == [8, 128, 256]
+    for changed in (
+        without_rare(batch, counts, 5, 0.0, torch.Generator().manual_seed(0)),
+        mixed(batch, 1.0, torch.Generator().manual_seed(3)),
+    ):
+        assert changed.keys() == batch.keys()
+        assert changed["sparse"].shape == ids.shape and torch.equal(batch["sparse"], ids)
+        assert torch.equal(changed["sparse"].sort(dim=0).values, ids)
+    assert not torch.equal(
+        without_rare(batch, counts, 5, 0.0, torch.Generator().manual_seed(0))["sparse"], ids
+    )
+    # Beside others with ids it is a sequence, of one kind.
+    history = {"history": ids, "item": torch.arange(8)}
+    assert sorted(map(len, count_ids([history]).values())) == [8, 256]
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_teacher_that_would_be_trained_is_refused(dtype: str | None) -> None:
+    model, teacher = _pair(dtype)
+    before = _state(model)
+    for wrong in (model, nn.Sequential(model.mlp)):
+        with pytest.raises(ValueError, match="the teacher holds .* parameters that are trained"):
+            _distill(model, wrong)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    teacher.mlp = model.mlp
+    _distill(model, teacher, network="fixed", epochs=1)
+
+
+@pytest.mark.parametrize("score", [None, lambda one: 0.0])
+def test_a_loss_that_is_not_finite_puts_the_model_back(score: Any) -> None:
+    model, teacher = _pair()
+    before = _state(model)
+    batches = _batches(3)
+    bad = batches[2]
+
+    def read(some: nn.Module, ids: Tensor) -> Tensor:
+        return some(ids) * (math.nan if ids is bad and some is teacher else 1.0)
+
+    with pytest.raises(ValueError, match="the loss of batch 2 of epoch 1 is nan"):
+        _distill(model, teacher, batches, forward=read, mix=0.0, score=score)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_logits_that_look_like_probabilities_at_first() -> None:
+    model, teacher = _pair()
+    batches = _batches(4)
+    first = batches[0]
+
+    def read(some: nn.Module, ids: Tensor) -> Tensor:
+        return some(ids).abs().clamp(max=1.0) if ids is first else some(ids) * 5
+
+    assert len(_distill(model, teacher, batches, forward=read, mix=0.0, epochs=1)) == 1
+
+
+def test_no_gradients_are_left_and_none_are_needed() -> None:
+    model, teacher = _pair()
+    with torch.no_grad():
+        _distill(model, teacher, epochs=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_labels_of_rows_that_are_not_those_of_the_columns() -> None:
