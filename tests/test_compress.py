@@ -914,3 +914,104 @@ def test_few_rows_of_any_kind_under_any_name(rows, kind, codebook_size, tmp_path
             assert np.isfinite(table.weighted_error)
     again = run(model(), None, config, start_from=old)
     assert again.bytes_after == report.bytes_after
+
+
+# --- whole models in what is around them ---------------------------------------------------------
+
+
+def shared_model(dtype=None):
+    """A compressed model of equal tables, of which several share codebooks, codes or maps."""
+    model = small(rows=(400,) * 6, dim=8)
+    config = CompressionConfig(ratio=12, epochs=0, codebook_dtype=dtype)
+    counts = {f"{part}.f{i}": np.arange(400, 0, -1) for i in range(6) for part in PARTS}
+    report = run(model, counts, config)
+    assert any(t.shares_codebooks_with or t.shares_codes_with for t in report.tables)
+    return model
+
+
+PARTS = ("embeddings", "first_order")
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_functional_calls_of_a_whole_model_leave_it_alone(dtype):
+    model = shared_model(dtype)
+    ids, held = ids_for(model), dict(model.named_parameters())
+    before = model(ids).detach()
+    values = {name: parameter.detach() * 2 for name, parameter in held.items()}
+
+    changed = torch.func.functional_call(model, values, (ids,))
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(values, strict=False)
+    assert torch.allclose(changed, twin(ids)) and not torch.allclose(changed, before)
+    gradients = torch.func.grad(
+        lambda values: torch.func.functional_call(model, values, (ids,)).sum()
+    )(values)
+    twin(ids).sum().backward()
+    for name, parameter in twin.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(gradients[name], expected, atol=1e-5), name
+
+    assert torch.equal(model(ids), before)
+    after = dict(model.named_parameters())
+    assert after.keys() == held.keys() and all(after[name] is held[name] for name in held)
+    assert model.state_dict().keys() == twin.state_dict().keys()
+
+
+def test_codes_are_as_good_within_autocast():
+    outside, inside = small(rows=(2000, 300)), small(rows=(2000, 300))
+    first = run(outside, config=PLANNED)
+    with torch.autocast("cpu", torch.bfloat16):
+        second = run(inside, config=PLANNED)
+    for one, other in zip(first.tables, second.tables, strict=True):
+        assert one.weighted_error == pytest.approx(other.weighted_error, rel=1e-4)
+    for name, value in outside.state_dict().items():
+        assert torch.allclose(value.float(), inside.state_dict()[name].float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("to", ["float", "half", "double", "bfloat16"])
+def test_int8_models_of_another_dtype_are_saved_and_loaded(to, tmp_path):
+    model = shared_model("int8")
+    books = {id(m.codebook_set): m.codebook_set for m in model.modules() if hasattr(m, "layout")}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    getattr(model, to)()
+    wanted = getattr(torch.ones(1), to)().dtype
+    assert model.embeddings["f0"](torch.tensor([3])).dtype is wanted
+    for store in books.values():
+        assert store.scales is None or store.scales.dtype is torch.bfloat16
+    save(model, tmp_path / "model.safetensors")
+    again = load(getattr(small(rows=(400,) * 6), to)(), tmp_path / "model.safetensors")
+    for name, tensor in again.state_dict().items():
+        if "codebook_set" in name and tensor.dtype in (torch.int8, torch.bfloat16):
+            assert torch.equal(tensor, model.state_dict()[name])
+            assert tensor.dtype is not torch.int8 or torch.equal(tensor, before[name])
+
+
+def test_tables_that_an_attribute_holds_too_stay():
+    model = small()
+    model.listed = [*model.embeddings.values()]
+    report = run(model)
+    stayed = {table.name: table.reason for table in report.tables}
+    assert "the attribute 'listed' holds it too" in stayed["embeddings.f0"]
+    assert isinstance(model.embeddings["f1"], nn.Embedding)
+    assert isinstance(model.first_order["f0"], CompressedEmbedding)
+    model = small()
+    model.mlp.by_name = dict(model.embeddings.items())
+    stayed = [t.name for t in run(model).tables if t.reason]
+    assert stayed == ["embeddings.f0", "embeddings.f1"]
+
+
+def test_tables_that_no_given_optimizer_trains_are_told():
+    model = small()
+    vectors = torch.optim.SGD(model.embeddings.parameters(), 0.1)
+    rest = [p for n, p in model.named_parameters() if not n.startswith("embeddings")]
+    others = torch.optim.Adam(rest)
+    for one in (others, [others]):
+        [note] = [n for n in plan(model, None, FAST, optimizer=one).notes if "optimizer" in n]
+        assert "holds embeddings.f0, embeddings.f1" in note
+    for one in (None, [others, vectors]):
+        assert not [n for n in plan(model, None, FAST, optimizer=one).notes if "optimizer" in n]
+
+
+def test_bfloat16_counts():
+    stats = FrequencyStats.from_counts({"a": torch.ones(4, dtype=torch.bfloat16)})
+    assert stats["a"].tolist() == [1.0] * 4

@@ -31,6 +31,7 @@ from mec_embed import (
 from mec_embed.learning.fit import CHUNK_BYTES
 from mec_embed.learning.quantizers import quantizer_for
 from mec_embed.packing import pack
+from mec_embed.regularization import rows_per_codeword
 from mec_embed.tiers import TieredEmbedding, TierMap
 
 
@@ -288,3 +289,33 @@ def test_copies_hold_their_own_codes(pair: tuple[Pair, Pair, Any]) -> None:
         head = one.vectors._tables()[0]
         assert {part.name for part in head.code_table.holders} == {"vectors", "weights"}
         assert head in head.code_table.holders
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_rows_change_alike_in_any_mode(mode: Any, tmp_path: Path) -> None:
+    def changed(mode: Any) -> Any:
+        table = _table(CodeLayout("additive", 40, 12, 3, 16))
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(20, 12, generator=generator)
+        with mode():
+            extend(table, rows)
+            update(table, torch.arange(20), rows)
+        return table
+
+    expected, table = changed(torch.no_grad), changed(mode)
+    assert torch.equal(table.codes, expected.codes)
+    assert not any(tensor.is_inference() for tensor in table.state_dict().values())
+    model = nn.ModuleDict({"table": table})
+    save(model, tmp_path / "model.safetensors")
+    with mode():
+        again = load(nn.ModuleDict({"table": nn.Embedding(60, 12)}), tmp_path / "model.safetensors")
+    again["table"](torch.arange(60)).sum().backward()
+    assert again["table"].codebooks.grad is not None
+
+
+def test_penalties_count_rows_that_were_added_where_codes_were_before() -> None:
+    table = _table(CodeLayout("additive", 40, 12, 3, 16))
+    for _ in range(30):
+        assert rows_per_codeword(table).sum() == 3 * table.num_embeddings
+        extend(table, torch.randn(8, 12))
+        extend(table, torch.randn(8, 12))
