@@ -31,7 +31,7 @@ def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> 
     return model
 
 
-def self_distilled(base: Base) -> Base:
+def self_distilled(base: Base, **options: Any) -> Base:
     """A base whose model has been trained on by ``self_distill()``, the best by validation."""
     model = base.copy()
     self_distill(
@@ -42,6 +42,7 @@ def self_distilled(base: Base) -> Base:
         score=lambda one: evaluate(one, base.data, "valid").auc,
         seed=base.seed,
         progress=False,
+        **options,
     )
     return replace(base, model=model)
 
