@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,10 @@ class FrequencyStats:
     def __iter__(self) -> Iterator[str]:
         """The names."""
         return iter(self._counts)
+
+    def keys(self) -> KeysView[str]:
+        """The names, for ``dict(stats)`` and ``np.savez("counts.npz", **stats)``."""
+        return self._counts.keys()
 
     def __len__(self) -> int:
         """Number of tables with counts."""

@@ -393,3 +393,14 @@ def test_counts_of_another_type_are_shown_in_short():
     ) as error:
         FrequencyStats.from_counts({"user": ["a"] * 3000})
     assert len(str(error.value)) < 120
+
+
+def test_counts_go_into_files_for_the_command_line(tmp_path):
+    stats = FrequencyStats.from_counts({"user": [5, 0, 1], "item": [2, 2]})
+    np.savez(tmp_path / "counts.npz", **stats)
+    with np.load(tmp_path / "counts.npz") as found:
+        assert {name: found[name].tolist() for name in found} == {
+            "user": [5.0, 0.0, 1.0],
+            "item": [2.0, 2.0],
+        }
+    assert list(dict(stats)) == ["user", "item"]
