@@ -115,26 +115,21 @@ def self_distill(
     _check_counts(tables, counts)
     if not epochs:
         return []
-    popular = [
-        rows
-        for table, found in zip(tables, counts, strict=True)
-        if len((rows := _PopularRows(table.module, torch.from_numpy(found), max(rare, 1))).values)
-    ]
-    teacher = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         eval_mode(model),
-        eval_mode(teacher),
         dense_gradients(model),
         _sparse_gradients([table.module for table in tables]),
     ):
+        popular = _popular_rows(tables, counts, max(rare, 1))
         optimizers = _optimizers(model, tables, popular, lr)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        best = BestState(model, [p for group in groups for p in group["params"]], score, [])
+        trained = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        best = BestState(model, trained, score, [])
         ids = count_ids(batches) if rare else {}
+        teacher = copy.deepcopy(model)
         loss_of = Loss(model, teacher, forward, labels, label_weight, 1.0, ids, rare)
+        generator = torch.Generator().manual_seed(seed)
 
         def take_step(batch: Any, done: float) -> float:
             model.zero_grad()
@@ -162,6 +157,15 @@ def self_distill(
                 rows.put_all_back()
             model.zero_grad()
     return history
+
+
+def _popular_rows(tables: list[Table], counts: list[Any], least: int) -> list[_PopularRows]:
+    """Those of each table that has any."""
+    found = [
+        _PopularRows(table.module, torch.from_numpy(one), least)
+        for table, one in zip(tables, counts, strict=True)
+    ]
+    return [rows for rows in found if len(rows.values)]
 
 
 def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
