@@ -67,6 +67,8 @@ def distill(
     statistics stay as they are. Frozen int8 and half precision codebooks are trained as float32 and
     rounded back at the end.
 
+    An error or an interruption puts the best state back: without a score, the first.
+
     Args:
         model: the compressed model.
         teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing).
@@ -118,9 +120,6 @@ def distill(
             infinite, an argument is out of range, labels are of another length than predictions or
             outside 0 to 1, or a module cannot be drawn anew.
         TypeError: a forward that returns no tensor, or labels that are none.
-
-        Whatever is raised, an interruption too, puts the best state back: without a score, the
-        first.
 
     Example:
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP

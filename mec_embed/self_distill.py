@@ -62,6 +62,8 @@ def self_distill(
     trained by SparseAdam, all else by Adam, in eval mode; the learning rate warms up and falls to
     zero by a cosine. It takes the memory of a copy of the model, and three times the popular rows.
 
+    An error or an interruption puts the best state back: without a score, the first.
+
     Args:
         model: the trained model, with its tables in this process.
         freq_stats: how often each row occurs in ``batches``, as :func:`compress` takes it.
@@ -90,9 +92,6 @@ def self_distill(
             out of range, or labels are of another length than the
             predictions or outside 0 to 1.
         TypeError: a forward that returns no tensor, or labels that are none.
-
-        Whatever is raised, an interruption too, puts the best state back: without a score, the
-        first.
 
     Example:
         >>> self_distill(  # doctest: +SKIP
