@@ -74,7 +74,8 @@ def self_distill(
         label_weight: part of the label in a target, 0 to 1.
         rare: ids of a column that occur less often than this in ``batches`` are shuffled between
             the rows of a batch, as in :func:`distill`. 0: none is rare.
-        l2: L2 penalty; ``l2`` times a row is added to its gradient whenever a batch holds it.
+        l2: L2 penalty; ``l2`` times a row is added to its gradient whenever a batch holds it. A
+            model that was trained with a small one, or none, is worth a trial with 0.
         forward: how to call the model on a batch, see :meth:`FrequencyStats.from_batches`. It
             returns logits or probabilities (batch,) or (batch, 1).
         score: says how good the model is, larger is better, such as its validation AUC. It is

@@ -42,7 +42,7 @@ def self_distilled(base: Base, **options: Any) -> Base:
         score=lambda one: evaluate(one, base.data, "valid").auc,
         seed=base.seed,
         progress=False,
-        **options,
+        **{"l2": base.settings.self_distill_l2, **options},
     )
     return replace(base, model=model)
 

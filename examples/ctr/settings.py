@@ -23,6 +23,7 @@ class Settings:
         min_count: training occurrences an id needs to get a row of its own.
         distill_epochs: epochs of distillation after compressing.
         distill_mix: part of a batch of which columns are mixed then, see `mec_embed.distill`.
+        self_distill_l2: ``l2`` of `mec_embed.self_distill`, where that is done before.
     """
 
     hidden: tuple[int, ...]
@@ -39,11 +40,14 @@ class Settings:
     min_count: int = 2
     distill_epochs: int = 4
     distill_mix: float = 0.5
+    self_distill_l2: float = 5e-4
 
 
 SETTINGS = {
     "amazonbook_kgat": Settings(hidden=(200, 100), l2=1e-3, batch_size=4096, epochs=30),
-    "ml1m_ge4": Settings(hidden=(200, 100), l2=1e-5, lr=2e-3, distill_epochs=1),
+    "ml1m_ge4": Settings(
+        hidden=(200, 100), l2=1e-5, lr=2e-3, distill_epochs=1, self_distill_l2=0.0
+    ),
     "criteo_dac80k": Settings(
         hidden=(200, 100), l2=3e-3, dropout=0.5, batch_size=2048, distill_mix=0.0
     ),
