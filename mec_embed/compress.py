@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .budget import Assignment, Field, Group, Shape, assign, popular_rows, total_weight
 from .config import POPULARITY, CompressionConfig
-from .forward import Forward, default_forward, full_precision
+from .forward import Forward, default_forward, full_precision, grad_mode
 from .frequency import FrequencyStats, counts_for_tables
 from .layout import CodeLayout, dtype_name
 from .learning.fit import CodeShape, FittedCodes, Learned, Rows, fit_codes, learn_side_by_side
@@ -231,7 +231,7 @@ def learn(
         fit: may keep the codes of groups, or know them from before.
     """
     outcome = Outcome(draft, fit)
-    with _grad_mode():
+    with grad_mode(), full_precision():
         for group, shape in groups:
             outcome.learn(group, shape, device, teller(group))
         outcome.assemble()
@@ -569,13 +569,6 @@ def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> tuple[Hashabl
         table.module.sparse,
         groups_of.get(id(weight)),
     )
-
-
-@contextmanager
-def _grad_mode() -> Iterator[None]:
-    """Gradients, parameters that can train and float32, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad(), full_precision():
-        yield
 
 
 def _teller(bar: Any, group: Group) -> Progress:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .forward import Forward, check_batches, default_forward, eval_mode, prediction
+from .forward import Forward, check_batches, default_forward, eval_mode, grad_mode, prediction
 from .modules import (
     CodebookSet,
     CompressedEmbedding,
@@ -80,9 +80,9 @@ def distill(
             rows, so that the teacher also labels combinations that the data do not hold. Columns
             are those of an integer tensor (batch, columns), or the entries of a mapping (of its
             only one with ids, if that is a matrix, the columns); other batches are used as they
-            are. With labels, these rows also keep what rows of rare ids
-            mean to the teacher; 0 is worth a trial, by a ``score``: where rare ids tell little, it
-            unlearns what was learnt by heart (docs/experiments.md).
+            are. With labels, these rows also keep what rows of rare ids mean to the teacher; 0 is
+            worth a trial, by a ``score``: where rare ids tell little, it unlearns what was learnt
+            by heart (docs/experiments.md).
         labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch: the target of rows that
             ``mix`` leaves alone is then ``label_weight`` of their label and the rest of the
             teacher's probability. None: the teacher alone.
@@ -140,8 +140,7 @@ def distill(
     generator = torch.Generator().manual_seed(seed)
     history: list[float] = []
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        grad_mode(),
         eval_mode(model),
         eval_mode(teacher),
         dense_gradients(model),
@@ -319,13 +318,8 @@ class Loss:
         with torch.no_grad():
             target = prediction(self.forward(self.teacher, inputs))
         output = prediction(self.forward(self.model, inputs))
-        # Logits that all lie in [0, 1] would mean a model that knows nothing, or a small batch.
-        within = bool(((target >= 0) & (target <= 1)).all())
-        if self.probabilities is None or (self.probabilities and not within):
-            self.probabilities = within
-            logger.info(
-                "distill: outputs are %s", "probabilities" if self.probabilities else "logits"
-            )
+        if self.probabilities is not False:
+            self._tell_logits(target)
         target = self._softened(target)
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
@@ -337,6 +331,16 @@ class Loss:
         if self.probabilities:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
         return F.binary_cross_entropy_with_logits(output, target)
+
+    def _tell_logits(self, target: Tensor) -> None:
+        """Whether outputs are logits, as far as is known: some batch has one outside 0 to 1.
+
+        Logits that all lie there would mean a model that knows nothing, or a small batch.
+        """
+        within = bool(((target >= 0) & (target <= 1)).all())
+        if within is not self.probabilities:
+            self.probabilities = within
+            logger.info("distill: outputs are %s", "probabilities" if within else "logits")
 
     def _softened(self, target: Tensor) -> Tensor:
         """Probabilities at the temperature, from what the teacher returned."""
@@ -642,14 +646,20 @@ def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
             book.freeze(codebooks, scales)
 
 
-@contextmanager
-def dense_gradients(model: nn.Module) -> Iterator[None]:
+def dense_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Adam takes no sparse gradients: tables that give them give dense ones for a while."""
-    sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
-    for module in sparse:
-        module.sparse = False  # type: ignore[assignment]
+    found = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+    return gradients_of(found, sparse=False)
+
+
+@contextmanager
+def gradients_of(tables: Sequence[Any], *, sparse: bool) -> Iterator[None]:
+    """Tables give sparse or dense gradients for a while; each gets its own setting back."""
+    before = [table.sparse for table in tables]
+    for table in tables:
+        table.sparse = sparse
     try:
         yield
     finally:
-        for module in sparse:
-            module.sparse = True  # type: ignore[assignment]
+        for table, value in zip(tables, before, strict=True):
+            table.sparse = value

@@ -44,6 +44,13 @@ def check_batches(batches: Any, passes: int = 1) -> None:
 
 
 @contextmanager
+def grad_mode() -> Iterator[None]:
+    """Gradients, and parameters that can train, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
     """Sums and searches keep their precision, though the caller is within ``torch.autocast``."""
     with ExitStack() as stack:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ from .distill import (
     check_options,
     count_ids,
     dense_gradients,
+    gradients_of,
     run_epochs,
     set_rate,
 )
-from .forward import Forward, check_batches, default_forward, eval_mode
+from .forward import Forward, check_batches, default_forward, eval_mode, grad_mode
 from .frequency import FrequencyStats, counts_for_tables
 from .modules import CompressedEmbedding, CompressedEmbeddingBag
 from .shards import is_dtensor
@@ -90,8 +90,7 @@ def self_distill(
     Raises:
         ValueError: the model holds compressed, sharded or no tables, counts do not fit them, there
             are no batches or they can be read once only, a loss is NaN or infinite, an argument is
-            out of range, or labels are of another length than the
-            predictions or outside 0 to 1.
+            out of range, or labels are of another length than predictions or outside 0 to 1.
         TypeError: a forward that returns no tensor, or labels that are none.
 
     Example:
@@ -116,11 +115,10 @@ def self_distill(
     if not epochs:
         return []
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        grad_mode(),
         eval_mode(model),
         dense_gradients(model),
-        _sparse_gradients([table.module for table in tables]),
+        gradients_of(_able_of_sparse(tables), sparse=True),
     ):
         popular = _popular_rows(tables, counts, max(rare, 1))
         optimizers = _optimizers(model, tables, popular, lr)
@@ -141,7 +139,7 @@ def self_distill(
                 set_rate(optimizer, lr, done)
                 optimizer.step()
             for rows in popular:
-                rows.put_back()
+                rows.put_back(rows.moved)
             return loss.item()
 
         history = []
@@ -154,9 +152,14 @@ def self_distill(
                 best.restore()
         finally:
             for rows in popular:
-                rows.put_all_back()
+                rows.put_back()
             model.zero_grad()
     return history
+
+
+def _able_of_sparse(tables: list[Table]) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """Modules that can give sparse gradients; a dense one takes as much as its table."""
+    return [t.module for t in tables if getattr(t.module, "mode", None) != "max"]
 
 
 def _popular_rows(tables: list[Table], counts: list[Any], least: int) -> list[_PopularRows]:
@@ -235,14 +238,9 @@ class _PopularRows:
         )
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """From ``values`` to the table: what moved since the gradient was taken."""
-        self.weight[self.rows[self.moved]] = self.values[self.moved].to(self.weight.dtype)
-
-    @torch.no_grad()
-    def put_all_back(self) -> None:
-        """From ``values`` to the table."""
-        self.weight[self.rows] = self.values.to(self.weight.dtype)
+    def put_back(self, slots: Tensor | slice = slice(None)) -> None:
+        """From ``values`` to the table: those in ``slots``, or all."""
+        self.weight[self.rows[slots]] = self.values[slots].to(self.weight.dtype)
 
 
 def _optimizers(
@@ -258,17 +256,3 @@ def _optimizers(
     if network:
         found.append(torch.optim.Adam([{"params": network, "rate": 1.0}], lr=lr))
     return found
-
-
-@contextmanager
-def _sparse_gradients(modules: list[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
-    """Tables give sparse gradients for a while, where they can: a dense one is a table more."""
-    able = [m for m in modules if getattr(m, "mode", None) != "max"]
-    kept = [module.sparse for module in able]
-    for module in able:
-        module.sparse = True
-    try:
-        yield
-    finally:
-        for module, sparse in zip(able, kept, strict=True):
-            module.sparse = sparse

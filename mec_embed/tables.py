@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -355,9 +355,7 @@ def _held_elsewhere(model: nn.Module) -> dict[int, str]:
         for attribute, value in vars(module).items():
             if attribute in _MODULE_DICTS:
                 continue
-            items = value.values() if isinstance(value, Mapping) else value
-            held = items if isinstance(items, (list, tuple, set, ValuesView)) else (items,)
-            for item in held:
+            for item in _items(value):
                 if isinstance(item, EMBEDDINGS):
                     where = f"{name}.{attribute}" if name else attribute
                     found[id(item)] = (
@@ -365,6 +363,13 @@ def _held_elsewhere(model: nn.Module) -> dict[int, str]:
                         "it in an nn.ModuleList or nn.ModuleDict"
                     )
     return found
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What a plain container holds; any other value is one item."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple, set)) else (value,)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -251,7 +251,8 @@ def test_an_error_restores_modes_and_codebooks(
     model.train()
     teacher.train()
     before = [(t.codebook_set, t.codebooks, t.codebook_set.scales) for t in _tables(model)]
-    state = copy.deepcopy(model.state_dict())
+    codes = [t.codes.clone() for t in _tables(model)]
+    state = _state(model)
 
     def batches() -> Iterator[Tensor]:
         yield from _batches(3)
@@ -262,6 +263,8 @@ def test_an_error_restores_modes_and_codebooks(
     assert all(_modes(model)) and all(_modes(teacher))
     for store, codebooks, scales in before:
         assert store.codebooks is codebooks and store.scales is scales
+    assert all(torch.equal(a, t.codes) for a, t in zip(codes, _tables(model), strict=True))
+    assert bool(model.eval()(_batches(1)[0]).isfinite().all())
     for name, value in model.state_dict().items():
         # Rounding of what was not trained changes nothing, or the last bit of a scale.
         assert torch.allclose(value.float(), state[name].float(), rtol=1e-2, atol=1e-6), name
@@ -292,6 +295,21 @@ def test_an_iterator_that_is_used_up_after_one_epoch() -> None:
         _distill(
             model, teacher, iter(_batches(2)), epochs=1, labels=lambda ids: torch.zeros(len(ids))
         )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_batches_that_are_empty_in_the_second_epoch() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.batches = iter(_batches(2))
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self.batches
+
+    model, teacher = _pair()
+    before = _state(model)
+    with pytest.raises(ValueError, match="empty in this epoch"):
+        _distill(model, teacher, Once(), epochs=2)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -670,7 +670,8 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
                       int whole, uint32_t *word) {
     const int64_t bits = table->bits, books = table->books, size = table->size;
     const uint8_t *codes = ADDRESS(table->codes);
-    const int64_t most = MOST_BITS / bits < LANES ? MOST_BITS / bits : LANES, once = whole ? books : most;
+    const int64_t most = MOST_BITS / bits < LANES ? MOST_BITS / bits : LANES;
+    const int64_t once = whole ? books : most;
     const int64_t rest = books - (books - 1) / once * once; /* codes of the last load */
     const uint32_t spare = spare_codes(table);
     const Streams none = {0};
