@@ -20,22 +20,27 @@ from .sampling import weighted_sample
 #: Rows that codebooks are learned from; of larger arrays, a sample by weight.
 SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
-SAMPLE_BYTES = 12 << 20
+SAMPLE_BYTES = 8 << 20
+#: Rows that k-means sees, at most; of many codewords, so many for each of them.
+START_ROWS, START_ROWS_EACH = 1 << 14, 64
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
-MEC_ROWS = 1 << 15
+MEC_ROWS = 1 << 14
 #: Bytes of float32 rows that are encoded at once, at most.
 CHUNK_BYTES = 8 << 20
 #: The same on other devices than the CPU, where many rows keep all of it busy.
 DEVICE_CHUNK_BYTES = 128 << 20
-#: Alternations of encoding and least squares, at most; of few rows, more, as long as they encode no
-#: more than ROUND_ROWS rows in all.
-ROUNDS = 10
+#: Alternations of encoding and least squares; of few rows, more, as long as they encode no more
+#: than ROUND_ROWS rows in all.
+ROUNDS = 8
 MOST_ROUNDS = 40
-ROUND_ROWS = 1 << 18
-#: Stop alternating when the error falls by less than this part of it.
+ROUND_ROWS = 1 << 19
+#: How much farther than from one least-squares solution to the next codebooks go, in the first
+#: round and in the last (docs/experiments.md).
+RELAXATION = 1.2, 0.3
+#: What follows an earlier version stops alternating when the error falls by less than this part.
 LEAST_GAIN = 2e-4
-#: Partial sums kept by the beam search while learning, and for the final codes.
+#: Partial sums kept by the beam search while learning from many rows, and for the final codes.
 LEARNING_BEAM = 8
 FINAL_BEAM = 16
 #: Rows keep the codes of an earlier version unless others lower their squared error by more than
@@ -201,9 +206,11 @@ def fit_codes(
     """
     if learned is None:
         learned = learn_codebooks(read_sample(arrays, shape, config), config, progress)
+    refit = _Refit(learned)
+    encoded = tuple(_encode_all(rows, learned, refit) for rows in arrays)
     return FittedCodes(
-        codebooks=learned.codebooks,
-        encoded=tuple(_encode_all(rows, learned) for rows in arrays),
+        codebooks=refit.codebooks_for(arrays[0].ranks),
+        encoded=encoded,
         start_error=learned.start_error,
         error=learned.error,
         history=learned.history,
@@ -365,17 +372,22 @@ class _Learner:
         self.history: list[dict[str, float]] = []
         self.start_error = self.error = 0.0
         self.earlier: Tensor | None = None
+        self.rounds = max(ROUNDS, min(MOST_ROUNDS, ROUND_ROWS // max(1, len(x))))
+        self.beam = FINAL_BEAM if self.rounds == MOST_ROUNDS else LEARNING_BEAM
 
     def learn(self) -> Tensor:
         """Codebooks (M, K, S) whose error is no larger than that of the k-means start."""
         shape = self.units.shape
+        wanted = max(START_ROWS, START_ROWS_EACH * shape.codebook_size)
+        ids, weights = weighted_sample(self.weights, wanted, self.generator)
+        x = self.x if len(ids) == len(self.x) else self.x[ids.to(self.x.device)]
         codebooks = self.quantizer.start(
-            self.x, self.weights, shape.num_subvectors, shape.codebook_size, self.config.seed
+            x, weights, shape.num_subvectors, shape.codebook_size, self.config.seed
         )
         codes, self.start_error = self._encode(codebooks)
         self.error = self.start_error
         self.progress("k-means", self.error)
-        codebooks, codes = self._refine(codebooks, codes)
+        codebooks, codes = self._refine(codebooks, codes, RELAXATION)
         if self.config.epochs and self.error > 0:
             codebooks = self._train(codebooks, codes)
         return codebooks
@@ -387,12 +399,12 @@ class _Learner:
         self.start_error = self.error = float(error)
         self.progress("earlier version", self.error)
         # Codebooks first: codes that fit again then need not change.
-        return self._refine(codebooks, codes)[0]
+        return self._refine(codebooks, codes, None)[0]
 
     def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
         """Codes for the codebooks as they will be stored, and the weighted error."""
         stored = self.units.learned(self.units.stored(codebooks))
-        codes = self.quantizer.encode(self.x, stored, LEARNING_BEAM)
+        codes = self.quantizer.encode(self.x, stored, self.beam)
         error = float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
         if self.earlier is None:
             return codes, error
@@ -400,19 +412,34 @@ class _Learner:
         codes = _kept(self.x, self.earlier, codes, stored, self.quantizer, margin)
         return codes, float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
 
-    def _refine(self, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Alternate least squares and encoding while the error falls."""
-        for _ in range(max(ROUNDS, min(MOST_ROUNDS, ROUND_ROWS // len(self.x)))):
-            refitted = self.quantizer.refit(self.x, self.weights, codes, codebooks)
-            refitted = self._revive(refitted, codes)
-            new_codes, error = self._encode(refitted)
+    def _refine(
+        self, codebooks: Tensor, codes: Tensor, relaxation: tuple[float, float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Alternate least squares and encoding; the best codebooks, and their codes.
+
+        Solutions move the same way for many rounds. With ``relaxation``, codebooks go on in the
+        direction from the solution before to this one, less far from round to round, and the error
+        may rise for a while; without, rounds end where it falls no more.
+        """
+        best, last = (codebooks, codes), codebooks
+        solution: Tensor | None = None
+        for step in range(self.rounds):
+            before = solution
+            solution = self.quantizer.refit(self.x, self.weights, codes, last)
+            solution = last = self._revive(solution, codes)
+            if relaxation is not None and before is not None:
+                first, final = relaxation
+                farther = first + (final - first) * step / (self.rounds - 1)
+                last = torch.lerp(before, solution, 1 + farther)
+            earlier, (codes, error) = codes, self._encode(last)
             gain = self.error - error
             if gain > 0:
-                codebooks, codes, self.error = refitted, new_codes, error
+                best, self.error = (last, codes), error
             self.progress("refine", self.error)
-            if gain < LEAST_GAIN * self.error:
+            settled = gain < LEAST_GAIN * self.error
+            if settled and (relaxation is None or torch.equal(codes, earlier)):
                 break
-        return codebooks, codes
+        return best
 
     def _revive(self, codebooks: Tensor, codes: Tensor) -> Tensor:
         """Give codewords that no row uses to rows drawn by their weighted error."""
@@ -473,14 +500,36 @@ def _kept(
     return torch.where((before - after > margin)[:, None], fresh, earlier)
 
 
-def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
-    """The codes of all rows, read in chunks.
+class _Refit:
+    """Codebooks of least error for the final codes of all rows; learned ones fit a sample."""
+
+    def __init__(self, learned: Learned) -> None:
+        self.units = learned.units
+        self.quantizer = quantizer_for(learned.units.shape.kind)
+        self.codebooks = learned.units.learned(learned.codebooks)
+        none = self.codebooks.new_zeros(0)
+        x, codes = none.view(0, len(self.units.mean)), none.long().view(0, len(self.codebooks))
+        self.sums = self.quantizer.sums(x, none, codes, self.codebooks)
+
+    def add(self, x: Tensor, weights: Tensor, codes: Tensor) -> None:
+        """Take rows (n, D) in learning units, of weights (n,) and codes (n, M)."""
+        sums = self.quantizer.sums(x, weights.to(x.device), codes, self.codebooks)
+        for total, part in zip(self.sums, sums, strict=True):
+            total += part
+
+    def codebooks_for(self, ranks: Ranks) -> Tensor:
+        """Codebooks (M, K, S) in real units, as they will be stored, for the rows of all ranks."""
+        mass, total = (ranks.add(part, "fitting codebooks") for part in self.sums)
+        return self.units.stored(self.quantizer.solve((mass, total), self.codebooks))
+
+
+def _encode_all(rows: Rows, learned: Learned, refit: _Refit) -> EncodedRows:
+    """The codes of all rows, read in chunks, which ``refit`` hears of.
 
     Each rank finds those of its rows, and gets the others'.
     """
-    units = learned.units
-    shape, codebooks = units.shape, units.learned(learned.codebooks)
-    quantizer = quantizer_for(shape.kind)
+    units, quantizer, codebooks = refit.units, refit.quantizer, refit.codebooks
+    shape = units.shape
     count, size, _ = codebooks.shape
     packed = empty_packed(len(rows), count, shape.bits)
     used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
@@ -498,6 +547,7 @@ def _encode_all(rows: Rows, learned: Learned) -> EncodedRows:
             earlier = rows.codes(ids).to(codes.device)
             codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
             changed += (codes != earlier).any(1).sum()
+        refit.add(x, rows.weights[start:stop], codes)
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
         # The first row may start within a byte, whose other bits are the rank's before.
         before = start % 8

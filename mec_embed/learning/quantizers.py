@@ -22,6 +22,8 @@ from .kmeans import weighted_kmeans
 _WORK_BYTES, _DEVICE_WORK_BYTES = 4 << 20, 128 << 20
 #: Rows of a large array that are worked on at once.
 _PART_ROWS = 1 << 14
+#: Candidates that the C kernel looks at together.
+_LANES = 16
 #: The search by a Triton kernel, where the lookups have theirs.
 _gpu_search: Any = importlib.import_module(".gpu_search", __package__) if ops._gpu else None
 
@@ -41,8 +43,17 @@ class Quantizer(Protocol):
     def targets(self, x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
         """What each codeword stands for, (n, M, S): the row less all its other codewords."""
 
+    def sums(
+        self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`solve` needs of rows with given codes, float64; of more rows, added up."""
+
+    def solve(self, sums: tuple[Tensor, Tensor], codebooks: Tensor) -> Tensor:
+        """Codebooks of least weighted squared error, near ``codebooks``; sums are changed."""
+
     def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
         """Codebooks of least weighted squared error for given codes."""
+        return self.solve(self.sums(x, weights, codes, codebooks), codebooks)
 
 
 def flat_codes(codes: Tensor, size: int) -> Tensor:
@@ -62,7 +73,7 @@ def weighted_error(
     return total / weights.sum()
 
 
-class ProductQuantizer:
+class ProductQuantizer(Quantizer):
     """A row is the concatenation of M codewords (Jegou et al., 2011)."""
 
     def start(self, x: Tensor, weights: Tensor, count: int, size: int, seed: int) -> Tensor:
@@ -97,22 +108,31 @@ class ProductQuantizer:
         """See :class:`Quantizer`."""
         return x.view(len(x), len(codebooks), -1)
 
-    def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
-        """Weighted means; an unused codeword stays."""
+    def sums(
+        self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mass (M * K,) and weighted sum (M * K, S) of each codeword."""
         count, size, width = codebooks.shape
-        flat = flat_codes(codes, size)
-        mass = x.new_zeros(count * size)
-        total = x.new_zeros(count * size, width)
-        parts = (x * weights[:, None]).view(len(x), count, width)
-        for m in range(count):
-            mass.index_add_(0, flat[:, m], weights)
-            total.index_add_(0, flat[:, m], parts[:, m])
-        used = mass > 0
+        mass = torch.zeros(count * size, dtype=torch.float64, device=x.device)
+        total = torch.zeros(count * size, width, dtype=torch.float64, device=x.device)
+        for start in range(0, len(x), _PART_ROWS):
+            part = slice(start, start + _PART_ROWS)
+            flat, weight = flat_codes(codes[part], size), weights[part].double()
+            rows = (x[part].double() * weight[:, None]).view(-1, count, width)
+            for m in range(count):
+                mass.index_add_(0, flat[:, m], weight)
+                total.index_add_(0, flat[:, m], rows[:, m])
+        return mass, total
+
+    def solve(self, sums: tuple[Tensor, Tensor], codebooks: Tensor) -> Tensor:
+        """Weighted means; an unused codeword stays."""
+        mass, total = sums
         means = total / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
-        return torch.where(used[:, None], means, codebooks.flatten(0, 1)).view_as(codebooks)
+        used = (mass > 0)[:, None]
+        return torch.where(used, means.float(), codebooks.flatten(0, 1)).view_as(codebooks)
 
 
-class AdditiveQuantizer:
+class AdditiveQuantizer(Quantizer):
     """A row is the sum of M codewords (Babenko and Lempitsky, 2014).
 
     Codes are found by beam search, codebooks by weighted least squares over all of them at once
@@ -162,9 +182,15 @@ class AdditiveQuantizer:
         words = F.embedding(flat_codes(codes, codebooks.shape[1]), codebooks.flatten(0, 1))
         return (x - words.sum(1))[:, None] + words
 
-    def refit(self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
-        """Weighted least squares for all codebooks, by the normal equations in float64."""
-        lower, right = _normal_equations(x, weights, codes, codebooks.shape[1])
+    def sums(
+        self, x: Tensor, weights: Tensor, codes: Tensor, codebooks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides of the normal equations, see :func:`_normal_equations`."""
+        return _normal_equations(x, weights, codes, codebooks.shape[1])
+
+    def solve(self, sums: tuple[Tensor, Tensor], codebooks: Tensor) -> Tensor:
+        """Weighted least squares for all codebooks."""
+        lower, right = sums
         # Only blocks on and below the diagonal are filled, which is all that cholesky reads.
         pull = self.ridge * lower.diagonal().mean()
         lower.diagonal().add_(pull)
@@ -219,21 +245,24 @@ def _native(x: Tensor) -> bool:
 
 
 def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
-    """Codes (n, M) of ``x`` (n, D) as :func:`_beam_search` finds them, by the C kernel."""
+    """Codes (n, M) of ``x`` (n, D) by the C kernel: a beam search, see ``native/encode.c``."""
     count, size, _ = codebooks.shape
     x, codebooks = x.detach(), codebooks.detach()
     words = codebooks.flatten(0, 1)
     # ||x - sum c||^2 is, but for ||x||^2, what words add alone, and 2 c.c' for each pair.
     norms = words.square().sum(1)
-    gram = torch.cat([(words[: m * size] @ (2 * codebooks[m]).T).flatten() for m in range(count)])
+    cross = [words[: m * size] @ (2 * book).T for m, book in enumerate(codebooks)]
+    gram = torch.cat([F.pad(part, (0, -size % _LANES)).flatten() for part in cross])
     codes = torch.empty(len(x), count, dtype=torch.int64)
     chunk = max(1, min(len(x), _WORK_BYTES // (count * size * 4)))
     room = x.new_empty(chunk, count * size)
     for i in range(0, len(x), chunk):
         part = x[i : i + chunk]
         alone = torch.addmm(norms, part, words.T, alpha=-2, out=room[: len(part)])
+        lengths = part.square().sum(1)
         failed = cpu.kernel.encode(
             alone.data_ptr(),
+            lengths.data_ptr(),
             gram.data_ptr(),
             len(part),
             count,

@@ -1,264 +1,338 @@
 /* Codes of least squared error for rows that shall be sums of codewords, by beam search.
  *
- * The squared error of a row x is, less ||x||^2, the sum over its codewords of ||c||^2 - 2 x.c
- * (`alone`) and over their pairs of 2 c.c' (`gram`). Codebook by codebook, the partial sums of
- * least error are kept. Those of one parent stay side by side, so that neighbours share their first
- * codewords, whose cross terms are added up once. Many rows take the same step before any takes the
- * next, which keeps the cross terms of that step in the cache.
+ * The squared error of a row x is ||x||^2 and the sum over its codewords of ||c||^2 - 2 x.c
+ * (`alone`) and over their pairs of 2 c.c' (`gram`). Codebook by codebook, the partial sums of least
+ * error are kept. To find the best of all candidates takes longer than to add up their errors, so
+ * candidates fall into lanes, of which each keeps its two best, and the best of these are kept. Lanes
+ * turn from one sum to the next, lest a codeword meets the same others each time.
  *
- * Loops are plain, for compilers to vectorise; where the processor would guess branches wrong,
- * lists are written one entry too far instead.
+ * Many rows take the same step before any takes the next, which keeps the cross terms of that step in
+ * the cache.
  */
 #include "native.h"
 
 #include <math.h>
 #include <stdlib.h>
 
+#define LANES 16
+#define MOST_BEAM (2 * LANES)
+#define PARENT_BITS 5           /* of the number of a sum */
 #define MOST_ROWS 512           /* that take a step together */
 #define STATE_BYTES (1 << 18)   /* of their sums */
 #define WORDS 8                 /* codewords of a sum that are copied at once */
-#define MOST_WAYS 16            /* candidates of a group */
-#define LOWS 16                 /* groups for each candidate that is wanted */
-#define BISECTIONS 12
+
+typedef float Totals __attribute__((vector_size(4 * LANES)));
+typedef int32_t Keys __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
-    const float *alone; /* (rows, books * size) */
-    const float *gram;  /* of every codebook but the first, (words of those before it, size) */
+    const float *alone; /* (rows, books, size) */
+    const float *norms; /* (rows): ||x||^2 */
+    const float *gram;  /* of every codebook but the first, (words of those before it, width) */
     int64_t books, size, beam;
+    int64_t width;         /* size, up to whole lanes; gram is zero there */
     int64_t stride, block; /* codewords kept of a sum, a multiple of WORDS; rows at once */
     int64_t *codes;        /* (rows, books) */
 } Search;
 
+/* Partial sums of a row. */
+typedef struct {
+    int32_t count;
+    float error[MOST_BEAM];
+    uint8_t from[MOST_BEAM]; /* the sum before that it extends */
+} Sums;
+
 /* What one thread works on. */
 typedef struct {
-    uint64_t *best;          /* (beam): the best candidates */
-    float *partial;          /* (books, size): zeros; totals with the first words of a sum */
-    float *totals;           /* (beam, size): of all candidates */
-    float *lows;             /* (beam, groups): the least total of each group of candidates */
-    int32_t *open, *list;    /* (beam * size): groups and candidates that may be among the best */
-    float *errors;           /* (block, beam): of the sums that are kept */
-    uint16_t *words, *spare; /* (block, beam, stride): their codewords */
-    int32_t *kept;           /* (block): how many they are */
+    float *partial;          /* (beam, width): terms of a step, without those of the last codeword */
+    float *alone;            /* (width): of the row, infinite beyond `size` */
+    uint16_t *words, *spare; /* (block, beam, stride): codewords of the sums */
+    Sums *sums;              /* (block) */
 } Scratch;
 
-/* Memory of a thread, to be freed; NULL where there is none. */
 static void *reserve(const Search *search, Scratch *scratch) {
-    const int64_t beam = search->beam, size = search->size, sums = search->block * beam;
-    const int64_t all = beam * size + 1; /* one entry more than can be listed */
-    const int64_t floats = search->books * size + 4 * all + sums + search->block;
-    char *memory = malloc(8 * beam + 4 * floats + 4 * sums * search->stride);
+    const int64_t floats = (search->beam + 1) * search->width, sums = search->block * search->beam;
+    char *memory = malloc(4 * floats + search->block * sizeof(Sums) + 4 * sums * search->stride);
     if (!memory) return NULL;
-    scratch->best = (uint64_t *)memory;
-    scratch->partial = (float *)(scratch->best + beam);
-    scratch->totals = scratch->partial + search->books * size;
-    scratch->lows = scratch->totals + all;
-    scratch->open = (int32_t *)(scratch->lows + all);
-    scratch->list = scratch->open + all;
-    scratch->errors = (float *)(scratch->list + all);
-    scratch->kept = (int32_t *)(scratch->errors + sums);
-    scratch->words = (uint16_t *)(scratch->kept + search->block);
+    scratch->partial = (float *)memory;
+    scratch->alone = scratch->partial + search->beam * search->width;
+    scratch->sums = (Sums *)(scratch->partial + floats);
+    scratch->words = (uint16_t *)(scratch->sums + search->block);
     scratch->spare = scratch->words + sums * search->stride;
-    memset(scratch->partial, 0, size * sizeof(float));
     return memory;
 }
 
-/* ---- Totals of the candidates ---- */
+/* ---- Vectors ---- */
 
-INLINE void add(const float *restrict a, const float *restrict b, int64_t count,
-                float *restrict sum) {
-    for (int64_t k = 0; k < count; k++) sum[k] = a[k] + b[k];
-}
+/* Compilers that know what becomes of the lanes take vectors apart. */
+#define BARRIER __asm__ volatile("" ::: "memory")
 
-INLINE void add_with(const float *restrict a, const float *restrict b, float more, int64_t count,
-                     float *restrict sum) {
-    for (int64_t k = 0; k < count; k++) sum[k] = a[k] + b[k] + more;
-}
+#define EACH for (int lane = 0; lane < LANES; lane++)
 
-/* The least of the totals k, k + groups, k + 2 * groups ...; `ways` is a constant. */
-INLINE void fold(const float *restrict totals, int64_t groups, int ways, float *restrict lows) {
-    for (int64_t k = 0; k < groups; k++) {
-        float low = totals[k];
-#if defined(__GNUC__)
-#pragma GCC unroll 16
-#endif
-        for (int j = 1; j < ways; j++)
-            low = totals[j * groups + k] < low ? totals[j * groups + k] : low;
-        lows[k] = low;
-    }
-}
-
-INLINE void find_lows(const float *totals, int64_t groups, int64_t ways, float *lows) {
-    switch (ways) {
-        case 1: memcpy(lows, totals, groups * sizeof *lows); break;
-        case 2: fold(totals, groups, 2, lows); break;
-        case 4: fold(totals, groups, 4, lows); break;
-        case 8: fold(totals, groups, 8, lows); break;
-        default: fold(totals, groups, MOST_WAYS, lows);
-    }
-}
-
-/* Totals of the kept sums of a row with every codeword of codebook m, whose terms are `alone` and
- * `gram`. */
-INLINE void extend(const Search *search, const Scratch *scratch, const float *alone,
-                   const float *gram, const uint16_t *words, const float *errors, int64_t m,
-                   int64_t kept, int64_t groups, int64_t ways) {
-    const int64_t size = search->size;
-    for (int64_t b = 0; b < kept; b++, words += search->stride) {
-        int64_t d = 0;
-        if (b)
-            while (d < m - 1 && words[d] == words[d - search->stride]) d++;
-        const float *sum = d ? scratch->partial + d * size : alone;
-        const float *cross = scratch->partial;
-        for (; d < m; d++) {
-            cross = gram + (d * size + words[d]) * size;
-            if (d == m - 1) break;
-            float *const next = scratch->partial + (d + 1) * size;
-            add(sum, cross, size, next);
-            sum = next;
-        }
-        add_with(sum, cross, errors[b], size, scratch->totals + b * size);
-        find_lows(scratch->totals + b * size, groups, ways, scratch->lows + b * groups);
-    }
-}
-
-/* ---- The best of them ---- */
-
-/* Integers in the order of the floats, and back. */
-INLINE int32_t ordered(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits ^ (bits >> 31 & INT32_MAX);
-}
-
-INLINE float unordered(int32_t bits) {
-    float value;
-    bits ^= bits >> 31 & INT32_MAX;
-    memcpy(&value, &bits, sizeof value);
+INLINE Totals load(const float *from) {
+    Totals value;
+    memcpy(&value, from, sizeof value);
     return value;
 }
 
-INLINE int64_t count_up_to(const float *values, int64_t count, float bound) {
-    int32_t found = 0;
-    for (int64_t i = 0; i < count; i++) found += values[i] <= bound;
-    return found;
+INLINE Keys least(Keys a, Keys b) {
+    Keys result;
+    EACH result[lane] = a[lane] < b[lane] ? a[lane] : b[lane];
+    return result;
 }
 
-/* What `wanted` of the values, and not many more, do not exceed. */
-INLINE float find_bound(const float *values, int64_t count, int64_t wanted) {
-    /* As integers: compilers may not reorder what is done to floats. */
-    int32_t least = INT32_MAX, most = INT32_MIN;
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t value = ordered(values[i]);
-        least = value < least ? value : least;
-        most = value > most ? value : most;
-    }
-    float low = unordered(least), high = unordered(most);
-    if (wanted == 1) return low;
-    if (wanted > count) return INFINITY;
-    for (int step = 0; step < BISECTIONS; step++) {
-        const float middle = low + (high - low) / 2;
-        const int64_t found = count_up_to(values, count, middle);
-        if (found < wanted) {
-            low = middle;
-            continue;
-        }
-        high = middle;
-        if (found <= wanted + wanted / 4) break;
-    }
-    return high;
+INLINE Keys most(Keys a, Keys b) {
+    Keys result;
+    EACH result[lane] = a[lane] > b[lane] ? a[lane] : b[lane];
+    return result;
 }
 
-/* The candidates b * size + k whose total is not above the bound, by rising b: how many. */
-INLINE int64_t list_candidates(const Scratch *scratch, int64_t kept, int64_t groups, int64_t ways,
-                               float bound) {
-    int32_t *const open = scratch->open, *const list = scratch->list;
-    int64_t count = 0, listed = 0;
-    for (int64_t b = 0; b < kept; b++)
-        for (int64_t g = 0; g < groups; g++) {
-            open[count] = (int32_t)(b * groups * ways + g);
-            count += scratch->lows[b * groups + g] <= bound;
-        }
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < ways; j++) {
-            const int64_t candidate = open[i] + j * groups;
-            list[listed] = (int32_t)candidate;
-            listed += scratch->totals[candidate] <= bound;
-        }
-    return listed;
+/* A float that is not negative as an integer of the same order. */
+INLINE int32_t ordered(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
 }
 
-/* The least keys so far, in the order they came. */
+/* ---- The terms of a step ---- */
+
+/* A row takes its step by codebook m. */
 typedef struct {
-    uint64_t *key;
-    int64_t count, wanted, worst;
-} Best;
+    const float *alone, *gram; /* of this codebook */
+    int64_t m;
+    const uint16_t *words;
+    const Sums *sums;
+    uint32_t ready; /* parts of scratch->partial, a bit for each */
+} Step;
 
-INLINE void offer(Best *best, uint64_t key) {
-    uint64_t *const keys = best->key;
-    if (best->count == best->wanted) {
-        if (key >= keys[best->worst]) return;
-        best->count--;
-        memmove(keys + best->worst, keys + best->worst + 1,
-                (best->count - best->worst) * sizeof *keys);
-    }
-    keys[best->count++] = key;
-    if (best->count < best->wanted) return;
-    best->worst = 0;
-    for (int64_t i = 1; i < best->count; i++)
-        best->worst = keys[i] > keys[best->worst] ? i : best->worst;
+INLINE const float *cross_terms(const Search *search, const Step *step, int64_t b, int64_t d) {
+    const int64_t word = step->words[b * search->stride + d];
+    return step->gram + (d * search->size + word) * search->width;
 }
 
-/* The best `wanted` candidates into scratch->best, equal ones by number: how many. */
-INLINE int64_t find_best(const Scratch *scratch, int64_t kept, int64_t groups, int64_t ways,
-                         int64_t wanted) {
-    const float bound = find_bound(scratch->lows, kept * groups, wanted);
-    const int64_t listed = list_candidates(scratch, kept, groups, ways, bound);
-    Best best = {.key = scratch->best, .wanted = wanted};
-    for (int64_t i = 0; i < listed; i++) {
-        const uint32_t candidate = (uint32_t)scratch->list[i];
-        const uint32_t rank = (uint32_t)ordered(scratch->totals[candidate]) ^ 0x80000000;
-        offer(&best, (uint64_t)rank << 32 | candidate);
+/* Terms of all codewords with all words of sum b but the last, shared by sums of one parent. */
+INLINE const float *shared_terms(const Search *search, const Scratch *scratch, Step *step,
+                                 int64_t b) {
+    if (step->m < 2) return step->alone;
+    const uint32_t from = step->sums->from[b];
+    float *const partial = scratch->partial + from * search->width;
+    if (step->ready >> from & 1) return partial;
+    step->ready |= (uint32_t)1 << from;
+    const uint16_t *words = step->words + b * search->stride;
+    for (int64_t part = 0; part < search->width; part += LANES) {
+        Totals total = load(step->alone + part);
+        const float *terms = step->gram + part;
+        for (int64_t d = 0; d < step->m - 1; d++, terms += search->size * search->width)
+            total += load(terms + words[d] * search->width);
+        memcpy(partial + part, &total, sizeof total);
     }
-    if (!best.count) offer(&best, 0); /* none is a number */
-    return best.count;
+    return partial;
+}
+
+/* Totals of a sum with the codewords of a codebook. */
+typedef struct {
+    const float *base, *cross; /* cross: of the last codeword, or NULL */
+    float error;
+} Terms;
+
+INLINE Terms terms_of(const Search *search, const Scratch *scratch, Step *step, int64_t b) {
+    return (Terms){shared_terms(search, scratch, step, b),
+                   step->m ? cross_terms(search, step, b, step->m - 1) : NULL,
+                   step->sums->error[b]};
+}
+
+INLINE Totals totals(Terms terms, int64_t from) {
+    const Totals total = load(terms.base + from) + terms.error;
+    return terms.cross ? total + load(terms.cross + from) : total;
+}
+
+INLINE float total(Terms terms, int64_t word) {
+    const float total = terms.base[word] + terms.error;
+    return terms.cross ? total + terms.cross[word] : total;
+}
+
+/* ---- The best candidates ---- */
+
+INLINE void turn(Keys *keys, int by) {
+    const Keys from = *keys;
+    EACH (*keys)[lane] = from[(lane + by) % LANES];
+}
+
+/* The two least keys of each lane: totals in the order of integers, whose last bits number sum and
+ * codeword. */
+INLINE void find_best(const Search *search, const Scratch *scratch, Step *step, int bits, int by,
+                      int32_t *keys) {
+    const int64_t count = step->sums->count;
+    const Keys none = {0};
+    const Keys number = none + ((1 << (bits + PARENT_BITS)) - 1);
+    Keys first = none + INT32_MAX, second = first;
+    for (int64_t b = 0; b < count; b++) {
+        const Terms terms = terms_of(search, scratch, step, b);
+        Keys own = none + (int32_t)(b << bits);
+        if (b) {
+            turn(&first, by);
+            turn(&second, by);
+        }
+        for (int64_t from = 0; from < search->width; from += LANES) {
+            const Keys key = ((Keys)totals(terms, from) & ~number) | own;
+            second = least(second, most(first, key));
+            first = least(first, key);
+            own += 1;
+        }
+    }
+    memcpy(keys, &first, sizeof first);
+    memcpy(keys + LANES, &second, sizeof second);
+    BARRIER;
+}
+
+/* Each lane meets the one `apart`; where `rising` has that bit, lanes with it keep the larger key. */
+INLINE void meet(Keys *keys, int apart, int rising) {
+    const Keys from = *keys;
+    Keys other, falls;
+    EACH other[lane] = from[lane ^ apart];
+    EACH falls[lane] = !(lane & apart) == !(lane & rising) ? -1 : 0;
+    const Keys low = least(from, other), high = most(from, other);
+    *keys = (low & falls) | (high & ~falls);
+}
+
+/* Sort a bitonic sequence, rising. */
+INLINE void merge(Keys *keys) {
+    meet(keys, 8, LANES);
+    meet(keys, 4, LANES);
+    meet(keys, 2, LANES);
+    meet(keys, 1, LANES);
+}
+
+/* Batcher's bitonic sort. */
+INLINE void sort(Keys *keys) {
+    meet(keys, 1, 2);
+    meet(keys, 2, 4);
+    meet(keys, 1, 4);
+    meet(keys, 4, 8);
+    meet(keys, 2, 8);
+    meet(keys, 1, 8);
+    merge(keys);
+}
+
+/* Numbers of the `wanted` least of the keys (two of each lane), in any order: how many. */
+INLINE int64_t choose(const int32_t *keys, int64_t wanted, uint8_t *chosen) {
+    Keys first, second, falling;
+    memcpy(&first, keys, sizeof first);
+    memcpy(&second, keys + LANES, sizeof second);
+    sort(&first);
+    sort(&second);
+    EACH falling[lane] = second[LANES - 1 - lane];
+    Keys halves[2] = {least(first, falling), most(first, falling)};
+    merge(&halves[0]);
+    merge(&halves[1]);
+    int32_t sorted[2 * LANES];
+    memcpy(sorted, halves, sizeof sorted);
+    const int32_t infinite = 0x7f800000, worst = sorted[wanted - 1];
+    const int32_t bound = worst < infinite ? worst : infinite - 1;
+    BARRIER;
+    int64_t count = 0;
+    for (int i = 0; i < 2 * LANES; i++) {
+        chosen[count] = (uint8_t)i;
+        count += keys[i] <= bound;
+    }
+    return count < wanted ? count : wanted;
+}
+
+/* Extend the sums of a row by codebook m; `spare` are the words of the new ones. */
+INLINE void extend(const Search *search, const Scratch *scratch, Step *step, int bits, int by,
+                   Sums *sums, uint16_t *spare) {
+    int32_t keys[2 * LANES];
+    uint8_t chosen[2 * LANES + 1];
+    find_best(search, scratch, step, bits, by, keys);
+    int64_t count = choose(keys, search->beam, chosen);
+    if (!count) { /* none is a number */
+        keys[0] = 0;
+        chosen[0] = 0;
+        count = 1;
+    }
+    Sums kept;
+    for (int64_t i = 0; i < count; i++, spare += search->stride) {
+        const int32_t key = keys[chosen[i]];
+        const int64_t b = key >> bits & (MOST_BEAM - 1);
+        const int64_t lane = (chosen[i] + by * (sums->count - 1 - b)) % LANES;
+        int64_t word = (key & ((1 << bits) - 1)) * LANES + lane;
+        if (word >= search->size) word = 0;
+        const uint16_t *from = step->words + b * search->stride;
+        for (int64_t j = 0; j < step->m; j += WORDS)
+            memcpy(spare + j, from + j, WORDS * sizeof *from);
+        spare[step->m] = (uint16_t)word;
+        kept.error[i] = total(terms_of(search, scratch, step, b), word);
+        kept.from[i] = (uint8_t)b;
+    }
+    kept.count = (int32_t)count;
+    *sums = kept;
+}
+
+/* The best of all candidates by the last codebook, of equal ones the first: the sum, and the word
+ * that joins it. */
+INLINE int64_t find_last(const Search *search, const Scratch *scratch, Step *step, int64_t *word) {
+    const int64_t count = step->sums->count, width = search->width;
+    const Keys none = {0};
+    Keys low = none + INT32_MAX, place = none; /* of each lane: the least total, and its sum */
+    for (int64_t b = 0; b < count; b++) {
+        const Terms terms = terms_of(search, scratch, step, b);
+        Keys own = none + INT32_MAX;
+        for (int64_t from = 0; from < width; from += LANES)
+            own = least(own, (Keys)totals(terms, from));
+        const Keys less = own < low;
+        place = ((none + (int32_t)b) & less) | (place & ~less);
+        low = least(low, own);
+    }
+    int32_t lows[LANES], places[LANES];
+    memcpy(lows, &low, sizeof low);
+    memcpy(places, &place, sizeof place);
+    BARRIER;
+    int best = 0;
+    for (int lane = 1; lane < LANES; lane++) {
+        const int first = lows[lane] == lows[best] && places[lane] < places[best];
+        if (lows[lane] < lows[best] || first) best = lane;
+    }
+    const Terms terms = terms_of(search, scratch, step, places[best]);
+    *word = width;
+    for (int lane = best; lane < LANES; lane++) {
+        if (lows[lane] != lows[best] || places[lane] != places[best]) continue;
+        for (int64_t k = lane; k < *word; k += LANES)
+            if (ordered(total(terms, k)) == lows[best]) *word = k;
+    }
+    return places[best];
 }
 
 /* ---- The search ---- */
 
-/* The best candidates become the sums of a row; `before` are those they extend. */
-INLINE void keep_best(const Search *search, const Scratch *scratch, const uint16_t *before,
-                      int64_t m, int64_t kept, uint16_t *words, float *errors) {
-    const uint32_t size = (uint32_t)search->size;
-    for (int64_t i = 0; i < kept; i++, words += search->stride) {
-        const uint32_t candidate = (uint32_t)scratch->best[i], parent = candidate / size;
-        const uint16_t *from = before + parent * search->stride;
-        for (int64_t j = 0; j < m; j += WORDS) memcpy(words + j, from + j, WORDS * sizeof *words);
-        words[m] = (uint16_t)(candidate - parent * size);
-        errors[i] = scratch->totals[candidate];
-    }
-}
-
-/* Extend the sums of rows by codebook m. */
 INLINE void take_step(const Search *search, Scratch *scratch, const float *alone, int64_t rows,
-                      int64_t m) {
-    const int64_t size = search->size, books = search->books, beam = search->beam;
-    const float *gram = search->gram + m * (m - 1) / 2 * size * size;
+                      int64_t m, int bits) {
+    const int64_t size = search->size, width = search->width, books = search->books;
+    const int64_t each = search->beam * search->stride;
+    Step step = {.m = m, .gram = search->gram + m * (m - 1) / 2 * size * width};
+    for (int64_t k = size; k < width; k++) scratch->alone[k] = INFINITY;
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t first = r * beam * search->stride;
-        float *errors = scratch->errors + r * beam;
-        const int64_t kept = scratch->kept[r], most = m + 1 < books ? beam : 1;
-        const int64_t wanted = most < kept * size ? most : kept * size;
-        int64_t groups = size, ways = 1;
-        while (groups % 2 == 0 && ways < MOST_WAYS && groups * kept > LOWS * wanted) {
-            groups /= 2;
-            ways *= 2;
+        step.alone = alone + (r * books + m) * size;
+        if (size < width) {
+            memcpy(scratch->alone, step.alone, size * sizeof *alone);
+            step.alone = scratch->alone;
         }
-        extend(search, scratch, alone + (r * books + m) * size, gram, scratch->words + first,
-               errors, m, kept, groups, ways);
-        const int64_t found = find_best(scratch, kept, groups, ways, wanted);
-        keep_best(search, scratch, scratch->words + first, m, found, scratch->spare + first,
-                  errors);
-        scratch->kept[r] = (int32_t)found;
+        step.words = scratch->words + r * each;
+        step.sums = scratch->sums + r;
+        step.ready = 0;
+        if (m + 1 < books) {
+            /* Few codewords fall into other lanes than those of the sum before. */
+            if (size == 3 || size == 4)
+                extend(search, scratch, &step, bits, 4, scratch->sums + r,
+                       scratch->spare + r * each);
+            else
+                extend(search, scratch, &step, bits, 1, scratch->sums + r,
+                       scratch->spare + r * each);
+            continue;
+        }
+        int64_t word;
+        const int64_t b = find_last(search, scratch, &step, &word);
+        int64_t *codes = search->codes + r * books;
+        for (int64_t d = 0; d < m; d++) codes[d] = step.words[b * search->stride + d];
+        codes[m] = word < size ? word : 0;
     }
     uint16_t *const words = scratch->spare;
     scratch->spare = scratch->words;
@@ -266,35 +340,38 @@ INLINE void take_step(const Search *search, Scratch *scratch, const float *alone
 }
 
 DISPATCHED static int64_t search_part(const void *what, int64_t begin, int64_t end) {
-    const Search *search = what;
-    const int64_t books = search->books, beam = search->beam;
+    Search search = *(const Search *)what;
+    const int64_t books = search.books;
     Scratch scratch;
-    void *memory = reserve(search, &scratch);
+    void *memory = reserve(&search, &scratch);
     if (!memory) return 1;
-    for (int64_t i = begin; i < end; i += search->block) {
-        const int64_t rows = end - i < search->block ? end - i : search->block;
+    int bits = 0;
+    while (search.width / LANES > 1 << bits) bits++;
+    int64_t *const codes = search.codes;
+    for (int64_t i = begin; i < end; i += search.block) {
+        const int64_t rows = end - i < search.block ? end - i : search.block;
         for (int64_t r = 0; r < rows; r++) {
-            scratch.kept[r] = 1;
-            scratch.errors[r * beam] = 0;
+            scratch.sums[r].count = 1;
+            scratch.sums[r].error[0] = search.norms[i + r];
         }
+        search.codes = codes + i * books;
         for (int64_t m = 0; m < books; m++)
-            take_step(search, &scratch, search->alone + i * books * search->size, rows, m);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t m = 0; m < books; m++)
-                search->codes[(i + r) * books + m] = scratch.words[r * beam * search->stride + m];
+            take_step(&search, &scratch, search.alone + i * books * search.size, rows, m, bits);
     }
     free(memory);
     return 0;
 }
 
-/* alone, gram (doubled), rows, codebooks, codewords of each, beam, codes (out), threads
+/* alone, norms, gram (doubled), rows, codebooks, codewords of each, beam, codes (out), threads
  * -> 0, or 1 where memory is short */
 PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long v[8];
-    if (read_integers(args, given, 8, v)) return NULL;
-    Search search = {.alone = ADDRESS(v[0]), .gram = ADDRESS(v[1]), .books = v[3], .size = v[4],
-                     .beam = v[5], .codes = ADDRESS(v[6])};
-    const int64_t rows = v[2], threads = v[7];
+    long long v[9];
+    if (read_integers(args, given, 9, v)) return NULL;
+    Search search = {.alone = ADDRESS(v[0]), .norms = ADDRESS(v[1]), .gram = ADDRESS(v[2]),
+                     .books = v[4], .size = v[5], .codes = ADDRESS(v[7])};
+    const int64_t rows = v[3], threads = v[8];
+    search.beam = v[6] < MOST_BEAM ? v[6] : MOST_BEAM;
+    search.width = (search.size + LANES - 1) / LANES * LANES;
     search.stride = (search.books + WORDS - 1) / WORDS * WORDS;
     const int64_t fit = STATE_BYTES / (search.beam * search.stride * 2) + 1;
     const int64_t most = threads * (fit < MOST_ROWS ? fit : MOST_ROWS);
