@@ -225,7 +225,7 @@ def learn_side_by_side(
 ) -> list[Learned]:
     """Codebooks for several sets of arrays, each learned by one rank and told to the others.
 
-    A sample is at most 12 MiB; the normal equations of one round of least squares may be 32 MiB, so
+    A sample is at most 8 MiB; the normal equations of one round of least squares may be 32 MiB, so
     that it costs less to send the sample to one rank than to work on it together.
 
     Args:

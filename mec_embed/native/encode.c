@@ -184,7 +184,7 @@ INLINE void find_best(const Search *search, const Scratch *scratch, Step *step, 
     BARRIER;
 }
 
-/* Each lane meets the one `apart`; where `rising` has that bit, lanes with it keep the larger key. */
+/* Each lane meets the one `apart` from it; lanes with the bit `rising` keep the larger key. */
 INLINE void meet(Keys *keys, int apart, int rising) {
     const Keys from = *keys;
     Keys other, falls;

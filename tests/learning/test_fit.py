@@ -93,6 +93,48 @@ def test_a_sample_reads_no_more_rows_than_asked(monkeypatch: pytest.MonkeyPatch)
     assert largest[0] < 300 and sum(largest[1:]) == 2000
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codebooks_are_those_of_least_error_for_all_rows(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "SAMPLE_ROWS", 200)
+    monkeypatch.setattr(fit, "CHUNK_BYTES", 300 * 32)
+    x, shape = _seeded(2000, 8), _shape(kind, size=8)
+    weights = torch.rand(2000, generator=torch.Generator().manual_seed(1)) + 0.1
+    arrays = [_rows(x[:1200], weights[:1200]), _rows(x[1200:], weights[1200:])]
+    fitted = fit_codes(arrays, shape, _config())
+    codes = torch.cat(
+        [
+            unpack(each.packed, 2, 3, torch.arange(rows))
+            for each, rows in zip(fitted.encoded, (1200, 800), strict=True)
+        ]
+    ).long()
+    quantizer, design = quantizer_for(kind), torch.nn.functional.one_hot(codes, 8).flatten(1)
+    root = weights.sqrt().double()[:, None]
+    if kind == "additive":
+        least = torch.linalg.lstsq(design * root, x * root, driver="gelsd").solution
+        expected = design.double() @ least
+    else:
+        halves = (x * weights[:, None]).view(-1, 2, 4).double().transpose(0, 1)
+        parts = design.view(-1, 2, 8).double().transpose(0, 1)
+        mass = (parts * weights[:, None]).sum(1)[:, :, None]
+        means = (parts.transpose(1, 2) @ halves) / mass
+        expected = (parts @ means).transpose(0, 1).flatten(1)
+    found = quantizer.decode(codes, fitted.codebooks)
+    error, best = (_relative(x, decoded, weights) for decoded in (found, expected))
+    assert best <= error + 1e-6 < 1.0002 * best + 1e-6
+
+
+def test_relaxed_rounds_find_less_error_in_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, shape = _seeded(4000, 16), _shape(count=4, size=32, widths=(16,))
+    found = []
+    for relaxation in ((0.0, 0.0), fit.RELAXATION):
+        monkeypatch.setattr(fit, "RELAXATION", relaxation)
+        fitted = [fit_codes([_rows(x)], shape, _config(epochs=0, seed=seed)) for seed in range(3)]
+        found.append(sum(each.error for each in fitted))
+    assert found[1] < 0.99 * found[0]
+
+
 # --- what is learned ----------------------------------------------------------------------------
 
 
