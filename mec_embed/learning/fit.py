@@ -30,19 +30,19 @@ MEC_ROWS = 1 << 14
 CHUNK_BYTES = 8 << 20
 #: The same on other devices than the CPU, where many rows keep all of it busy.
 DEVICE_CHUNK_BYTES = 128 << 20
-#: Alternations of encoding and least squares; of few rows, more, as long as they encode no more
-#: than ROUND_ROWS rows in all.
-ROUNDS = 8
-MOST_ROUNDS = 40
-ROUND_ROWS = 1 << 19
+#: Alternations of encoding and least squares: at least and at most, and as many as take no more
+#: multiplications than ROUNDS_WORK, of which a step of the search for a row is about STEP_WORK.
+ROUNDS, MOST_ROUNDS = 8, 40
+ROUNDS_WORK, STEP_WORK = 1 << 35, 1 << 13
 #: How much farther than from one least-squares solution to the next codebooks go, in the first
 #: round and in the last (docs/experiments.md).
 RELAXATION = 1.2, 0.3
-#: What follows an earlier version stops alternating when the error falls by less than this part.
-LEAST_GAIN = 2e-4
-#: Partial sums kept by the beam search while learning from many rows, and for the final codes.
-LEARNING_BEAM = 8
-FINAL_BEAM = 16
+#: Alternating stops when the error, relative to the variance of the rows, falls by less than this a
+#: round, over PATIENCE rounds; from an earlier version, over one.
+LEAST_FALL, PATIENCE = 1e-5, 4
+#: Partial sums kept by the beam search for the final codes, while learning from as many rows or
+#: fewer, and from more.
+FINAL_BEAM, FEW_ROWS, LEARNING_BEAM = 16, 1 << 14, 8
 #: Rows keep the codes of an earlier version unless others lower their squared error by more than
 #: this part of the mean error: that raises the weighted error by no more than this part
 #: (docs/experiments.md).
@@ -372,8 +372,14 @@ class _Learner:
         self.history: list[dict[str, float]] = []
         self.start_error = self.error = 0.0
         self.earlier: Tensor | None = None
-        self.rounds = max(ROUNDS, min(MOST_ROUNDS, ROUND_ROWS // max(1, len(x))))
-        self.beam = FINAL_BEAM if self.rounds == MOST_ROUNDS else LEARNING_BEAM
+        self.beam = FINAL_BEAM if len(x) <= FEW_ROWS else LEARNING_BEAM
+        self.rounds = max(ROUNDS, min(MOST_ROUNDS, ROUNDS_WORK // self._round_work()))
+
+    def _round_work(self) -> int:
+        """Multiplications of a round: products, search, and the normal equations."""
+        count, size = self.units.shape.num_subvectors, self.units.shape.codebook_size
+        rows, columns = self.x.shape
+        return rows * count * (columns * size + STEP_WORK) + (count * size) ** 3 // 3
 
     def learn(self) -> Tensor:
         """Codebooks (M, K, S) whose error is no larger than that of the k-means start."""
@@ -387,7 +393,7 @@ class _Learner:
         codes, self.start_error = self._encode(codebooks)
         self.error = self.start_error
         self.progress("k-means", self.error)
-        codebooks, codes = self._refine(codebooks, codes, RELAXATION)
+        codebooks, codes = self._refine(codebooks, codes, RELAXATION, PATIENCE)
         if self.config.epochs and self.error > 0:
             codebooks = self._train(codebooks, codes)
         return codebooks
@@ -399,7 +405,7 @@ class _Learner:
         self.start_error = self.error = float(error)
         self.progress("earlier version", self.error)
         # Codebooks first: codes that fit again then need not change.
-        return self._refine(codebooks, codes, None)[0]
+        return self._refine(codebooks, codes, (0.0, 0.0), 1)[0]
 
     def _encode(self, codebooks: Tensor) -> tuple[Tensor, float]:
         """Codes for the codebooks as they will be stored, and the weighted error."""
@@ -413,31 +419,32 @@ class _Learner:
         return codes, float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
 
     def _refine(
-        self, codebooks: Tensor, codes: Tensor, relaxation: tuple[float, float] | None
+        self, codebooks: Tensor, codes: Tensor, relaxation: tuple[float, float], patience: int
     ) -> tuple[Tensor, Tensor]:
         """Alternate least squares and encoding; the best codebooks, and their codes.
 
-        Solutions move the same way for many rounds. With ``relaxation``, codebooks go on in the
-        direction from the solution before to this one, less far from round to round, and the error
-        may rise for a while; without, rounds end where it falls no more.
+        Solutions move the same way for many rounds. So codebooks go on in the direction from the
+        solution before to this one: less far from round to round, and half as far from when the
+        error rises, as it may with many codebooks.
         """
-        best, last = (codebooks, codes), codebooks
+        best, last, errors, trust = (codebooks, codes), codebooks, [self.error], 1.0
         solution: Tensor | None = None
+        first, final = relaxation
         for step in range(self.rounds):
             before = solution
             solution = self.quantizer.refit(self.x, self.weights, codes, last)
             solution = last = self._revive(solution, codes)
-            if relaxation is not None and before is not None:
-                first, final = relaxation
-                farther = first + (final - first) * step / (self.rounds - 1)
+            if before is not None:
+                farther = trust * (first + (final - first) * step / (self.rounds - 1))
                 last = torch.lerp(before, solution, 1 + farther)
-            earlier, (codes, error) = codes, self._encode(last)
-            gain = self.error - error
-            if gain > 0:
+            codes, error = self._encode(last)
+            trust = trust if error <= errors[-1] else trust / 2
+            errors.append(error)
+            if error < self.error:
                 best, self.error = (last, codes), error
             self.progress("refine", self.error)
-            settled = gain < LEAST_GAIN * self.error
-            if settled and (relaxation is None or torch.equal(codes, earlier)):
+            earlier = errors[:-patience]
+            if earlier and min(earlier) - self.error < patience * LEAST_FALL:
                 break
         return best
 

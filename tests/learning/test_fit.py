@@ -125,14 +125,17 @@ def test_codebooks_are_those_of_least_error_for_all_rows(
     assert best <= error + 1e-6 < 1.0002 * best + 1e-6
 
 
-def test_relaxed_rounds_find_less_error_in_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, shape = _seeded(4000, 16), _shape(count=4, size=32, widths=(16,))
+@pytest.mark.parametrize(("count", "size", "gain"), [(4, 32, 0.99), (24, 4, 1.02)])
+def test_relaxed_rounds_find_less_error_and_no_more_with_many_codebooks(
+    count: int, size: int, gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, shape = _seeded(4000, 16), _shape(count=count, size=size, widths=(16,))
     found = []
     for relaxation in ((0.0, 0.0), fit.RELAXATION):
         monkeypatch.setattr(fit, "RELAXATION", relaxation)
         fitted = [fit_codes([_rows(x)], shape, _config(epochs=0, seed=seed)) for seed in range(3)]
         found.append(sum(each.error for each in fitted))
-    assert found[1] < 0.99 * found[0]
+    assert found[1] < gain * found[0]
 
 
 # --- what is learned ----------------------------------------------------------------------------
