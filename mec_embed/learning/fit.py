@@ -26,6 +26,8 @@ START_ROWS, START_ROWS_EACH = 1 << 14, 64
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
 MEC_ROWS = 1 << 14
+#: Rows that codebooks are fitted to in the end, about at most.
+REFIT_ROWS = 1 << 22
 #: Bytes of float32 rows that are encoded at once, at most.
 CHUNK_BYTES = 8 << 20
 #: The same on other devices than the CPU, where many rows keep all of it busy.
@@ -530,6 +532,22 @@ class _Refit:
         return self.units.stored(self.quantizer.solve((mass, total), self.codebooks))
 
 
+def _drawn(rows: Rows, start: int, stop: int, step: int) -> tuple[Tensor, Tensor]:
+    """Rows that codebooks are fitted to, of those from ``start`` to ``stop``, and their weights.
+
+    Drawn from the whole chunk of ``step`` rows, alike however ranks share it.
+
+    Returns:
+        Numbers (n,) int64, from 0 for ``start``, and weights (n,).
+    """
+    first = start - start % step
+    weights = rows.weights[first : first + step]
+    size = -(-len(weights) * REFIT_ROWS // len(rows))
+    ids, weights = weighted_sample(weights, size, torch.Generator().manual_seed(first))
+    inside = (ids >= start - first) & (ids < stop - first)
+    return ids[inside] - (start - first), weights[inside.to(weights.device)]
+
+
 def _encode_all(rows: Rows, learned: Learned, refit: _Refit) -> EncodedRows:
     """The codes of all rows, read in chunks, which ``refit`` hears of.
 
@@ -554,7 +572,12 @@ def _encode_all(rows: Rows, learned: Learned, refit: _Refit) -> EncodedRows:
             earlier = rows.codes(ids).to(codes.device)
             codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
             changed += (codes != earlier).any(1).sum()
-        refit.add(x, rows.weights[start:stop], codes)
+        drawn, weights = _drawn(rows, start, stop, step)
+        if len(drawn) == len(x):
+            refit.add(x, weights, codes)
+        else:
+            drawn = drawn.to(x.device)
+            refit.add(x[drawn], weights, codes[drawn])
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
         # The first row may start within a byte, whose other bits are the rank's before.
         before = start % 8

@@ -125,6 +125,41 @@ def test_codebooks_are_those_of_least_error_for_all_rows(
     assert best <= error + 1e-6 < 1.0002 * best + 1e-6
 
 
+def test_codebooks_are_fitted_to_a_sample_of_very_many_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit, "SAMPLE_ROWS", 200)
+    monkeypatch.setattr(fit, "CHUNK_BYTES", 320 * 32)
+    x, shape = _seeded(4000, 8), _shape(size=8)
+    weights = 1 / torch.arange(1, 4001).float()
+    rows, seen = _rows(x, weights), []
+    add = fit._Refit.add
+
+    def spy(self: fit._Refit, part: Tensor, mass: Tensor, codes: Tensor) -> None:
+        seen.append(len(part))
+        add(self, part, mass, codes)
+
+    monkeypatch.setattr(fit._Refit, "add", spy)
+    errors = []
+    for most in (4000, 1000, 100):
+        monkeypatch.setattr(fit, "REFIT_ROWS", most)
+        seen.clear()
+        fitted = fit_codes([rows], shape, _config())
+        errors.append(_relative(x, _decoded(fitted, shape, len(x)), weights))
+        assert sum(seen) <= 1.2 * most + 13
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_ranks_draw_the_rows_that_one_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "REFIT_ROWS", 300)
+    rows = _rows(_seeded(1000, 8), torch.rand(1000) + 0.01)
+    whole, mass = fit._drawn(rows, 256, 512, 256)
+    parts = [fit._drawn(rows, start, stop, 256) for start, stop in ((256, 300), (300, 512))]
+    assert torch.equal(whole, torch.cat([parts[0][0], parts[1][0] + 44]))
+    assert torch.equal(mass, torch.cat([part[1] for part in parts]))
+    assert 50 < len(whole) < 110
+
+
 @pytest.mark.parametrize(("count", "size", "gain"), [(4, 32, 0.99), (24, 4, 1.02)])
 def test_relaxed_rounds_find_less_error_and_no_more_with_many_codebooks(
     count: int, size: int, gain: float, monkeypatch: pytest.MonkeyPatch
