@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,9 +40,9 @@ ROUNDS_WORK, STEP_WORK = 1 << 35, 1 << 13
 #: How much farther than from one least-squares solution to the next codebooks go, in the first
 #: round and in the last (docs/experiments.md).
 RELAXATION = 1.2, 0.3
-#: Alternating stops when the error, relative to the variance of the rows, falls by less than this a
-#: round, over PATIENCE rounds; from an earlier version, over one.
-LEAST_FALL, PATIENCE = 1e-5, 4
+#: Alternating stops when the error falls by less than this part of the variance of the rows, or by
+#: less than this part of it, a round, over PATIENCE rounds; from an earlier version, over one.
+LEAST_FALL, LEAST_PART, PATIENCE = 1e-5, 1e-3, 4
 #: Partial sums kept by the beam search for the final codes, while learning from as many rows or
 #: fewer, and from more.
 FINAL_BEAM, FEW_ROWS, LEARNING_BEAM = 16, 1 << 14, 8
@@ -142,8 +143,9 @@ class FittedCodes:
         codebooks: (M, K, S) float32, rounded to what the codebook dtype can hold.
         encoded: the codes of each array of rows.
         start_error: relative weighted error right after the k-means start, on the rows learned
-            from.
-        error: the same at the end; never larger.
+            from, with codes of the beam for learning.
+        error: the same of what was learned from them; never larger. Codebooks are then fitted to
+            the final codes of all rows.
         history: for each epoch of the MEC objective, the mean of each term.
     """
 
@@ -228,7 +230,7 @@ def learn_side_by_side(
     """Codebooks for several sets of arrays, each learned by one rank and told to the others.
 
     A sample is at most 8 MiB; the normal equations of one round of least squares may be 32 MiB, so
-    that it costs less to send the sample to one rank than to work on it together.
+    that it costs less to send the sample to one rank than to work on it together in all rounds.
 
     Args:
         tasks: arguments of :func:`fit_codes`, no more than there are ranks.
@@ -442,11 +444,12 @@ class _Learner:
             codes, error = self._encode(last)
             trust = trust if error <= errors[-1] else trust / 2
             errors.append(error)
-            if error < self.error:
+            if error < self.error or not math.isfinite(self.error):
                 best, self.error = (last, codes), error
             self.progress("refine", self.error)
             earlier = errors[:-patience]
-            if earlier and min(earlier) - self.error < patience * LEAST_FALL:
+            least = patience * min(LEAST_FALL, LEAST_PART * self.error)
+            if earlier and min(earlier) - self.error < least:
                 break
         return best
 
@@ -510,10 +513,14 @@ def _kept(
 
 
 class _Refit:
-    """Codebooks of least error for the final codes of all rows; learned ones fit a sample."""
+    """Codebooks of least error for the final codes of all rows; learned ones fit a sample.
+
+    Of more rows than REFIT_ROWS, a larger sample. From an earlier version, codebooks stay as they
+    were learned, lest a table that did not change gets others.
+    """
 
     def __init__(self, learned: Learned) -> None:
-        self.units = learned.units
+        self.units, self.learned = learned.units, learned.codebooks
         self.quantizer = quantizer_for(learned.units.shape.kind)
         self.codebooks = learned.units.learned(learned.codebooks)
         none = self.codebooks.new_zeros(0)
@@ -528,6 +535,8 @@ class _Refit:
 
     def codebooks_for(self, ranks: Ranks) -> Tensor:
         """Codebooks (M, K, S) in real units, as they will be stored, for the rows of all ranks."""
+        if self.units.shape.start is not None:
+            return self.learned
         mass, total = (ranks.add(part, "fitting codebooks") for part in self.sums)
         return self.units.stored(self.quantizer.solve((mass, total), self.codebooks))
 

@@ -1,10 +1,11 @@
 """Beam search for additive codes by a Triton kernel, for rows on a GPU.
 
-Importing this module needs ``triton``. It finds what ``native/encode.c`` finds: the inputs are the
-same, what each codeword adds alone and what each pair of them adds, and so are the candidates and
-their order. A program is one warp, which needs no barriers, and takes one row; its sums and
-candidates stay in registers, so that memory sees no more than the inputs. Of large codebooks, a
-step finds the least total of each group of codewords first, and looks into the best groups only.
+Importing this module needs ``triton``. It finds what the search in plain torch finds: the inputs
+are the same, what each codeword adds alone and what each pair of them adds, and so are the
+candidates and their order. A program is one warp, which needs no barriers, and takes one row; its
+sums and candidates stay in registers, so that memory sees no more than the inputs. Of large
+codebooks, a step finds the least total of each group of codewords first, and looks into the best
+groups only.
 """
 
 from __future__ import annotations

@@ -86,11 +86,14 @@ INLINE Keys most(Keys a, Keys b) {
     return result;
 }
 
-/* A float that is not negative as an integer of the same order. */
-INLINE int32_t ordered(float value) {
+/* Squared errors as integers of the same order, in which what is no number comes last: without the
+ * sign, which rounding gives to some that are about zero, and processors to NaN. */
+INLINE Keys ordered(Totals totals) { return (Keys)totals & INT32_MAX; }
+
+INLINE int32_t ordered_one(float total) {
     int32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
+    memcpy(&bits, &total, sizeof bits);
+    return bits & INT32_MAX;
 }
 
 /* ---- The terms of a step ---- */
@@ -173,7 +176,7 @@ INLINE void find_best(const Search *search, const Scratch *scratch, Step *step, 
             turn(&second, by);
         }
         for (int64_t from = 0; from < search->width; from += LANES) {
-            const Keys key = ((Keys)totals(terms, from) & ~number) | own;
+            const Keys key = (ordered(totals(terms, from)) & ~number) | own;
             second = least(second, most(first, key));
             first = least(first, key);
             own += 1;
@@ -232,7 +235,11 @@ INLINE int64_t choose(const int32_t *keys, int64_t wanted, uint8_t *chosen) {
     int64_t count = 0;
     for (int i = 0; i < 2 * LANES; i++) {
         chosen[count] = (uint8_t)i;
-        count += keys[i] <= bound;
+        count += keys[i] < bound;
+    }
+    for (int i = 0; i < 2 * LANES; i++) {
+        chosen[count] = (uint8_t)i;
+        count += keys[i] == bound;
     }
     return count < wanted ? count : wanted;
 }
@@ -277,7 +284,7 @@ INLINE int64_t find_last(const Search *search, const Scratch *scratch, Step *ste
         const Terms terms = terms_of(search, scratch, step, b);
         Keys own = none + INT32_MAX;
         for (int64_t from = 0; from < width; from += LANES)
-            own = least(own, (Keys)totals(terms, from));
+            own = least(own, ordered(totals(terms, from)));
         const Keys less = own < low;
         place = ((none + (int32_t)b) & less) | (place & ~less);
         low = least(low, own);
@@ -296,7 +303,7 @@ INLINE int64_t find_last(const Search *search, const Scratch *scratch, Step *ste
     for (int lane = best; lane < LANES; lane++) {
         if (lows[lane] != lows[best] || places[lane] != places[best]) continue;
         for (int64_t k = lane; k < *word; k += LANES)
-            if (ordered(total(terms, k)) == lows[best]) *word = k;
+            if (ordered_one(total(terms, k)) == lows[best]) *word = k;
     }
     return places[best];
 }

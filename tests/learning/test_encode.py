@@ -57,8 +57,9 @@ def _lane_search(norm: Tensor, alone: Tensor, cross: Tensor, beam: int) -> list[
             return min((each for lane in lanes for each in lane), key=lambda each: each[1])[2]
         ranked = [sorted(lane, key=lambda each: each[0]) for lane in lanes]
         best = [lane[place] for place in (0, 1) for lane in ranked if len(lane) > place]
-        bound = sorted(key for key, *_ in best)[:beam][-1]
-        sums = [(total, codes) for key, total, codes in best if key <= bound][:beam]
+        bound = sorted([key for key, *_ in best] + [1 << 31] * beam)[beam - 1]
+        best = [each for each in best if each[0] < bound] + [e for e in best if e[0] == bound]
+        sums = [(total, codes) for _, total, codes in best[:beam]]
     raise AssertionError
 
 
@@ -153,6 +154,37 @@ def test_product_codes_are_the_nearest_codewords_the_first_of_equal_ones() -> No
 def test_of_equal_codewords_the_first_is_chosen() -> None:
     codes = AdditiveQuantizer().encode(torch.ones(9, 3), torch.ones(1, 50, 3), 8)
     assert not codes.any()
+
+
+def test_of_equal_sums_the_first_is_extended() -> None:
+    # Both words of the first codebook, with the other of the second, make the row.
+    codebooks = torch.tensor([[[1.0], [2.0]], [[2.0], [1.0]]])
+    codes = AdditiveQuantizer().encode(torch.full((9, 1), 3.0), codebooks, 8)
+    assert codes.tolist() == [[0, 0]] * 9
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 16), (3, 256), (2, 32)])
+def test_codewords_that_are_equal_do_not_displace_better_ones(count: int, size: int) -> None:
+    x, codebooks = _case(200, 8, count, size)
+    codebooks[:, : size // 2] = 0
+    found = [
+        float(_errors(x, AdditiveQuantizer().encode(x, codebooks, beam), codebooks).sum())
+        for beam in (1, 4, 8, 16)
+    ]
+    for beam, error in zip((1, 4, 8, 16), found, strict=True):
+        best = float(_errors(x, _torch_codes(x, codebooks, beam), codebooks).sum())
+        assert error <= 1.02 * best
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (3, 5), (3, 40)])
+def test_codewords_that_are_no_numbers_are_not_chosen(value: float, count: int, size: int) -> None:
+    x, codebooks = _case(50, 4, count, size)
+    codebooks[0, 1] = value
+    codes = AdditiveQuantizer().encode(x, codebooks, 8)
+    assert not bool((codes[:, 0] == 1).any())
+    codebooks[:] = value
+    assert int(AdditiveQuantizer().encode(x, codebooks, 8).max()) < size
 
 
 @pytest.mark.parametrize(("count", "size", "beam"), [(3, 256, 16), (7, 31, 12)])
