@@ -125,6 +125,27 @@ def test_codebooks_are_those_of_least_error_for_all_rows(
     assert best <= error + 1e-6 < 1.0002 * best + 1e-6
 
 
+def test_rounds_go_on_where_errors_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, shape = _seeded(4000, 4), _shape(count=5, size=64, widths=(4,))
+    errors = []
+    for part in (1.0, fit.LEAST_PART):
+        monkeypatch.setattr(fit, "LEAST_PART", part)
+        errors.append(fit_codes([_rows(x)], shape, _config(epochs=0)).error)
+    assert errors[1] < 0.95 * errors[0] < 1e-4
+
+
+@pytest.mark.parametrize("scale", [3e4, 4e4])
+def test_rows_at_the_end_of_half_precision(scale: float) -> None:
+    x = _seeded(3000, 8, seed=2) * scale / 100
+    generator = torch.Generator().manual_seed(2)
+    outliers = torch.rand(3000, 1, generator=generator) < 0.01
+    x += outliers * torch.randn(3000, 8, generator=generator).sign() * scale
+    shape = _shape(count=4, dtype=torch.float16)
+    fitted = fit_codes([_rows(x)], shape, _config())
+    assert bool(fitted.codebooks.isfinite().all())
+    assert _relative(x, _decoded(fitted, shape, 3000)) < 0.05
+
+
 def test_codebooks_are_fitted_to_a_sample_of_very_many_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
