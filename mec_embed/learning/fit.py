@@ -210,10 +210,12 @@ def fit_codes(
     """
     if learned is None:
         learned = learn_codebooks(read_sample(arrays, shape, config), config, progress)
-    refit = _Refit(learned)
+    # What follows an earlier version stays as it was learned, lest a table that did not change gets
+    # other codebooks.
+    refit = _Refit(learned) if shape.start is None else None
     encoded = tuple(_encode_all(rows, learned, refit) for rows in arrays)
     return FittedCodes(
-        codebooks=refit.codebooks_for(arrays[0].ranks),
+        codebooks=refit.solve(arrays[0].ranks) if refit else learned.codebooks,
         encoded=encoded,
         start_error=learned.start_error,
         error=learned.error,
@@ -515,12 +517,11 @@ def _kept(
 class _Refit:
     """Codebooks of least error for the final codes of all rows; learned ones fit a sample.
 
-    Of more rows than REFIT_ROWS, a larger sample. From an earlier version, codebooks stay as they
-    were learned, lest a table that did not change gets others.
+    Of more rows than REFIT_ROWS, a larger sample.
     """
 
     def __init__(self, learned: Learned) -> None:
-        self.units, self.learned = learned.units, learned.codebooks
+        self.units = learned.units
         self.quantizer = quantizer_for(learned.units.shape.kind)
         self.codebooks = learned.units.learned(learned.codebooks)
         none = self.codebooks.new_zeros(0)
@@ -533,10 +534,8 @@ class _Refit:
         for total, part in zip(self.sums, sums, strict=True):
             total += part
 
-    def codebooks_for(self, ranks: Ranks) -> Tensor:
+    def solve(self, ranks: Ranks) -> Tensor:
         """Codebooks (M, K, S) in real units, as they will be stored, for the rows of all ranks."""
-        if self.units.shape.start is not None:
-            return self.learned
         mass, total = (ranks.add(part, "fitting codebooks") for part in self.sums)
         return self.units.stored(self.quantizer.solve((mass, total), self.codebooks))
 
@@ -557,13 +556,14 @@ def _drawn(rows: Rows, start: int, stop: int, step: int) -> tuple[Tensor, Tensor
     return ids[inside] - (start - first), weights[inside.to(weights.device)]
 
 
-def _encode_all(rows: Rows, learned: Learned, refit: _Refit) -> EncodedRows:
-    """The codes of all rows, read in chunks, which ``refit`` hears of.
+def _encode_all(rows: Rows, learned: Learned, refit: _Refit | None) -> EncodedRows:
+    """The codes of all rows, read in chunks, which ``refit`` hears of if there is one.
 
     Each rank finds those of its rows, and gets the others'.
     """
-    units, quantizer, codebooks = refit.units, refit.quantizer, refit.codebooks
-    shape = units.shape
+    units = learned.units
+    shape, codebooks = units.shape, units.learned(learned.codebooks)
+    quantizer = quantizer_for(shape.kind)
     count, size, _ = codebooks.shape
     packed = empty_packed(len(rows), count, shape.bits)
     used = torch.zeros(count * size, dtype=torch.int64, device=codebooks.device)
@@ -581,12 +581,11 @@ def _encode_all(rows: Rows, learned: Learned, refit: _Refit) -> EncodedRows:
             earlier = rows.codes(ids).to(codes.device)
             codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
             changed += (codes != earlier).any(1).sum()
-        drawn, weights = _drawn(rows, start, stop, step)
-        if len(drawn) == len(x):
-            refit.add(x, weights, codes)
-        else:
+        if refit is not None:
+            drawn, weights = _drawn(rows, start, stop, step)
             drawn = drawn.to(x.device)
-            refit.add(x[drawn], weights, codes[drawn])
+            every = len(drawn) == len(x)
+            refit.add(x if every else x[drawn], weights, codes if every else codes[drawn])
         used += torch.bincount(flat_codes(codes, size).flatten(), minlength=count * size)
         # The first row may start within a byte, whose other bits are the rank's before.
         before = start % 8

@@ -30,6 +30,7 @@ typedef struct {
     const float *gram;  /* of every codebook but the first, (words of those before it, width) */
     int64_t books, size, beam;
     int64_t width;         /* size, up to whole lanes; gram is zero there */
+    int bits;              /* that tell which LANES codewords of a codebook */
     int64_t stride, block; /* codewords kept of a sum, a multiple of WORDS; rows at once */
     int64_t *codes;        /* (rows, books) */
 } Search;
@@ -162,9 +163,9 @@ INLINE void turn(Keys *keys, int by) {
 
 /* The two least keys of each lane: totals in the order of integers, whose last bits number sum and
  * codeword. */
-INLINE void find_best(const Search *search, const Scratch *scratch, Step *step, int bits, int by,
-                      int32_t *keys) {
+INLINE void find_best(const Search *search, const Scratch *scratch, Step *step, int by, int32_t *keys) {
     const int64_t count = step->sums->count;
+    const int bits = search->bits;
     const Keys none = {0};
     const Keys number = none + ((1 << (bits + PARENT_BITS)) - 1);
     Keys first = none + INT32_MAX, second = first;
@@ -245,11 +246,12 @@ INLINE int64_t choose(const int32_t *keys, int64_t wanted, uint8_t *chosen) {
 }
 
 /* Extend the sums of a row by codebook m; `spare` are the words of the new ones. */
-INLINE void extend(const Search *search, const Scratch *scratch, Step *step, int bits, int by,
-                   Sums *sums, uint16_t *spare) {
+INLINE void extend(const Search *search, const Scratch *scratch, Step *step, int by, Sums *sums,
+                   uint16_t *spare) {
+    const int bits = search->bits;
     int32_t keys[2 * LANES];
     uint8_t chosen[2 * LANES + 1];
-    find_best(search, scratch, step, bits, by, keys);
+    find_best(search, scratch, step, by, keys);
     int64_t count = choose(keys, search->beam, chosen);
     if (!count) { /* none is a number */
         keys[0] = 0;
@@ -311,7 +313,7 @@ INLINE int64_t find_last(const Search *search, const Scratch *scratch, Step *ste
 /* ---- The search ---- */
 
 INLINE void take_step(const Search *search, Scratch *scratch, const float *alone, int64_t rows,
-                      int64_t m, int bits) {
+                      int64_t m) {
     const int64_t size = search->size, width = search->width, books = search->books;
     const int64_t each = search->beam * search->stride;
     Step step = {.m = m, .gram = search->gram + m * (m - 1) / 2 * size * width};
@@ -328,11 +330,9 @@ INLINE void take_step(const Search *search, Scratch *scratch, const float *alone
         if (m + 1 < books) {
             /* Few codewords fall into other lanes than those of the sum before. */
             if (size == 3 || size == 4)
-                extend(search, scratch, &step, bits, 4, scratch->sums + r,
-                       scratch->spare + r * each);
+                extend(search, scratch, &step, 4, scratch->sums + r, scratch->spare + r * each);
             else
-                extend(search, scratch, &step, bits, 1, scratch->sums + r,
-                       scratch->spare + r * each);
+                extend(search, scratch, &step, 1, scratch->sums + r, scratch->spare + r * each);
             continue;
         }
         int64_t word;
@@ -352,8 +352,6 @@ DISPATCHED static int64_t search_part(const void *what, int64_t begin, int64_t e
     Scratch scratch;
     void *memory = reserve(&search, &scratch);
     if (!memory) return 1;
-    int bits = 0;
-    while (search.width / LANES > 1 << bits) bits++;
     int64_t *const codes = search.codes;
     for (int64_t i = begin; i < end; i += search.block) {
         const int64_t rows = end - i < search.block ? end - i : search.block;
@@ -363,7 +361,7 @@ DISPATCHED static int64_t search_part(const void *what, int64_t begin, int64_t e
         }
         search.codes = codes + i * books;
         for (int64_t m = 0; m < books; m++)
-            take_step(&search, &scratch, search.alone + i * books * search.size, rows, m, bits);
+            take_step(&search, &scratch, search.alone + i * books * search.size, rows, m);
     }
     free(memory);
     return 0;
@@ -379,6 +377,7 @@ PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     const int64_t rows = v[3], threads = v[8];
     search.beam = v[6] < MOST_BEAM ? v[6] : MOST_BEAM;
     search.width = (search.size + LANES - 1) / LANES * LANES;
+    while (search.width / LANES > 1 << search.bits) search.bits++;
     search.stride = (search.books + WORDS - 1) / WORDS * WORDS;
     const int64_t fit = STATE_BYTES / (search.beam * search.stride * 2) + 1;
     const int64_t most = threads * (fit < MOST_ROWS ? fit : MOST_ROWS);

@@ -96,6 +96,7 @@ def test_codes_are_as_good_as_those_of_plain_steps(
     # Rounding may change which of two nearly equal sums is kept, for few rows.
     close = (found - expected).abs() <= 1e-4 + 1e-3 * expected
     assert int((~close).sum()) <= 1
+    assert float(found.sum()) <= 1.2 * float(expected.sum()) + 1e-3
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_codes_are_as_good_as_those_of_plain_steps(
         (12, 16, 64),
         (17, 128, 16),
         (16, 2, 5),
+        (2, 2048, 4),
     ],
 )
 def test_codes_equal_those_of_plain_steps(count: int, size: int, beam: int) -> None:
@@ -167,13 +169,10 @@ def test_of_equal_sums_the_first_is_extended() -> None:
 def test_codewords_that_are_equal_do_not_displace_better_ones(count: int, size: int) -> None:
     x, codebooks = _case(200, 8, count, size)
     codebooks[:, : size // 2] = 0
-    found = [
-        float(_errors(x, AdditiveQuantizer().encode(x, codebooks, beam), codebooks).sum())
-        for beam in (1, 4, 8, 16)
-    ]
-    for beam, error in zip((1, 4, 8, 16), found, strict=True):
-        best = float(_errors(x, _torch_codes(x, codebooks, beam), codebooks).sum())
-        assert error <= 1.02 * best
+    for beam in (1, 4, 8, 16):
+        found = _errors(x, AdditiveQuantizer().encode(x, codebooks, beam), codebooks).sum()
+        best = _errors(x, _torch_codes(x, codebooks, beam), codebooks).sum()
+        assert float(found) <= 1.02 * float(best)
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
