@@ -217,7 +217,8 @@ def _run(
     if options.no_tuning:
         return
     started = time.perf_counter()
-    labels = options.labels or options.self_distilled
+    # Ours follows a base that was self-distilled, which knows what labels tell.
+    labels = options.labels or (options.self_distilled and method not in OURS)
     tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started
     record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)

@@ -23,10 +23,10 @@ SAMPLE_ROWS = 1 << 17
 #: Bytes of these rows, at most: several arrays of that size live at once.
 SAMPLE_BYTES = 8 << 20
 #: Rows that k-means sees, at most; of many codewords, so many for each of them.
-START_ROWS, START_ROWS_EACH = 1 << 14, 64
+START_ROWS, START_ROWS_EACH = 1 << 13, 64
 #: Rows that the MEC objective sees, at most: its gradients need fewer than least squares do, and
 #: take longer (docs/experiments.md).
-MEC_ROWS = 1 << 14
+MEC_ROWS = 1 << 13
 #: Rows that codebooks are fitted to in the end, about at most.
 REFIT_ROWS = 1 << 22
 #: Bytes of float32 rows that are encoded at once, at most.

@@ -15,7 +15,7 @@ from torch import Tensor
 from .sampling import weighted_sample
 
 #: Points that the start is drawn from, at most.
-_START_POINTS = 1 << 14
+_START_POINTS = 1 << 13
 
 
 def require_faiss() -> ModuleType:

@@ -19,7 +19,7 @@ from .kmeans import weighted_kmeans
 
 #: Bytes of the largest temporary array while encoding; on other devices than the CPU, which have
 #: more to do at once and start slowly, of all that are made of some rows.
-_WORK_BYTES, _DEVICE_WORK_BYTES = 4 << 20, 128 << 20
+_WORK_BYTES, _DEVICE_WORK_BYTES = 2 << 20, 128 << 20
 #: Rows of a large array that are worked on at once.
 _PART_ROWS = 1 << 14
 #: Candidates that the C kernel looks at together.
@@ -252,8 +252,9 @@ def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
     count, size, _ = codebooks.shape
     x, codebooks = x.detach(), codebooks.detach()
     words = codebooks.flatten(0, 1)
-    # ||x - sum c||^2 is, but for ||x||^2, what words add alone, and 2 c.c' for each pair.
-    norms = words.square().sum(1)
+    # ||x - sum c||^2 is, but for ||x||^2, what words add alone, ||c||^2 - 2 x.c, and 2 c.c' for
+    # each pair. A column of ones brings ||c||^2 into the product.
+    scales = torch.cat([-2 * words, words.square().sum(1, keepdim=True)], dim=1).T
     cross = [words[: m * size] @ (2 * book).T for m, book in enumerate(codebooks)]
     gram = torch.cat([F.pad(part, (0, -size % _LANES)).flatten() for part in cross])
     codes = torch.empty(len(x), count, dtype=torch.int64)
@@ -261,7 +262,8 @@ def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
     room = x.new_empty(chunk, count * size)
     for i in range(0, len(x), chunk):
         part = x[i : i + chunk]
-        alone = torch.addmm(norms, part, words.T, alpha=-2, out=room[: len(part)])
+        extended = F.pad(part, (0, 1), value=1.0)
+        alone = torch.mm(extended, scales, out=room[: len(part)])
         lengths = part.square().sum(1)
         failed = cpu.kernel.encode(
             alone.data_ptr(),

@@ -113,45 +113,59 @@ INLINE const float *cross_terms(const Search *search, const Step *step, int64_t 
     return step->gram + (d * search->size + word) * search->width;
 }
 
+/* to = base + first + second, of `width` codewords; second may be NULL. */
+INLINE void add_terms(int64_t width, const float *base, const float *first, const float *second,
+                      float *to) {
+    for (int64_t part = 0; part < width; part += LANES) {
+        Totals total = load(base + part) + load(first + part);
+        if (second) total += load(second + part);
+        memcpy(to + part, &total, sizeof total);
+    }
+}
+
 /* Terms of all codewords with all words of sum b but the last, shared by sums of one parent. */
 INLINE const float *shared_terms(const Search *search, const Scratch *scratch, Step *step,
                                  int64_t b) {
-    if (step->m < 2) return step->alone;
     const uint32_t from = step->sums->from[b];
     float *const partial = scratch->partial + from * search->width;
     if (step->ready >> from & 1) return partial;
     step->ready |= (uint32_t)1 << from;
-    const uint16_t *words = step->words + b * search->stride;
-    for (int64_t part = 0; part < search->width; part += LANES) {
-        Totals total = load(step->alone + part);
-        const float *terms = step->gram + part;
-        for (int64_t d = 0; d < step->m - 1; d++, terms += search->size * search->width)
-            total += load(terms + words[d] * search->width);
-        memcpy(partial + part, &total, sizeof total);
+    const float *first = cross_terms(search, step, b, 0);
+    const float *second = cross_terms(search, step, b, 1);
+    add_terms(search->width, step->alone, first, second, partial);
+    for (int64_t d = 2; d < step->m - 1; d += 2) {
+        first = cross_terms(search, step, b, d);
+        second = d + 1 < step->m - 1 ? cross_terms(search, step, b, d + 1) : NULL;
+        add_terms(search->width, partial, first, second, partial);
     }
     return partial;
 }
 
-/* Totals of a sum with the codewords of a codebook. */
+/* Totals of a sum with the codewords of a codebook: its error, and two or three terms of each. */
 typedef struct {
-    const float *base, *cross; /* cross: of the last codeword, or NULL */
+    const float *base, *last, *other; /* last and other: of its last word and another one, or NULL */
     float error;
 } Terms;
 
 INLINE Terms terms_of(const Search *search, const Scratch *scratch, Step *step, int64_t b) {
-    return (Terms){shared_terms(search, scratch, step, b),
-                   step->m ? cross_terms(search, step, b, step->m - 1) : NULL,
-                   step->sums->error[b]};
+    Terms terms = {.base = step->alone, .error = step->sums->error[b]};
+    if (step->m) terms.last = cross_terms(search, step, b, step->m - 1);
+    /* Of three words, adding up costs less than keeping what sums share. */
+    if (step->m == 2) terms.other = cross_terms(search, step, b, 0);
+    if (step->m > 2) terms.base = shared_terms(search, scratch, step, b);
+    return terms;
 }
 
 INLINE Totals totals(Terms terms, int64_t from) {
-    const Totals total = load(terms.base + from) + terms.error;
-    return terms.cross ? total + load(terms.cross + from) : total;
+    Totals total = load(terms.base + from) + terms.error;
+    if (terms.last) total += load(terms.last + from);
+    return terms.other ? total + load(terms.other + from) : total;
 }
 
 INLINE float total(Terms terms, int64_t word) {
-    const float total = terms.base[word] + terms.error;
-    return terms.cross ? total + terms.cross[word] : total;
+    float total = terms.base[word] + terms.error;
+    if (terms.last) total += terms.last[word];
+    return terms.other ? total + terms.other[word] : total;
 }
 
 /* ---- The best candidates ---- */
@@ -233,16 +247,16 @@ INLINE int64_t choose(const int32_t *keys, int64_t wanted, uint8_t *chosen) {
     const int32_t infinite = 0x7f800000, worst = sorted[wanted - 1];
     const int32_t bound = worst < infinite ? worst : infinite - 1;
     BARRIER;
-    int64_t count = 0;
+    /* Those on the bound come last, as many as there is room for. */
+    uint8_t equal[2 * LANES + 1];
+    int64_t count = 0, also = 0;
     for (int i = 0; i < 2 * LANES; i++) {
-        chosen[count] = (uint8_t)i;
+        chosen[count] = equal[also] = (uint8_t)i;
         count += keys[i] < bound;
+        also += keys[i] == bound;
     }
-    for (int i = 0; i < 2 * LANES; i++) {
-        chosen[count] = (uint8_t)i;
-        count += keys[i] == bound;
-    }
-    return count < wanted ? count : wanted;
+    for (int64_t i = 0; i < also && count < wanted; i++) chosen[count++] = equal[i];
+    return count;
 }
 
 /* Extend the sums of a row by codebook m; `spare` are the words of the new ones. */
@@ -262,7 +276,7 @@ INLINE void extend(const Search *search, const Scratch *scratch, Step *step, int
     for (int64_t i = 0; i < count; i++, spare += search->stride) {
         const int32_t key = keys[chosen[i]];
         const int64_t b = key >> bits & (MOST_BEAM - 1);
-        const int64_t lane = (chosen[i] + by * (sums->count - 1 - b)) % LANES;
+        const int64_t lane = (chosen[i] + by * (sums->count - 1 - b)) & (LANES - 1);
         int64_t word = (key & ((1 << bits) - 1)) * LANES + lane;
         if (word >= search->size) word = 0;
         const uint16_t *from = step->words + b * search->stride;
@@ -289,7 +303,7 @@ INLINE int64_t find_last(const Search *search, const Scratch *scratch, Step *ste
             own = least(own, ordered(totals(terms, from)));
         const Keys less = own < low;
         place = ((none + (int32_t)b) & less) | (place & ~less);
-        low = least(low, own);
+        low = (own & less) | (low & ~less);
     }
     int32_t lows[LANES], places[LANES];
     memcpy(lows, &low, sizeof low);
