@@ -53,10 +53,11 @@ def self_distill(
     """Train an uncompressed model against labels and itself, in place, before ``compress()``.
 
     A step that one may leave out. Models of click logs are stopped early, as the rows of rare ids
-    over-fit; what this gains over the model as it was, :func:`compress` keeps, and a
-    :func:`distill` with labels from a copy of the result gains more (docs/measured.md). The
-    target is that of born-again networks (Furlanello et al., 2018, arXiv 1805.04770):
-    ``label_weight`` of the label, the rest of the probability by the model as it was.
+    over-fit; what this gains over the model as it was, :func:`compress` keeps, and
+    :func:`distill` from a copy of the result (docs/measured.md). The target is that of born-again
+    networks (Furlanello et al., 2018, arXiv 1805.04770): ``label_weight`` of the label, the rest of
+    the probability by the model as it was. A second call, taught by the result of the first, gains
+    more; one that gains nothing, by ``score``, changes nothing.
 
     Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move. Popular rows are
     trained by SparseAdam, all else by Adam, in eval mode; the learning rate warms up and falls to

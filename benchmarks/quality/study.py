@@ -89,7 +89,7 @@ def _parse() -> argparse.Namespace:
     stages.add_argument(
         "--self-distilled",
         action="store_true",
-        help="the same, of a base that was self-distilled with labels before",
+        help="a stage of its own, of bases that were self-distilled with labels before",
     )
     stages.add_argument(
         "--calibrated",
@@ -217,8 +217,8 @@ def _run(
     if options.no_tuning:
         return
     started = time.perf_counter()
-    # Ours follows a base that was self-distilled, which knows what labels tell.
-    labels = options.labels or (options.self_distilled and method not in OURS)
+    # Tables made from those of a self-distilled base have what labels tell from there.
+    labels = options.labels or (options.self_distilled and method in TRAINED)
     tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started
     record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)
