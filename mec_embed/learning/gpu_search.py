@@ -198,7 +198,7 @@ def takes(x: Tensor, codebooks: Tensor, beam: int) -> bool:
 
 
 def search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
-    """Codes (n, M) of ``x`` (n, D), which :func:`takes`; see ``native/encode.c``."""
+    """Codes (n, M) of ``x`` (n, D), which :func:`takes`; see ``native/search.h``."""
     count, size, _ = codebooks.shape
     # In float64, as a program may have allowed TF32 for products of float32.
     x, words = x.detach(), codebooks.detach().flatten(0, 1).double()

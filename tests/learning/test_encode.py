@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def _case(rows: int, dim: int, count: int, size: int, seed: int = 0) -> tuple[Te
 
 
 def _lane_codes(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
-    """Codes (n, M) as ``native/encode.c`` says it finds them, row by row and in plain steps."""
+    """Codes (n, M) as ``native/search.h`` says it finds them, row by row and in plain steps."""
     count, size, _ = codebooks.shape
     words = codebooks.flatten(0, 1)
     cross = (2 * words @ words.T).view(count, size, count, size)
@@ -97,6 +98,26 @@ def test_codes_are_as_good_as_those_of_plain_steps(
     close = (found - expected).abs() <= 1e-4 + 1e-3 * expected
     assert int((~close).sum()) <= 1
     assert float(found.sum()) <= 1.2 * float(expected.sum()) + 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 6),
+    size=st.sampled_from([1, 2, 3, 4, 5, 16, 17, 40, 64, 130]),
+    beam=st.integers(1, 33),
+    rows=st.integers(1, 40),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_codes_are_those_of_every_length_of_vectors(
+    count: int, size: int, beam: int, rows: int, seed: int
+) -> None:
+    x, codebooks = _case(rows, 9, count, size, seed)
+    x[seed % rows] *= (1.0, 1e-20, 1e20, math.nan)[seed % 4]
+    found = []
+    for most in (64, 32, 16):
+        with mock.patch.object(quantizers, "_VECTOR_BYTES", most):
+            found.append(AdditiveQuantizer().encode(x, codebooks, beam))
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
 
 
 @pytest.mark.parametrize(
