@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from mec_embed.packing import pack
 from mec_embed.tiers import TieredEmbedding, TieredEmbeddingBag, TierMap
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
+
+
+@pytest.fixture(scope="module", params=[64, 32], autouse=True)
+def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All by the code for AVX-512, where this processor runs it, and by that for others."""
+    cpu.kernel.limit_vectors(request.param)
+    yield
+    cpu.kernel.limit_vectors(64)
 
 
 def _table(layout: CodeLayout, seed: int = 0, **options: Any) -> CompressedEmbedding:

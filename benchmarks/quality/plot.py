@@ -21,6 +21,8 @@ Panel = tuple[str, str, str]
 #: Colours are for methods of interest; the others share grey.
 COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
 STAGES = ("right after", "tuned", "labels", "self-distilled")
+#: In brackets.
+ALONE = "self-distilled alone"
 #: Columns and lines of the short table.
 SHORT: tuple[tuple[Panel, float], ...] = (
     (("criteo_dac80k", "DeepFM", "40"), 25.0),
@@ -125,7 +127,9 @@ def _cell(cell: dict[str, list[float]] | None) -> str:
         f"{mean(stage):+.4f}" + (f" ({len(stage)})" if len(stage) != seeds else "")
         for stage in stages
     ]
-    return " / ".join(values) + (f" ({seeds} seeds)" if seeds > 1 else "")
+    alone = cell.get(ALONE)
+    bracket = f" [{mean(alone):+.4f}]" if alone else ""
+    return " / ".join(values) + bracket + (f" ({seeds} seeds)" if seeds > 1 else "")
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:

@@ -49,8 +49,10 @@ COLUMNS = (
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
 #: The stages of models tuned with labels mixed into the targets, the same where the base was
-#: self-distilled before, and from a softened teacher.
+#: self-distilled before (or without labels then, of what is made from its tables), and from a
+#: softened teacher.
 LABELS, SELF_DISTILLED, CALIBRATED = "labels", "self-distilled", "calibrated"
+ALONE = "self-distilled alone"
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -135,7 +137,7 @@ def read_keys(file: Path, stage: str = "tuned") -> set[tuple[str, ...]]:
         tuple(row[name] for name in KEY)
         for row in lines.read(file)
         if row["stage"] in ("impossible", stage)
-        or (stage == "tuned" and row["stage"] not in (LABELS, SELF_DISTILLED, CALIBRATED))
+        or (stage == "tuned" and row["stage"] not in (LABELS, SELF_DISTILLED, ALONE, CALIBRATED))
     }
 
 
@@ -217,8 +219,13 @@ def _run(
     if options.no_tuning:
         return
     started = time.perf_counter()
-    # Tables made from those of a self-distilled base have what labels tell from there.
-    labels = options.labels or (options.self_distilled and method in TRAINED)
+    if options.self_distilled and method not in TRAINED:
+        # What labels tell, its tables have from the base.
+        tuned = tune(model, base)
+        seconds = time.perf_counter() - started
+        record(options.out, base, label, method, ratio, ALONE, tuned, seconds)
+        started = time.perf_counter()
+    labels = options.labels or options.self_distilled
     tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started
     record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)

@@ -22,8 +22,8 @@ from .kmeans import weighted_kmeans
 _WORK_BYTES, _DEVICE_WORK_BYTES = 2 << 20, 128 << 20
 #: Rows of a large array that are worked on at once.
 _PART_ROWS = 1 << 14
-#: Candidates that the C kernel looks at together, and the longest vectors that it uses, in bytes.
-_LANES, _VECTOR_BYTES = 16, 64
+#: Candidates that the C kernel looks at together.
+_LANES = 16
 #: The search by a Triton kernel, where the lookups have theirs.
 _gpu_search: Any = importlib.import_module(".gpu_search", __package__) if ops._gpu else None
 
@@ -275,7 +275,6 @@ def _native_search(x: Tensor, codebooks: Tensor, beam: int) -> Tensor:
             beam,
             codes[i:].data_ptr(),
             cpu.threads_for(len(part), count * size),
-            _VECTOR_BYTES,
         )
         if failed:
             raise MemoryError("no memory to search for codes")

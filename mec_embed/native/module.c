@@ -25,6 +25,16 @@ int read_packed(PyObject *packed, void *to, size_t size) {
     return 0;
 }
 
+int longest_vectors = 64;
+
+/* bytes */
+PyObject *limit_vectors(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long bytes;
+    if (read_integers(args, given, 1, &bytes)) return NULL;
+    longest_vectors = (int)bytes;
+    Py_RETURN_NONE;
+}
+
 #define CALL(function, text) \
     {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, text}
 
@@ -43,6 +53,7 @@ static PyMethodDef methods[] = {
     CALL(tiers, "Tier and place of rows."),
     CALL(encode, "Codes of rows that are sums of codewords."),
     CALL(normal, "Normal equations of codebooks."),
+    CALL(limit_vectors, "Use no longer vectors, as on other processors: for tests."),
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods};

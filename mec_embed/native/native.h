@@ -11,6 +11,7 @@
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 /* The best of these that the processor runs is chosen when the library is loaded. */
 #define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FOR_AVX512
 #else
 #define DISPATCHED
 #endif
@@ -21,6 +22,24 @@
 #else
 #define INLINE static inline
 #define PREFETCH(address)
+#endif
+
+/* Bytes of the longest vectors that are used where the processor has them; tests lower it. */
+extern int longest_vectors;
+
+#if defined(__GNUC__) && defined(__x86_64__)
+/* Whether to run code for AVX2, and for AVX-512, as x86-64-v3 and -v4 have them. */
+INLINE int has_avx2(void) {
+    __builtin_cpu_init();
+    return longest_vectors >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+}
+
+INLINE int has_avx512(void) {
+    return longest_vectors >= 64 && has_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 /* Addresses come from Python as integers. */
@@ -94,5 +113,6 @@ PyObject *tiers(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *normal(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *share_threads(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *limit_vectors(PyObject *self, PyObject *const *args, Py_ssize_t given);
 
 #endif

@@ -91,7 +91,8 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     first = run(*methods, "--labels")
     lines = run(*methods, "--self-distilled")
     assert lines[: len(first)] == first
-    [line] = lines[len(first) :]
+    [alone, line] = lines[len(first) :]
+    assert alone["stage"] == "self-distilled alone"
     assert line["stage"] == "self-distilled" and line["test_auc"] != first[-1]["test_auc"]
     assert run(*methods, "--self-distilled") == lines
     assert run(*methods, "--no-tuning")[: len(lines)] == lines
@@ -100,6 +101,7 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     plot.main()
     [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
     assert ours.count("/") == 2  # right after, with labels, and self-distilled before
+    assert ours.count("[") == 1  # and without labels then
 
 
 def test_tuning_from_a_softened_teacher_is_a_stage_of_its_own(run):
