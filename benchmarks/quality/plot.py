@@ -122,14 +122,15 @@ def _cell(cell: dict[str, list[float]] | None) -> str:
         return "-"
     seeds = len(cell[STAGES[0]])
     stages = [cell[stage] for stage in STAGES if cell.get(stage)]
-    # A stage of fewer seeds than the first says so.
-    values = [
-        f"{mean(stage):+.4f}" + (f" ({len(stage)})" if len(stage) != seeds else "")
-        for stage in stages
-    ]
-    alone = cell.get(ALONE)
-    bracket = f" [{mean(alone):+.4f}]" if alone else ""
-    return " / ".join(values) + bracket + (f" ({seeds} seeds)" if seeds > 1 else "")
+    values = " / ".join(_mean(stage, seeds) for stage in stages)
+    if cell.get(ALONE):
+        values += f" [{_mean(cell[ALONE], seeds)}]"
+    return values + (f" ({seeds} seeds)" if seeds > 1 else "")
+
+
+def _mean(changes: list[float], seeds: int) -> str:
+    """A stage of other seeds than the first says so."""
+    return f"{mean(changes):+.4f}" + (f" ({len(changes)})" if len(changes) != seeds else "")
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:

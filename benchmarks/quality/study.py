@@ -49,10 +49,10 @@ COLUMNS = (
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
 #: The stages of models tuned with labels mixed into the targets, the same where the base was
-#: self-distilled before (or without labels then, of what is made from its tables), and from a
-#: softened teacher.
-LABELS, SELF_DISTILLED, CALIBRATED = "labels", "self-distilled", "calibrated"
-ALONE = "self-distilled alone"
+#: self-distilled before, without labels of such a base, and from a softened teacher.
+LABELS, SELF_DISTILLED, ALONE, CALIBRATED = (
+    "labels", "self-distilled", "self-distilled alone", "calibrated",
+)  # fmt: skip
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -67,7 +67,7 @@ def main() -> None:
             base = _base(name, model, options, seed)
             label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
             _record_base(options.out, base, label)
-            if options.self_distilled:
+            if _stage(options) in (SELF_DISTILLED, ALONE):
                 base = self_distilled(base)
             for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
@@ -91,7 +91,12 @@ def _parse() -> argparse.Namespace:
     stages.add_argument(
         "--self-distilled",
         action="store_true",
-        help="a stage of its own, of bases that were self-distilled with labels before",
+        help="the same, of a base that was self-distilled with labels before",
+    )
+    stages.add_argument(
+        "--self-distilled-alone",
+        action="store_true",
+        help="of such a base, tuning without labels, a stage of its own",
     )
     stages.add_argument(
         "--calibrated",
@@ -128,6 +133,8 @@ def _stage(options: argparse.Namespace) -> str:
         return CALIBRATED
     if options.self_distilled:
         return SELF_DISTILLED
+    if options.self_distilled_alone:
+        return ALONE
     return LABELS if options.labels else "tuned"
 
 
@@ -219,12 +226,6 @@ def _run(
     if options.no_tuning:
         return
     started = time.perf_counter()
-    if options.self_distilled and method not in TRAINED:
-        # What labels tell, its tables have from the base.
-        tuned = tune(model, base)
-        seconds = time.perf_counter() - started
-        record(options.out, base, label, method, ratio, ALONE, tuned, seconds)
-        started = time.perf_counter()
     labels = options.labels or options.self_distilled
     tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
     seconds = time.perf_counter() - started

@@ -176,9 +176,9 @@ static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t to
                          int threads) {
     if (!should_widen(job, job->count)) return run_parts(part, job, total, step, threads);
     const Widening all = {part, job, plan};
-    int64_t parts = threads;
-    while (parts > 1 && !should_widen(job, job->count / parts)) parts--;
-    const int64_t share = (total + parts - 1) / parts;
+    int64_t shares = threads;
+    while (shares > 1 && !should_widen(job, job->count / shares)) shares--;
+    const int64_t share = (total + shares - 1) / shares;
     return run_parts(widening_part, &all, total, (share + step - 1) / step * step, threads);
 }
 

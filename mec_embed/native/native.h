@@ -24,13 +24,13 @@
 #define PREFETCH(address)
 #endif
 
-/* Bytes of the longest vectors that are used where the processor has them; tests lower it. */
+/* Bytes of the longest vectors that are used where the processor has them; tests lower it, never
+ * during a call. Of 16, for the search alone. */
 extern int longest_vectors;
 
 #if defined(__GNUC__) && defined(__x86_64__)
-/* Whether to run code for AVX2, and for AVX-512, as x86-64-v3 and -v4 have them. */
+/* Whether to run code for AVX2, and for AVX-512: all that encode_32.c and parts_64.c name. */
 INLINE int has_avx2(void) {
-    __builtin_cpu_init();
     return longest_vectors >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
 }

@@ -1,4 +1,4 @@
-/* Lookups with vectors of 32 bytes, or what the processor has. */
+/* Lookups for other processors, with AVX2 and without. */
 #include "native.h"
 
 #ifdef FOR_AVX512

@@ -369,6 +369,7 @@ LOCAL void extend(const Search *search, const Scratch *scratch, Step *step, int 
     *sums = kept;
 }
 
+#define NO_PLACE(p, _) place.part[p] = none;
 #define TAKE_LEAST(p, from) \
     own.part[p] = least(own.part[p], ordered(totals(terms, from + p * WIDE)));
 #define KEEP_LESS(p, sum) \
@@ -385,7 +386,7 @@ LOCAL int64_t find_last(const Search *search, const Scratch *scratch, Step *step
     const Integers none = {0};
     Keys low, place; /* of each lane: the least total, and its sum */
     ALL_PARTS(NO_KEYS, low)
-    ALL_PARTS(NO_KEYS, place)
+    ALL_PARTS(NO_PLACE, 0)
     for (int64_t b = 0; b < count; b++) {
         const Terms terms = terms_of(search, scratch, step, b);
         Keys own;

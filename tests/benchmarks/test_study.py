@@ -91,10 +91,13 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     first = run(*methods, "--labels")
     lines = run(*methods, "--self-distilled")
     assert lines[: len(first)] == first
-    [alone, line] = lines[len(first) :]
-    assert alone["stage"] == "self-distilled alone"
+    [line] = lines[len(first) :]
     assert line["stage"] == "self-distilled" and line["test_auc"] != first[-1]["test_auc"]
     assert run(*methods, "--self-distilled") == lines
+    with_labels, lines = lines, run(*methods, "--self-distilled-alone")
+    [line] = lines[len(with_labels) :]
+    assert line["stage"] == "self-distilled alone"
+    assert run(*methods, "--self-distilled-alone") == lines
     assert run(*methods, "--no-tuning")[: len(lines)] == lines
 
     monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv")])
