@@ -31,14 +31,14 @@ def ours(base: Base, ratio: float, *, measured: bool = True, **options: Any) -> 
     return model
 
 
-def self_distilled(base: Base, **options: Any) -> Base:
+def self_distilled(base: Base, *, calls: int = 2, **options: Any) -> Base:
     """A base whose model has been trained on by ``self_distill()``, the best by validation.
 
     The second call teaches by what the first one made; a third one gained nothing
     (docs/experiments.md).
     """
     model = base.copy()
-    for _ in range(2):
+    for _ in range(calls):
         self_distill(
             model,
             _counts(base),

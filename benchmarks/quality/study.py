@@ -50,9 +50,11 @@ COLUMNS = (
 )  # fmt: skip
 #: The stages of models tuned with labels mixed into the targets, the same where the base was
 #: self-distilled before, without labels of such a base, and from a softened teacher.
-LABELS, SELF_DISTILLED, ALONE, CALIBRATED = (
+OWN_STAGES = LABELS, SELF_DISTILLED, ALONE, CALIBRATED = (
     "labels", "self-distilled", "self-distilled alone", "calibrated",
 )  # fmt: skip
+#: That of models tuned as usual.
+TUNED = "tuned"
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -60,14 +62,14 @@ _SAME_AUC = 2e-5
 def main() -> None:
     """Parse the command line and run."""
     options = _parse()
-    done = read_keys(options.out, _stage(options))
+    done = read_keys(options.out, options.stage)
     jobs = [job for job in _jobs(options) if _key(job, options) not in done]
     with tqdm(total=len(jobs), unit="run") as bar:
         for (name, model, seed), group in itertools.groupby(jobs, key=lambda job: job[:3]):
             base = _base(name, model, options, seed)
             label = {"data": name, "model": model, "dim": base.settings.dim, "seed": seed}
             _record_base(options.out, base, label)
-            if _stage(options) in (SELF_DISTILLED, ALONE):
+            if options.stage in (SELF_DISTILLED, ALONE):
                 base = self_distilled(base)
             for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
@@ -85,24 +87,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-tuning", action="store_true", help="only right after compressing")
     stages = parser.add_mutually_exclusive_group()
-    stages.add_argument(
-        "--labels", action="store_true", help="only tuning with labels, a stage of its own"
-    )
-    stages.add_argument(
-        "--self-distilled",
-        action="store_true",
-        help="the same, of a base that was self-distilled with labels before",
-    )
-    stages.add_argument(
-        "--self-distilled-alone",
-        action="store_true",
-        help="of such a base, tuning without labels, a stage of its own",
-    )
-    stages.add_argument(
-        "--calibrated",
-        action="store_true",
-        help="only tuning from a softened teacher, a stage of its own",
-    )
+    helps = {
+        LABELS: "only tuning with labels, a stage of its own",
+        SELF_DISTILLED: "the same, of a base that was self-distilled with labels before",
+        ALONE: "of such a base, tuning without labels, a stage of its own",
+        CALIBRATED: "only tuning from a softened teacher, a stage of its own",
+    }
+    for stage, text in helps.items():
+        option = f"--{stage.replace(' ', '-')}"
+        stages.add_argument(option, dest="stage", action="store_const", const=stage, help=text)
+    parser.set_defaults(stage=TUNED)
     parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
     parser.add_argument("--fuxictr-root", type=Path, help="folder of Criteo_x1, Avazu_x1, ...")
     parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
@@ -127,24 +121,13 @@ def _key(job: tuple[str, str, int, str, float], options: argparse.Namespace) -> 
     return tuple(map(str, (name, model, dim, seed, method, ratio)))
 
 
-def _stage(options: argparse.Namespace) -> str:
-    """The stage of models that these options tune."""
-    if options.calibrated:
-        return CALIBRATED
-    if options.self_distilled:
-        return SELF_DISTILLED
-    if options.self_distilled_alone:
-        return ALONE
-    return LABELS if options.labels else "tuned"
-
-
-def read_keys(file: Path, stage: str = "tuned") -> set[tuple[str, ...]]:
+def read_keys(file: Path, stage: str = TUNED) -> set[tuple[str, ...]]:
     """The runs that a result file already holds: of a stage of its own, or those of the usual."""
     return {
         tuple(row[name] for name in KEY)
         for row in lines.read(file)
         if row["stage"] in ("impossible", stage)
-        or (stage == "tuned" and row["stage"] not in (LABELS, SELF_DISTILLED, ALONE, CALIBRATED))
+        or (stage == TUNED and row["stage"] not in OWN_STAGES)
     }
 
 
@@ -220,16 +203,16 @@ def _run(
         return
     if ratio and embedding_bytes(model) > base.budget(ratio):
         raise RuntimeError(f"{method} takes more than its budget at {ratio:g}x")
-    if _stage(options) == "tuned":
+    if options.stage == TUNED:
         stage = "trained" if method in TRAINED else "compressed"
         record(options.out, base, label, method, ratio, stage, model, seconds)
     if options.no_tuning:
         return
     started = time.perf_counter()
-    labels = options.labels or options.self_distilled
-    tuned = tune(model, base, labels=labels, calibrated=options.calibrated)
+    labels = options.stage in (LABELS, SELF_DISTILLED)
+    tuned = tune(model, base, labels=labels, calibrated=options.stage == CALIBRATED)
     seconds = time.perf_counter() - started
-    record(options.out, base, label, method, ratio, _stage(options), tuned, seconds)
+    record(options.out, base, label, method, ratio, options.stage, tuned, seconds)
 
 
 def record(

@@ -8,8 +8,8 @@
 /* For the processor that this is. */
 static Part search(void) {
 #ifdef SEARCH_BY_32_AND_64
-    if (has_avx512()) return search_by_64;
-    if (has_avx2()) return search_by_32;
+    if (longest_vectors >= 64) return search_by_64;
+    if (longest_vectors >= 32) return search_by_32;
 #endif
     return search_by_16;
 }

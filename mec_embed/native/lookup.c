@@ -18,7 +18,7 @@
 /* For the processor that this is. */
 static const Parts *parts(void) {
 #ifdef FOR_AVX512
-    if (has_avx512()) return &parts_by_64;
+    if (longest_vectors >= 64) return &parts_by_64;
 #endif
     return &parts_by_32;
 }

@@ -25,13 +25,29 @@ int read_packed(PyObject *packed, void *to, size_t size) {
     return 0;
 }
 
-int longest_vectors = 64;
+int longest_vectors;
+
+static int vectors_of_processor(void) {
+#if defined(__GNUC__) && defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi") ||
+        !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("fma"))
+        return 16;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 64;
+    return 32;
+#else
+    return 16;
+#endif
+}
 
 /* bytes */
 PyObject *limit_vectors(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long bytes;
     if (read_integers(args, given, 1, &bytes)) return NULL;
-    longest_vectors = (int)bytes;
+    const int most = vectors_of_processor();
+    longest_vectors = bytes < most ? (int)bytes : most;
     Py_RETURN_NONE;
 }
 
@@ -60,5 +76,6 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, 
 
 PyMODINIT_FUNC PyInit__native(void) {
     prepare_threads();
+    longest_vectors = vectors_of_processor();
     return PyModule_Create(&module);
 }

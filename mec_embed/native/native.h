@@ -24,23 +24,9 @@
 #define PREFETCH(address)
 #endif
 
-/* Bytes of the longest vectors that are used where the processor has them; tests lower it, never
- * during a call. Of 16, for the search alone. */
+/* Bytes of the longest vectors that are used: 64 with AVX-512, 32 with AVX2 (all that encode_32.c and
+ * parts_64.c name), else 16. Tests lower it, never during a call; 16 for the search alone. */
 extern int longest_vectors;
-
-#if defined(__GNUC__) && defined(__x86_64__)
-/* Whether to run code for AVX2, and for AVX-512: all that encode_32.c and parts_64.c name. */
-INLINE int has_avx2(void) {
-    return longest_vectors >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
-}
-
-INLINE int has_avx512(void) {
-    return longest_vectors >= 64 && has_avx2() && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
 
 /* Addresses come from Python as integers. */
 #define ADDRESS(value) ((void *)(uintptr_t)(value))

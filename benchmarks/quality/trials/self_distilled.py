@@ -31,7 +31,7 @@ def main() -> None:
         print(f"{stage}: valid {valid.auc - start[0].auc:+.5f}, {change}", flush=True)  # noqa: T201
 
     names = ("epochs", "lr", "rare", "l2")
-    better = self_distilled(base, **{name: getattr(options, name) for name in names})
+    better = self_distilled(base, calls=1, **{name: getattr(options, name) for name in names})
     tell("self-distilled", better.model)
     model = common.compressed(better, options.ratio)
     tell("compressed", model)
