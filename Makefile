@@ -23,8 +23,8 @@ help: ## show this list
 demo: $(STAMP) ## run the demo, e.g. make demo DEMO_ARGS="--tiny"
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
-test: $(STAMP) ## run the tests, e.g. make test TEST_ARGS="-m 'not slow'"
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(STAMP) ## run the tests, on up to 4 cores, e.g. make test TEST_ARGS="-m 'not slow'"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -30,9 +30,9 @@ from mec_embed.tiers import TieredEmbedding, TieredEmbeddingBag, TierMap
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C kernel was not built")
 
 
-@pytest.fixture(scope="module", params=[64, 32], autouse=True)
+@pytest.fixture(scope="module", params=[64, 32, 16], autouse=True)
 def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All by the code for AVX-512, where this processor runs it, and by that for others."""
+    """All by the code for AVX-512, for AVX2, and for any processor, where this one runs it."""
     cpu.kernel.limit_vectors(request.param)
     yield
     cpu.kernel.limit_vectors(64)

@@ -5,15 +5,6 @@
 #define MOST_ROWS 512         /* that take a step together */
 #define STATE_BYTES (1 << 18) /* of their sums */
 
-/* For the processor that this is. */
-static Part search(void) {
-#ifdef SEARCH_BY_32_AND_64
-    if (longest_vectors >= 64) return search_by_64;
-    if (longest_vectors >= 32) return search_by_32;
-#endif
-    return search_by_16;
-}
-
 /* alone, norms, gram (doubled), rows, codebooks, codewords of each, beam, codes (out), threads
  * -> 0, or 1 where memory is short */
 PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -33,7 +24,7 @@ PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     job.block = rows ? (rows + parts - 1) / parts : 0;
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = rows ? run_parts(search(), &job, rows, job.block, (int)threads) : 0;
+    failed = rows ? run_parts(VARIANT(search), &job, rows, job.block, (int)threads) : 0;
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(failed);
 }

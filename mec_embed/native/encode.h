@@ -22,8 +22,7 @@ typedef struct {
 
 /* Search for the rows begin..end, with vectors of so many bytes; 0, or 1 where memory is short. */
 int64_t search_by_16(const void *search, int64_t begin, int64_t end);
-#if defined(__GNUC__) && defined(__x86_64__) && !defined(_WIN32)
-#define SEARCH_BY_32_AND_64
+#ifdef FOR_32
 int64_t search_by_32(const void *search, int64_t begin, int64_t end);
 int64_t search_by_64(const void *search, int64_t begin, int64_t end);
 #endif

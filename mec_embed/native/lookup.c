@@ -16,12 +16,7 @@
 #define LEAST_LINES 2         /* of a block: narrower ones cost more passes than they gain */
 
 /* For the processor that this is. */
-static const Parts *parts(void) {
-#ifdef FOR_AVX512
-    if (longest_vectors >= 64) return &parts_by_64;
-#endif
-    return &parts_by_32;
-}
+static const Parts *parts(void) { return VARIANT(&parts); }
 
 int read_plan(PyObject *packed, Plan *plan) {
     if (read_packed(packed, plan, sizeof *plan)) return -1;
@@ -34,43 +29,6 @@ int read_plan(PyObject *packed, Plan *plan) {
         }
     }
     return 0;
-}
-
-/* A codeword in float32, in blocks of `lines` that are `block` bytes apart. */
-INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_t lines,
-                  int64_t block, char *to) {
-    for (int64_t column = 0; column < width; to += block)
-        for (int64_t half = 0; half < 2 * lines && column < width; half++, column += LANES) {
-            float *const values = (float *)(to + half * sizeof(Floats));
-            if (column + LANES <= width) {
-                const Floats all = entries(word, column, kind, scale);
-                memcpy(values, &all, sizeof all);
-            } else {
-                memset(values, 0, sizeof(Floats));
-                for (int64_t j = column; j < width; j++)
-                    values[j - column] = entry(word, j, kind, scale);
-            }
-        }
-}
-
-/* All codewords of a table in blocks of columns at `to`, with zeros after the last of each. */
-DISPATCHED static void widen_codebooks(const Table *table, int64_t lines, char *to) {
-    const int64_t words = table->books * table->size, stride = stride_of(table);
-    const int64_t width = table->width, line = lines * LINE, block = (words + 1) * line;
-    const char *word = ADDRESS(table->words);
-    for (int64_t w = 0; w < words; w++, word += stride) {
-        float scale = 1.0f;
-        put_scale(table, w, &scale);
-        char *const at = to + w * line;
-        switch (table->kind) {
-            case FLOAT32: widen(word, width, FLOAT32, scale, lines, block, at); break;
-            case INT8: widen(word, width, INT8, scale, lines, block, at); break;
-            case FLOAT16: widen(word, width, FLOAT16, scale, lines, block, at); break;
-            default: widen(word, width, BFLOAT16, scale, lines, block, at);
-        }
-    }
-    for (int64_t column = 0; column < width; column += lines * LINE_LANES, to += block)
-        memset(to + words * line, 0, line);
 }
 
 /* Memory of earlier calls that widened codebooks, of each of their threads: fresh pages cost more
@@ -140,7 +98,7 @@ static Memory *widen_plan(Job *job, Plan *plan) {
     to += LINE - (uintptr_t)to % LINE;
     for (int64_t t = 0; t < plan->tiers; t++) {
         Table *table = plan->table + t;
-        widen_codebooks(table, lines, to);
+        parts()->widen(table, lines, to);
         table->words = (int64_t)(uintptr_t)to;
         job->block[t] = (table->books * table->size + 1) * lines * LINE;
         to += job->block[t] * blocks;

@@ -248,11 +248,29 @@ INLINE int take_words(const Place *place, const char **word, float *scale) {
 
 /* ---- Codewords ---- */
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Integers __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-#define LANES 8
+#define LANES 8 /* columns of a codeword that are read and added together */
+
+/* Vectors of them: one, or two where the processor has no longer ones. GCC keeps vectors that the
+ * processor has not in memory, which takes several times as long. */
+#if VECTOR >= 32
+#define WIDE 8
+#define OF_EACH(b) {b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]}
+#else
+#define WIDE 4
+#define OF_EACH(b) {b[0], b[1], b[2], b[3]}
+#endif
+typedef float Vector __attribute__((vector_size(4 * WIDE)));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
+
+typedef struct {
+    Vector part[LANES / WIDE];
+} Floats;
+
+INLINE void add_floats(Floats *total, Floats values) {
+    for (int p = 0; p < LANES / WIDE; p++) total->part[p] += values.part[p];
+}
 
 /* Half precision, exactly: the exponent is moved by a product, which also serves subnormals. */
 INLINE float from_half(uint16_t half) {
@@ -273,13 +291,13 @@ INLINE float entry(const char *word, int64_t at, int kind, float scale) {
     }
 }
 
-INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
-    Floats values;
+INLINE Vector some_entries(const char *word, int64_t at, int kind, float scale) {
+    Vector values;
     if (kind == INT8) {
         /* One by one: GCC makes one instruction of these, and many of a conversion of vectors. */
         const int8_t *b = (const int8_t *)word + at;
-        const Integers whole = {b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
-        return __builtin_convertvector(whole, Floats) * scale;
+        const Integers whole = OF_EACH(b);
+        return __builtin_convertvector(whole, Vector) * scale;
     }
     if (kind == FLOAT32) {
         memcpy(&values, word + at * 4, sizeof values);
@@ -304,6 +322,13 @@ INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
     return values;
 }
 
+INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
+    Floats values;
+    for (int p = 0; p < LANES / WIDE; p++)
+        values.part[p] = some_entries(word, at + p * WIDE, kind, scale);
+    return values;
+}
+
 /* `vectors` times 8 columns of the sum of codewords, from what `out` holds on where `more`;
  * `vectors` is a constant, so that the sums stay in registers. */
 INLINE void sum_block(int64_t count, const char **word, const float *scale, int64_t column,
@@ -317,7 +342,7 @@ INLINE void sum_block(int64_t count, const char **word, const float *scale, int6
     }
     for (int64_t m = more ? 0 : 1; m < count; m++)
         for (int v = 0; v < vectors; v++)
-            total[v] += entries(word[m], column + v * LANES, kind, scale[m]);
+            add_floats(&total[v], entries(word[m], column + v * LANES, kind, scale[m]));
     for (int v = 0; v < vectors; v++) memcpy(out + column + v * LANES, &total[v], sizeof *total);
 }
 
@@ -535,8 +560,7 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
 #define ROUND 128
 #define ROUND_WORDS 2048
 
-/* GCC keeps vectors that the processor has not in memory, so that it takes several times as long. */
-#ifdef WHOLE_LINES
+#if VECTOR == 64
 typedef float Line __attribute__((vector_size(LINE)));
 
 INLINE void add_line(Line *total, Line line) { *total += line; }
@@ -546,7 +570,7 @@ typedef struct {
 } Line;
 
 INLINE void add_line(Line *total, Line line) {
-    for (int h = 0; h < 2; h++) total->half[h] += line.half[h];
+    for (int h = 0; h < 2; h++) add_floats(&total->half[h], line.half[h]);
 }
 #endif
 
@@ -568,6 +592,23 @@ INLINE Floats half_line_at(const char *word, int64_t at) {
     Floats values;
     memcpy(&values, __builtin_assume_aligned(word + at * LINE, LINE / 2), sizeof values);
     return values;
+}
+
+/* A codeword in float32, in blocks of `lines` that are `block` bytes apart. */
+INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_t lines,
+                  int64_t block, char *to) {
+    for (int64_t column = 0; column < width; to += block)
+        for (int64_t half = 0; half < 2 * lines && column < width; half++, column += LANES) {
+            float *const values = (float *)(to + half * sizeof(Floats));
+            if (column + LANES <= width) {
+                const Floats all = entries(word, column, kind, scale);
+                memcpy(values, &all, sizeof all);
+            } else {
+                memset(values, 0, sizeof(Floats));
+                for (int64_t j = column; j < width; j++)
+                    values[j - column] = entry(word, j, kind, scale);
+            }
+        }
 }
 
 INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half, float *out) {
@@ -637,8 +678,6 @@ INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round
     return list_ids(job, ids, first, count, round);
 }
 
-typedef uint64_t Streams __attribute__((vector_size(64)));
-
 /* Words that name no codeword; added to a code, they show by the bits that it must not have. */
 INLINE uint32_t spare_codes(const Table *table) {
     return (uint32_t)(((int64_t)1 << table->bits) - table->size);
@@ -646,6 +685,9 @@ INLINE uint32_t spare_codes(const Table *table) {
 
 /* Where the codewords of rows are in a block of columns whose codewords take `stride` bytes; 0
  * where there is no such codeword. Up to 8 codes are read at once. `whole`: those are all. */
+#if VECTOR >= 32
+typedef uint64_t Streams __attribute__((vector_size(64)));
+
 INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
                       int whole, uint32_t *word) {
     const int64_t bits = table->bits, books = table->books, size = table->size;
@@ -682,6 +724,31 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
     for (int64_t k = 0; k < LANES; k++) wrong |= over[k];
     return !(wrong >> bits);
 }
+
+#else
+/* Without shifts of each lane by its own number, one by one. */
+INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                      int whole, uint32_t *word) {
+    const int64_t bits = table->bits, books = table->books, size = table->size;
+    const uint8_t *codes = ADDRESS(table->codes);
+    const int64_t once = whole ? books : MOST_BITS / bits;
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    uint64_t over = 0;
+    for (int64_t i = 0; i < count; i++, word += books) {
+        int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
+        for (int64_t from = 0; from < books; from += once, bit += once * bits) {
+            const int64_t to = from + once < books ? from + once : books;
+            uint64_t stream = load64(codes + (bit >> 3)) >> (bit & 7);
+            for (int64_t m = from; m < to; m++, stream >>= bits) {
+                const int64_t code = (int64_t)(stream & mask);
+                over |= (uint64_t)code + spare_codes(table);
+                word[m] = (uint32_t)((row[i] < 0 ? books * size : m * size + code) * stride);
+            }
+        }
+    }
+    return !(over >> bits);
+}
+#endif
 
 /* As find_codes, of few codebooks; their number is a constant. */
 INLINE int find_few(const Table *table, const int64_t *row, int64_t count, int64_t stride,
@@ -746,14 +813,14 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
         int64_t m = 1;
         if (books % 2 == 0) {
             for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[1], v));
-            if (half) rest += half_line_at(words + word[1], lines);
+            if (half) add_floats(&rest, half_line_at(words + word[1], lines));
             m = 2;
         }
         for (; m < books; m += 2) {
             for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[m], v));
-            if (half) rest += half_line_at(words + word[m], lines);
+            if (half) add_floats(&rest, half_line_at(words + word[m], lines));
             for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[m + 1], v));
-            if (half) rest += half_line_at(words + word[m + 1], lines);
+            if (half) add_floats(&rest, half_line_at(words + word[m + 1], lines));
         }
         put_lines(total, &rest, lines, half, out + at[i] * stride);
     }
@@ -831,7 +898,7 @@ INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *
     if (half) memcpy(&rest, all + lines * LINE_LANES, sizeof rest);
     for (int64_t i = first; i < last; i++, sums += job->lines) {
         for (int v = 0; v < lines; v++) add_line(&total[v], sums[v]);
-        if (half) rest += half_line_at((const char *)sums, lines);
+        if (half) add_floats(&rest, half_line_at((const char *)sums, lines));
     }
     put_lines(total, &rest, lines, half, all);
     memcpy(out, all, width * sizeof(float));
@@ -852,11 +919,11 @@ INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char 
         for (int r = 0; r < rows; r++) {
             const char *at = words + word[r * books + m];
             for (int v = 0; v < lines; v++) add_line(&row[r][v], line_at(at, v));
-            if (half) last[r] += half_line_at(at, lines);
+            if (half) add_floats(&last[r], half_line_at(at, lines));
         }
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < lines; v++) add_line(&total[v], row[r][v]);
-        if (half) *rest += last[r];
+        if (half) add_floats(rest, last[r]);
     }
 }
 
@@ -969,15 +1036,16 @@ INLINE int sum_unpacked(const Job *job, const Ids *ids, int64_t first, int64_t l
     const int64_t left = job->plan->dim - column, width = left < most ? left : most;
     const char *words = words_at(job, 0, column);
     Line total[MOST_LINES];
-    Floats rest = {0};
+    Floats rest;
     float all[MOST_LINES * LINE_LANES];
     memset(total, 0, sizeof total);
+    memset(&rest, 0, sizeof rest);
     for (int64_t i = first; i < last; i++) {
         const int64_t id = id_at(ids, i);
         if (id < 0 || id >= rows) return 0;
         const char *word = words + (id == job->zero_id ? rows : id) * job->step;
         for (int v = 0; v < lines; v++) add_line(&total[v], line_at(word, v));
-        if (half) rest += half_line_at(word, lines);
+        if (half) add_floats(&rest, half_line_at(word, lines));
     }
     put_lines(total, &rest, lines, half, all);
     memcpy(out, all, width * sizeof(float));
@@ -1042,14 +1110,15 @@ INLINE int64_t collect(const Job *job, int64_t begin, int64_t end, int of_bags) 
 
 /* What threads do, for one kind of processor (parts.h). */
 typedef struct {
+    void (*widen)(const Table *table, int64_t lines, char *to); /* codebooks */
     Part rows, wide_rows, copy_rows;          /* of codebooks as they are, widened, and of all rows */
     Part bags, wide_bags, unpacked_bags;      /* the same */
     Part collect, collect_bags;               /* gradients */
     Part tiers;                               /* where rows are */
 } Parts;
-extern const Parts parts_by_32;
-#ifdef FOR_AVX512
-extern const Parts parts_by_64;
+extern const Parts parts_by_16;
+#ifdef FOR_32
+extern const Parts parts_by_32, parts_by_64;
 #endif
 
 #endif

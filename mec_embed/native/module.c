@@ -28,9 +28,10 @@ int read_packed(PyObject *packed, void *to, size_t size) {
 int longest_vectors;
 
 static int vectors_of_processor(void) {
-#if defined(__GNUC__) && defined(__x86_64__)
+#ifdef FOR_32
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi") ||
-        !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("fma"))
+        !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("popcnt"))
         return 16;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

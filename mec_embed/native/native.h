@@ -8,12 +8,29 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-/* The best of these that the processor runs is chosen when the library is loaded. */
-#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define FOR_AVX512
+/* What gains from longer vectors is compiled for three kinds of processors, each with vectors of VECTOR
+ * bytes; VARIANT(name) is the one for the processor that this is. Not by clones of functions: those
+ * need a loader that chooses, and GCC lowers long vectors before it makes them. */
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(_WIN32)
+#define FOR_32 __attribute__((target("avx2,bmi,bmi2,fma,popcnt")))
+#define FOR_64 \
+    __attribute__((target("avx2,bmi,bmi2,fma,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
+#define VARIANT(name) \
+    (longest_vectors >= 64 ? name##_by_64 : longest_vectors >= 32 ? name##_by_32 : name##_by_16)
 #else
-#define DISPATCHED
+#define VARIANT(name) name##_by_16
+#endif
+
+#if !defined(VECTOR)
+#elif VECTOR == 64
+#define TARGET FOR_64
+#define OWN(name) name##_by_64
+#elif VECTOR == 32
+#define TARGET FOR_32
+#define OWN(name) name##_by_32
+#else
+#define TARGET
+#define OWN(name) name##_by_16
 #endif
 
 #if defined(__GNUC__)
@@ -24,8 +41,8 @@
 #define PREFETCH(address)
 #endif
 
-/* Bytes of the longest vectors that are used: 64 with AVX-512, 32 with AVX2 (all that encode_32.c and
- * parts_64.c name), else 16. Tests lower it, never during a call; 16 for the search alone. */
+/* Bytes of the longest vectors that are used: 64 where the processor has all that FOR_64 names, 32
+ * with that of FOR_32, else 16. Tests lower it, never during a call. */
 extern int longest_vectors;
 
 /* Addresses come from Python as integers. */

@@ -30,7 +30,7 @@ INLINE int add_rows(const Problem *problem, int64_t begin, int64_t end, int64_t 
 }
 
 /* The equations of codebooks begin..end: each is one thread's alone. */
-DISPATCHED static int64_t add_part(const void *what, int64_t begin, int64_t end) {
+INLINE int64_t add_books(const void *what, int64_t begin, int64_t end) {
     const Problem *problem = what;
     for (int64_t i = 0; i < problem->rows; i += BLOCK)
         for (int64_t m = begin; m < end; m++)
@@ -38,6 +38,17 @@ DISPATCHED static int64_t add_part(const void *what, int64_t begin, int64_t end)
                 return 1;
     return 0;
 }
+
+#define ADD_PART(target, name) \
+    target static int64_t name(const void *what, int64_t begin, int64_t end) { \
+        return add_books(what, begin, end); \
+    }
+
+ADD_PART(, add_by_16)
+#ifdef FOR_32
+ADD_PART(FOR_32, add_by_32)
+ADD_PART(FOR_64, add_by_64)
+#endif
 
 /* codes, x, weights, rows, codebooks, codewords of each, columns, normal (zeroed; the blocks on and
  * below the diagonal are filled), right (zeroed), threads -> 0, or 1 where a code is none */
@@ -48,7 +59,7 @@ PyObject *normal(PyObject *self, PyObject *const *args, Py_ssize_t given) {
                              ADDRESS(v[7]), ADDRESS(v[8])};
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = run_parts(add_part, &problem, problem.books, 1, (int)v[9]);
+    failed = run_parts(VARIANT(add), &problem, problem.books, 1, (int)v[9]);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(failed);
 }

@@ -1,9 +1,7 @@
-/* The parts of lookups, for a kind of processor: parts_32.c and parts_64.c include it with PART, the
- * attribute of a function, and PARTS, a name.
- */
+/* The parts of lookups, for a kind of processor: parts_16.c and its like include it. */
 #include "lookup.h"
 
-PART static int64_t rows_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t rows_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const Ids ids = job->ids, wide = {ids.from, 1, 1}, narrow = {ids.from, 0, 1};
     if (ids.stride != 1) return decode_rows(job, &ids, begin, end);
@@ -11,7 +9,7 @@ PART static int64_t rows_part(const void *what, int64_t begin, int64_t end) {
     return ids.wide ? decode_rows(job, &wide, begin, end) : decode_rows(job, &narrow, begin, end);
 }
 
-PART static int64_t bags_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const int plain = !job->weights && job->mode != MAX && all_alike(job->plan);
     float *row = malloc(job->plan->dim * sizeof(float));
@@ -27,7 +25,7 @@ PART static int64_t bags_part(const void *what, int64_t begin, int64_t end) {
     return !fine;
 }
 
-PART static int64_t wide_rows_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t wide_rows_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const Plan *plan = job->plan;
     const int64_t dim = plan->dim, step = ids_of_round(plan);
@@ -45,8 +43,28 @@ PART static int64_t wide_rows_part(const void *what, int64_t begin, int64_t end)
     return 0;
 }
 
+/* All codewords of a table in blocks of columns at `to`, with zeros after the last of each. */
+TARGET static void widen_codebooks(const Table *table, int64_t lines, char *to) {
+    const int64_t words = table->books * table->size, stride = stride_of(table);
+    const int64_t width = table->width, line = lines * LINE, block = (words + 1) * line;
+    const char *word = ADDRESS(table->words);
+    for (int64_t w = 0; w < words; w++, word += stride) {
+        float scale = 1.0f;
+        put_scale(table, w, &scale);
+        char *const at = to + w * line;
+        switch (table->kind) {
+            case FLOAT32: widen(word, width, FLOAT32, scale, lines, block, at); break;
+            case INT8: widen(word, width, INT8, scale, lines, block, at); break;
+            case FLOAT16: widen(word, width, FLOAT16, scale, lines, block, at); break;
+            default: widen(word, width, BFLOAT16, scale, lines, block, at);
+        }
+    }
+    for (int64_t column = 0; column < width; column += lines * LINE_LANES, to += block)
+        memset(to + words * line, 0, line);
+}
+
 /* Rows of a table that was unpacked. */
-PART static int64_t copy_rows_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t copy_rows_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const int64_t rows = job->plan->rows, dim = job->plan->dim;
     const char *all = ADDRESS(job->plan->table->words);
@@ -59,7 +77,7 @@ PART static int64_t copy_rows_part(const void *what, int64_t begin, int64_t end)
     return 0;
 }
 
-PART static int64_t wide_bags_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t wide_bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const Plan *plan = job->plan;
     const int64_t dim = plan->dim, step = ids_of_round(plan), columns = job->lines * LINE_LANES;
@@ -92,7 +110,7 @@ PART static int64_t wide_bags_part(const void *what, int64_t begin, int64_t end)
 }
 
 /* Bags without weights of a table that was unpacked. */
-PART static int64_t unpacked_bags_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t unpacked_bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     const Ids wide = {job->ids.from, 1, 1}, narrow = {job->ids.from, 0, 1};
     /* Constants, for the compiler. */
@@ -100,16 +118,16 @@ PART static int64_t unpacked_bags_part(const void *what, int64_t begin, int64_t 
                          : sum_all_unpacked(job, &narrow, begin, end);
 }
 
-PART static int64_t collect_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t collect_part(const void *what, int64_t begin, int64_t end) {
     return collect(what, begin, end, 0);
 }
 
-PART static int64_t collect_bags_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t collect_bags_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     return !offsets_fit(job, 0, job->bags) || collect(job, begin, end, 1);
 }
 
-PART static int64_t tiers_part(const void *what, int64_t begin, int64_t end) {
+TARGET static int64_t tiers_part(const void *what, int64_t begin, int64_t end) {
     const Job *job = what;
     for (int64_t i = begin; i < end; i++) {
         const int64_t id = id_at(&job->ids, i);
@@ -119,7 +137,8 @@ PART static int64_t tiers_part(const void *what, int64_t begin, int64_t end) {
     return 0;
 }
 
-const Parts PARTS = {
+const Parts OWN(parts) = {
+    .widen = widen_codebooks,
     .rows = rows_part,
     .wide_rows = wide_rows_part,
     .copy_rows = copy_rows_part,

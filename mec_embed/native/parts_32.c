@@ -1,10 +1,7 @@
-/* Lookups for other processors, with AVX2 and without. */
+/* Lookups for processors with AVX2. */
+#define VECTOR 32
 #include "native.h"
 
-#ifdef FOR_AVX512
-#define PART __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define PART
-#endif
-#define PARTS parts_by_32
+#ifdef FOR_32
 #include "parts.h"
+#endif

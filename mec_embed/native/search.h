@@ -1,6 +1,4 @@
-/* The search of encode.c, with vectors of VECTOR bytes; encode_16.c and its like include it with a
- * TARGET and a name, SEARCH. (GCC lowers vectors before it clones functions for other processors, one
- * lane after the other where the least of them has no such vectors.)
+/* The search of encode.c, with vectors of VECTOR bytes; encode_16.c and its like include it.
  *
  * The squared error of a row x is ||x||^2 and the sum over its codewords of ||c||^2 - 2 x.c
  * (`alone`) and over their pairs of 2 c.c' (`gram`). Codebook by codebook, the partial sums of least
@@ -451,7 +449,7 @@ LOCAL void take_step(const Search *search, Scratch *scratch, const float *alone,
     scratch->words = words;
 }
 
-TARGET int64_t SEARCH(const void *what, int64_t begin, int64_t end) {
+TARGET int64_t OWN(search)(const void *what, int64_t begin, int64_t end) {
     Search search = *(const Search *)what;
     const int64_t books = search.books;
     Scratch scratch;

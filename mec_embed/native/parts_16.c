@@ -1,0 +1,3 @@
+/* Lookups for any processor. */
+#define VECTOR 16
+#include "parts.h"
