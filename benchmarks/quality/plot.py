@@ -156,8 +156,12 @@ def _draw_method(axis: Any, method: str, cells: dict[float, Any], number: int) -
     for cell in cells.values():
         # Tuning alike for all methods, which that with labels is not yet.
         values = cell[STAGES[1]] or cell[STAGES[0]] or cell[STAGES[2]]
+        if not values:  # only of bases that were trained on
+            continue
         spread = stdev(values) if len(values) > 1 else 0.0
         points.append((mean(cell["bytes"]), mean(values), spread))
+    if not points:
+        return
     sizes, means, spreads = zip(*sorted(points), strict=True)
     style = {"color": COLOURS.get(method, str(0.35 + 0.05 * (number % 8)))}
     style |= {"linewidth": 2.2 if method in COLOURS else 1, "marker": "osv^Dpxh*<>P"[number % 12]}

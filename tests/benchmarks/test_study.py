@@ -107,6 +107,18 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     assert ours.count("[") == 1  # and without labels then
 
 
+def test_a_method_that_only_has_a_self_distilled_base_is_no_curve(run, monkeypatch, tmp_path):
+    run("--methods", "mec_embed", "pq", "--ratios", "8", "--no-tuning")
+    file = tmp_path / "quality.csv"
+    ours = file.read_text().replace(",compressed,", ",self-distilled alone,", 1)
+    assert ours != file.read_text()
+    file.write_text(ours)
+    arguments = ["plot", str(file), "--plot", str(tmp_path / "plot.svg")]
+    monkeypatch.setattr("sys.argv", arguments)
+    plot.main()
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
 def test_tuning_from_a_softened_teacher_is_a_stage_of_its_own(run):
     methods = ["--methods", "mec_embed", "hashing", "--ratios", "8"]
     first = run(*methods, "--no-tuning")
