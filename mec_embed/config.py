@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 
 from .layout import dtype_from_name
@@ -89,6 +90,10 @@ class CompressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # of numpy, which JSON does not take
+                object.__setattr__(self, field.name, value.item())
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_target()

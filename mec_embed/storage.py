@@ -32,7 +32,7 @@ from .modules import (
     DecodedTable,
 )
 from .swap import Optimizers, Replacement, all_optimizers, replace_modules
-from .tables import EMBEDDINGS, Alias, check_model, find_modules
+from .tables import EMBEDDINGS, Alias, check_model, find_modules, plain_model
 from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 
 #: Version 2 has tables in tiers; a file without them is written as version 1.
@@ -58,7 +58,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     was.
 
     Args:
-        model: a model with compressed tables; all of its ``state_dict`` is written.
+        model: a model with compressed tables; all of its ``state_dict`` is written, of what
+            ``torch.compile`` wrapped that of the module inside.
         path: of the file.
 
     Raises:
@@ -70,7 +71,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         >>> save(model, "model.safetensors")  # doctest: +SKIP
     """
     check_model(model)
-    tensors, manifest = contents(model)
+    tensors, manifest = contents(plain_model(model))
     with _replacing(Path(path)) as temporary:
         save_file(tensors, temporary, {KEY: json.dumps(manifest), "format": "pt"})
 
@@ -113,15 +114,16 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
     """
     check_model(model)
     all_optimizers(model, optimizer)
+    inner = plain_model(model)
     manifest, tensors = _read(Path(path))
     with _format_errors(path):
-        replacements = _build_modules(model, manifest, path)
-    _check_fit(model, replacements, tensors, manifest, path)
+        replacements = _build_modules(inner, manifest, path)
+    _check_fit(inner, replacements, tensors, manifest, path)
     _fill(replacements, tensors)
     _check_maps(replacements, path)
-    with _values_kept(model, replacements):
+    with _values_kept(inner, replacements):
         state = tensors | manifest["extra"]
-        replace_modules(model, replacements, optimizer, lambda: model.load_state_dict(state))
+        replace_modules(inner, replacements, optimizer, lambda: inner.load_state_dict(state))
     return model
 
 

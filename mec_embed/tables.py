@@ -199,7 +199,7 @@ def find_modules(
     """Every module of these kinds (subclasses too) once, with all places that hold it."""
     places: dict[int, list[Alias]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
-    for prefix, parent in model.named_modules(remove_duplicate=False):
+    for prefix, parent in plain_model(model).named_modules(remove_duplicate=False):
         for attribute, child in parent._modules.items():
             if isinstance(child, kinds):
                 alias = Alias(parent, attribute, f"{prefix}.{attribute}" if prefix else attribute)
@@ -207,6 +207,11 @@ def find_modules(
                 places[id(child)].append(alias)
     for key, module in modules.items():
         yield module, tuple(places[key])
+
+
+def plain_model(model: Any) -> Any:
+    """What ``torch.compile`` wrapped: names of tables and files are those that it had before."""
+    return model._orig_mod if type(model).__name__ == "OptimizedModule" else model
 
 
 def check_model(model: Any) -> None:

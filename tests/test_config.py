@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -128,6 +129,16 @@ def test_lists_of_patterns_become_tuples():
     config = CompressionConfig(include=["a.*"], exclude=["b"])
     assert (config.include, config.exclude) == (("a.*",), ("b",))
     assert hash(config) == hash(CompressionConfig(include=("a.*",), exclude=("b",)))
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = CompressionConfig(ratio=np.float32(20), epochs=np.int64(2), seed=np.uint8(3))
+    assert config == CompressionConfig(ratio=20.0, epochs=2, seed=3)
+    assert CompressionConfig.from_json(config.to_json()) == config
+    with pytest.raises(TypeError, match="epochs"):
+        CompressionConfig(epochs=np.float64(2))
+    with pytest.raises(TypeError, match="ratio"):
+        CompressionConfig(ratio=np.bool_(True))
 
 
 TARGETS = st.one_of(

@@ -31,7 +31,9 @@ from mec_embed import (
     CompressionConfig,
     CompressionReport,
     FormatError,
+    FrequencyStats,
     compress,
+    decompress,
     load,
     save,
     storage,
@@ -367,6 +369,26 @@ def test_a_loaded_model_can_be_saved_and_trained_again(
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
     assert not torch.equal(before, loaded.user.codebooks)
     assert torch.equal(load(Rich(), saved[1]).user.codebooks, before), "the file has changed"
+
+
+def test_names_are_those_without_torch_compile(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Rich().eval()
+    compiled = torch.compile(model, backend="eager")
+    dense = compiled(IDS)
+    stats = FrequencyStats.from_batches(compiled, [IDS] * 3)
+    assert set(stats) == set(FrequencyStats.from_batches(model, [IDS])) and "user" in stats
+    compress(compiled, stats, CONFIGS["float32"], progress=False)
+    assert torch.equal(compiled(IDS), model(IDS)) and not torch.equal(compiled(IDS), dense)
+    paths = tmp_path / "compiled.safetensors", tmp_path / "plain.safetensors"
+    save(compiled, paths[0])
+    save(model, paths[1])
+    assert _header(paths[0]) == _header(paths[1])
+    other = torch.compile(Rich().eval(), backend="eager")
+    assert load(other, paths[0]) is other
+    assert torch.equal(other(IDS), model(IDS))
+    assert decompress(other) == decompress(model)
+    assert torch.equal(other(IDS), compiled(IDS))
 
 
 def test_overlapping_tensors_and_views_are_saved(tmp_path: Path) -> None:

@@ -39,10 +39,19 @@ typedef struct {
 
 static Memory *kept[MOST_KEPT];
 
+/* Where a thread looks first, and leaves its own: what another one wrote last would have to come from
+ * its cache, if only to be written anew. */
+static Memory **place_of_thread(int i) {
+    static int threads;
+    static _Thread_local int own = -1;
+    if (own < 0) own = __atomic_fetch_add(&threads, 1, __ATOMIC_RELAXED) % MOST_KEPT;
+    return kept + (own + i) % MOST_KEPT;
+}
+
 static Memory *take_memory(int64_t bytes) {
     Memory *memory = NULL;
     for (int i = 0; !memory && i < MOST_KEPT; i++)
-        memory = __atomic_exchange_n(kept + i, NULL, __ATOMIC_ACQ_REL);
+        memory = __atomic_exchange_n(place_of_thread(i), NULL, __ATOMIC_ACQ_REL);
     if (memory && memory->bytes >= bytes) return memory;
     free(memory);
     memory = malloc(sizeof *memory + bytes);
@@ -52,7 +61,7 @@ static Memory *take_memory(int64_t bytes) {
 
 static void give_memory(Memory *memory) {
     for (int i = 0; memory && i < MOST_KEPT; i++)
-        memory = __atomic_exchange_n(kept + i, memory, __ATOMIC_ACQ_REL);
+        memory = __atomic_exchange_n(place_of_thread(i), memory, __ATOMIC_ACQ_REL);
     free(memory);
 }
 
@@ -66,8 +75,10 @@ static int should_widen(const Job *job, int64_t count) {
         const int64_t words = table->books * table->size;
         const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
         if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
-        /* In parts of what a codeword of an id then gains, as measured: most where find_few serves. */
-        cost += words * (table->width + 32) * (table->books <= 2 ? 3 : 6);
+        /* In parts of what a codeword of an id then gains, as measured: most where find_few serves,
+         * least where codewords need not be converted. */
+        const int64_t part = table->books <= 2 ? 3 : table->kind == FLOAT32 ? 9 : 6;
+        cost += words * (table->width + 32) * part;
         books += table->books;
     }
     return 320 * count * books >= cost * plan->tiers + WIDENING;
@@ -129,14 +140,13 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
     return failed;
 }
 
-/* Run a job with the codewords of each id, widened where that pays. */
+/* Run a job with the codewords of each id, widened where that pays: for each thread, as each widens
+ * its own, and without that the ids are shared, too. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
                          int threads) {
-    if (!should_widen(job, job->count)) return run_parts(part, job, total, step, threads);
+    if (!should_widen(job, job->count / threads)) return run_parts(part, job, total, step, threads);
     const Widening all = {part, job, plan};
-    int64_t shares = threads;
-    while (shares > 1 && !should_widen(job, job->count / shares)) shares--;
-    const int64_t share = (total + shares - 1) / shares;
+    const int64_t share = (total + threads - 1) / threads;
     return run_parts(widening_part, &all, total, (share + step - 1) / step * step, threads);
 }
 
