@@ -145,35 +145,38 @@ def drift(
     expected: float,
     weights: Tensor | None = None,
     tolerance: float = 1.5,
+    *,
+    ids: Tensor | None = None,
 ) -> Drift:
     """Say whether the codebooks still fit the rows of a retrained table, or need to be refitted.
 
     Args:
-        table: a compressed table (of tables in tiers, the popular tier is measured).
+        table: a compressed table.
         rows: a sample of rows (n, embedding_dim), such as those that changed.
         expected: ``weighted_error`` of the table in its :class:`mec_embed.TableReport`.
         weights: popularity weight (n,) of each, as in the expected error; None weighs all alike,
             and of rows that are mostly rare finds more than that.
         tolerance: how many times the expected error is still no drift.
+        ids: which rows of the table they are (n,), int32 or int64, so that of a table in tiers each
+            is measured in its own, as in the expected error. None measures all in the popular
+            tier, where errors are less.
 
     Raises:
-        ValueError, TypeError: as :func:`extend`; rows that are all equal, an expected error that
-            is no number.
+        ValueError, TypeError: as :func:`extend` and :func:`update`; rows that are all equal, an
+            expected error that is no number.
 
     Example:
         >>> drift(model.item, sample, report.tables[0].weighted_error).drifted  # doctest: +SKIP
     """
     held, given = _matched(table, rows)
     _check_expected(held[0], expected)
-    parts = _tier_of(held, True)
-    codes, x = _encode(parts, given), given[0].double()
+    decoded, x = _decoded_anew(held, given, ids).double(), given[0].double()
     share = torch.ones(len(x)) if weights is None else weights
     if len(share) != len(x) or not bool((share >= 0).all()) or not float(share.sum()) > 0:
         raise ValueError(
             f"table {table.name!r}: weights must be {len(x)} numbers of at least 0, and not all 0"
         )
     share = (share / share.sum()).double().to(x.device)
-    decoded = x if codes is None else _decode(parts, codes).double()
     error = float(share @ (x - decoded).square().sum(1))
     variance = float(share @ (x - share @ x).square().sum(1))
     some = x[share > 0]
@@ -184,6 +187,26 @@ def drift(
         )
     relative = error / max(variance, 1e-300)
     return Drift(relative, expected, relative > tolerance * expected)
+
+
+def _decoded_anew(held: Sequence[DecodedTable], given: list[Tensor], ids: Tensor | None) -> Tensor:
+    """What rows of one table become when they are encoded, each in its tier."""
+    if ids is None:
+        found = [(_tier_of(held, True), torch.ones(len(given[0]), dtype=torch.bool))]
+    else:
+        ids = _checked_ids(held[0], ids, given[0])
+        found = [
+            (_tier_of(held, popular), _places_in_tier(held[0], ids, popular)[0])
+            for popular in ((True, False) if isinstance(held[0], _Tiered) else (False,))
+        ]
+    decoded = given[0].clone()
+    for parts, inside in found:
+        codes = _encode(parts, [one[inside] for one in given])
+        if codes is not None:
+            decoded[inside] = _decode(parts, codes)
+        elif parts[0].layout.kind == "shared":
+            decoded[inside] = parts[0].codebook_set.values()[0]
+    return decoded
 
 
 def _check_expected(table: DecodedTable, expected: object) -> None:

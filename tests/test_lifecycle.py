@@ -282,6 +282,29 @@ def test_drift_says_when_the_codebooks_no_longer_fit(pair: tuple[Pair, Pair, Any
     assert other.drifted and other.error > 1.5 * expected
 
 
+@pytest.mark.parametrize("kind", ["additive", "rows", "shared"])
+def test_drift_measures_each_row_in_its_tier(kind: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(300) < 0.2
+    few = int(mask.sum())
+    layouts = {
+        "additive": CodeLayout("additive", 300 - few, 12, 1, 4),
+        "rows": CodeLayout("rows", 300 - few, 12, 1, 300 - few),
+        "shared": CodeLayout("shared", 300 - few, 12, 1, 1),
+    }
+    head, tail = _table(CodeLayout("additive", few, 12, 4, 16)), _table(layouts[kind])
+    table = TieredEmbedding(TierMap.of(mask), head, tail)
+    rows, ids = torch.randn(300, 12), torch.randperm(300)
+    found = drift(table, rows[ids], 0.1, ids=ids)
+    changed = ids[mask[ids]] if kind == "shared" else ids
+    update(table, changed, rows[changed])  # encodes each in its tier; the shared row stays
+    error = (rows - _whole(table)).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert found.error == pytest.approx(float(error), rel=1e-4)
+    assert found.error != drift(table, rows[ids], 0.1).error
+    with pytest.raises(ValueError, match=r"0\.\.299, got 0\.\.300"):
+        drift(table, rows[:2], 0.1, ids=torch.tensor([0, 300]))
+
+
 def test_copies_hold_their_own_codes(pair: tuple[Pair, Pair, Any]) -> None:
     model = copy.deepcopy(pair[1])
     other = pickle.loads(pickle.dumps(model))
