@@ -100,6 +100,7 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
     """
     held, given = _matched(tables, rows)
     ids = _checked_ids(held[0], ids, given[0])
+    _check_unique(held[0], ids)
     todo: list[tuple[list[_Compressed], Tensor, list[Tensor]]] = []
     for popular in (True, False) if isinstance(held[0], _Tiered) else (False,):
         inside, places = _places_in_tier(held[0], ids, popular)
@@ -381,13 +382,16 @@ def _checked_ids(table: DecodedTable, ids: Tensor, rows: Tensor) -> Tensor:
             f"table {table.name!r}: ids must be in 0..{table.num_embeddings - 1}, got "
             f"{int(ids.min())}..{int(ids.max())}; append rows with extend()"
         )
+    return ids.long().to(rows.device)
+
+
+def _check_unique(table: DecodedTable, ids: Tensor) -> None:
     different, times = ids.unique(return_counts=True)
     if len(different) < len(ids):
         raise ValueError(
             f"table {table.name!r}: id {int(different[times > 1][0])} is given "
             f"{int(times.max())} times, expected each once only; keep one row of each"
         )
-    return ids.long().to(rows.device)
 
 
 def _places_in_tier(table: DecodedTable, ids: Tensor, popular: bool) -> tuple[Tensor, Tensor]:

@@ -154,13 +154,26 @@ class CodebookSet(SharedModule):
         self.store(values)
 
 
+#: Scales of codewords that are added are powers of two, none less than the largest divided by this.
+SCALE_RANGE = 8
+
+
 def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round codebooks (M, K, D) to int8 with one bfloat16 scale (M, K) a codeword."""
+    """Round codebooks (M, K, D) to int8 with one bfloat16 scale (M, K) a codeword.
+
+    Of several codebooks, scales are powers of two, near to each other: then rows and bags are sums
+    of whole numbers, exact in any order, and the C kernel makes them in 16 bits.
+    """
     peak = values.abs().amax(2).float()
-    # Steps are taken against the scale as it is stored. The largest entry is then 126.5 to 127.5
-    # steps and becomes 127, so that no entry is off by more than half a step and rounding what
-    # was rounded changes nothing.
-    scales = (peak / 127).clamp(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+    least = torch.finfo(SCALE_DTYPE).tiny
+    # Steps are taken against the scale as it is stored, so that no entry is off by more than half
+    # a step (the largest, of a scale that is no power of two, is 126.5 to 127.5 steps and becomes
+    # 127), and rounding what was rounded changes nothing.
+    scales = (peak / 127).clamp(min=least)
+    if len(values) > 1:
+        scales = torch.exp2(scales.log2().ceil())
+        scales = torch.maximum(scales, scales.max() / SCALE_RANGE).clamp(min=least)
+    scales = scales.to(SCALE_DTYPE)
     steps = values.float() / scales.float()[:, :, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 

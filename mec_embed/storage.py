@@ -114,8 +114,10 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
     """
     check_model(model)
     all_optimizers(model, optimizer)
-    inner = plain_model(model)
     manifest, tensors = _read(Path(path))
+    # Files that were made of a compiled model's state_dict have its names.
+    compiled = any(key.startswith("_orig_mod.") for key in tensors)
+    inner = model if compiled else plain_model(model)
     with _format_errors(path):
         replacements = _build_modules(inner, manifest, path)
     _check_fit(inner, replacements, tensors, manifest, path)

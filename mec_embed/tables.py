@@ -199,7 +199,7 @@ def find_modules(
     """Every module of these kinds (subclasses too) once, with all places that hold it."""
     places: dict[int, list[Alias]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
-    for prefix, parent in plain_model(model).named_modules(remove_duplicate=False):
+    for prefix, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent._modules.items():
             if isinstance(child, kinds):
                 alias = Alias(parent, attribute, f"{prefix}.{attribute}" if prefix else attribute)
@@ -210,17 +210,22 @@ def find_modules(
 
 
 def plain_model(model: Any) -> Any:
-    """What ``torch.compile`` wrapped: names of tables and files are those that it had before."""
-    return model._orig_mod if type(model).__name__ == "OptimizedModule" else model
+    """What ``torch.compile`` wrapped as a whole."""
+    return model._orig_mod if _is_compiled(model) else model
+
+
+def _is_compiled(module: Any) -> bool:
+    return type(module).__name__ == "OptimizedModule"
 
 
 def check_model(model: Any) -> None:
     """Raise for what no table can be replaced in."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, EMBEDDINGS):
+    inner = plain_model(model)
+    if isinstance(inner, EMBEDDINGS):
         raise ValueError(
-            f"model is itself an {type(model).__name__} and cannot be replaced in place; pass the "
+            f"model is itself an {type(inner).__name__} and cannot be replaced in place; pass the "
             "module that holds it, for instance nn.Sequential(embedding)"
         )
     for adapter, module, name in adapted(model):
@@ -407,6 +412,8 @@ def _reason_to_skip(
             "fully_shard, or load the sharded state dict into a plain model, see "
             "docs/distributed.md"
         )
+    if any(_is_compiled(alias.parent) for alias in aliases):
+        return "torch.compile holds it alone, and what it compiled; compile after compressing"
     if type(module) not in (nn.Embedding, nn.EmbeddingBag):
         return f"is a subclass of an embedding ({type(module).__name__})"
     if "forward" in vars(module):

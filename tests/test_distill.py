@@ -160,7 +160,7 @@ def test_codebooks_keep_dtype_kind_and_identity(dtype: str | None) -> None:
         assert isinstance(codebooks, nn.Parameter) is (dtype != "int8")
         if dtype == "int8":
             assert codebooks.dtype is torch.int8 and not codebooks.requires_grad
-            assert int(codebooks.abs().max()) == 127
+            assert 64 <= int(codebooks.abs().max()) <= 127
         else:
             assert codebooks.requires_grad
     assert [name for name, _ in model.named_parameters()] == parameters

@@ -301,6 +301,9 @@ def test_drift_measures_each_row_in_its_tier(kind: str) -> None:
     error = (rows - _whole(table)).square().sum() / (rows - rows.mean(0)).square().sum()
     assert found.error == pytest.approx(float(error), rel=1e-4)
     assert found.error != drift(table, rows[ids], 0.1).error
+    often = torch.randint(300, (900,))  # a sample by popularity holds some rows many times
+    weighed = drift(table, rows, 0.1, torch.bincount(often, minlength=300), ids=torch.arange(300))
+    assert drift(table, rows[often], 0.1, ids=often).error == pytest.approx(weighed.error)
     with pytest.raises(ValueError, match=r"0\.\.299, got 0\.\.300"):
         drift(table, rows[:2], 0.1, ids=torch.tensor([0, 300]))
 

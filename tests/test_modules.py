@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from mec_embed import CodeLayout, CompressedEmbedding, CompressedEmbeddingBag
-from mec_embed.modules import CodebookSet, quantize_codebooks
+from mec_embed.modules import SCALE_RANGE, CodebookSet, quantize_codebooks
 from mec_embed.packing import pack
 from mec_embed.tiers import TieredEmbedding, TierMap
 
@@ -579,8 +579,9 @@ def test_int8_codebooks_are_frozen():
     assert not list(module.parameters()) and not module(IDS).requires_grad
 
 
-def test_quantize_is_within_half_a_step():
-    values = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("count", [1, 3])
+def test_quantize_is_within_half_a_step(count: int):
+    values = torch.randn(count, 50, 8, generator=torch.Generator().manual_seed(0))
     values[0, 0] = 0
     values[0, 1] *= 1e-5
     values[0, 2] *= 1e4
@@ -591,6 +592,22 @@ def test_quantize_is_within_half_a_step():
     error = (codes.float() * step - values).abs()
     assert (error <= step / 2 + peak_loss + 1e-7).all()
     assert codes[0, 0].eq(0).all()
+    again = quantize_codebooks(codes.float() * step)
+    assert again[0].equal(codes) and again[1].equal(scales)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e20])
+def test_scales_of_codewords_that_are_added_are_powers_of_two(size: float):
+    values = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)) * size
+    values[1] *= torch.logspace(-6, 0, 50)[:, None]
+    codes, scales = quantize_codebooks(values)
+    assert torch.frexp(scales.float()).mantissa.eq(0.5).all()
+    assert scales.max() == SCALE_RANGE * scales.min()
+    assert codes.abs().amax(2)[0].ge(64).sum() > 40  # no more than one bit is lost
+    _, alone = quantize_codebooks(values[:1])
+    assert torch.frexp(alone.float()).mantissa.ne(0.5).any()
+    zeros = quantize_codebooks(torch.zeros(2, 3, 4))
+    assert not zeros[0].any() and zeros[1].gt(0).all()
 
 
 @pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.float16, torch.int8])

@@ -230,6 +230,52 @@ def test_calls_of_many_ids_work_in_rounds_or_unpack_the_table(
         assert torch.equal(table._fast.rows(table, view), expected)
 
 
+@given(
+    count=st.integers(2, 40),
+    size=st.sampled_from([2, 5, 16, 64]),
+    dim=st.integers(1, 130),
+    apart=st.integers(0, 9),
+    scales=st.sampled_from(["powers", "any", "one is zero"]),
+    length=st.integers(1, 400),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_whole_numbers_are_added_exactly(
+    count: int, size: int, dim: int, apart: int, scales: str, length: int, threads: int, seed: int
+) -> None:
+    """Of int8 codewords whose scales are powers of two, in 16 bits where these do not overflow."""
+    table = _table(CodeLayout("additive", 9000, dim, count, size, torch.int8), seed)
+    books = table.codebook_set
+    extremes = torch.tensor([-127, 127], dtype=torch.int8)
+    books.codebooks.copy_(extremes[torch.randint(2, books.codebooks.shape)])
+    books.codebooks[:, 0] = 127  # the sum of the first codewords is the largest
+    found = torch.exp2(torch.randint(-3, apart - 2, books.scales.shape).float())
+    books.scales.copy_(found if scales == "powers" else found * (1 + torch.rand(found.shape)))
+    if scales == "one is zero":
+        books.scales[-1, -1] = 0
+    table.codes.copy_(pack(torch.randint(size, (9000, count)), table.layout.bits))
+    table.codes[: 100 * table.layout.row_bits // 8] = 0
+    ids = torch.cat([torch.randint(9000, (2000,)), torch.randint(100, (500,))])
+    expected = reference.lookup(*_arguments(table, ids))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(cpu.lookup(*_arguments(table, ids)), expected)
+        offsets = torch.arange(0, len(ids), length)
+        arguments = _arguments(table, ids)[1:7]
+        rest = (-1, "sum", False, False, torch.float32, "t")
+        found = cpu.bag(ids, offsets, None, *arguments, *rest)
+    finally:
+        torch.set_num_threads(before)
+    bags = torch.stack([one.double().sum(0) for one in expected.split(length)])
+    most = count * length * 127 << apart
+    if scales == "powers" and most < 1 << 24:  # exact in float32
+        assert torch.equal(found.double(), bags)
+    else:
+        torch.testing.assert_close(found.double(), bags, rtol=1e-5, atol=1e-6 * most)
+
+
 @pytest.mark.parametrize("dim", [1, 10, 40, 128])
 @pytest.mark.parametrize("work", ["rows", "bags", "tiers"])
 @pytest.mark.parametrize("count", [3, 20])
@@ -245,14 +291,15 @@ def test_nothing_is_written_behind_the_output(
         tail = _table(CodeLayout("additive", 300 - popular, dim, 1, 16), requires_grad=False)
         plan = TieredEmbedding(tier_map, head, tail)._pack_plan()
     ids = torch.randint(300, (1500,))
-    out = torch.full((1600, dim), 7.0)
+    free = 0.1  # no sum of int8 codewords, whose scales are powers of two
+    out = torch.full((1600, dim), free)
     if work == "bags":
         arguments = (0, 0, 300, 5, 0, 0, out.data_ptr(), 2)
         assert not cpu.kernel.bags(plan, ids.data_ptr(), 8, 1500, -1, *arguments)
     else:
         assert not cpu.kernel.rows(plan, ids.data_ptr(), 8, 1500, -1, out.data_ptr(), 2)
     written = 300 if work == "bags" else 1500
-    assert (out[written:] == 7).all() and (out[:written] != 7).all()
+    assert (out[written:] == free).all() and (out[:written] != free).all()
 
 
 @pytest.fixture(params=["OpenMP", "pool"])

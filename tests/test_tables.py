@@ -145,6 +145,15 @@ def test_table_is_left_alone_with_the_reason(case):
         find_tables(nn.ModuleDict({"odd": model["odd"]}), CONFIG)
 
 
+def test_a_table_that_is_compiled_alone_is_left_alone():
+    model = nn.ModuleDict({"good": table(), "odd": torch.compile(table(), backend="eager")})
+    found, skipped = find_tables(model, CompressionConfig())
+    assert [one.name for one in found] == ["good"]
+    assert [one.name for one in skipped] == ["odd._orig_mod"] and "compile" in skipped[0].reason
+    with pytest.raises(ValueError, match="is itself an Embedding"):
+        find_tables(model["odd"], CompressionConfig())
+
+
 def test_names_select():
     model = nn.ModuleDict({"users": table(), "goods": table()})
     config = CompressionConfig(min_rows=10, exclude=["us*"])

@@ -9,6 +9,7 @@
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
 #define WIDENING (1 << 13) /* what it costs besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
+#define MOST_SHIFT 7 /* of an int8 value, so that it fits 16 bits */
 #define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
@@ -42,9 +43,9 @@ static Memory *kept[MOST_KEPT];
 /* Where a thread looks first, and leaves its own: what another one wrote last would have to come from
  * its cache, if only to be written anew. */
 static Memory **place_of_thread(int i) {
-    static int threads;
+    static unsigned threads;
     static _Thread_local int own = -1;
-    if (own < 0) own = __atomic_fetch_add(&threads, 1, __ATOMIC_RELAXED) % MOST_KEPT;
+    if (own < 0) own = (int)(__atomic_fetch_add(&threads, 1, __ATOMIC_RELAXED) % MOST_KEPT);
     return kept + (own + i) % MOST_KEPT;
 }
 
@@ -84,12 +85,28 @@ static int should_widen(const Job *job, int64_t count) {
     return 320 * count * books >= cost * plan->tiers + WIDENING;
 }
 
+/* The least exponent of a table's scales where they are powers of two so near to each other that sums
+ * of its codewords fit 16 bits, and rows whose sum does; or 0. */
+static int least_exponent(const Table *table, int64_t *together) {
+    const int64_t words = table->books * table->size;
+    int least = 1 << 8, most = 0;
+    if (table->kind != INT8 || table->books < 2) return 0;
+    for (int64_t w = 0; w < words; w++) {
+        const int exponent = exponent_of(table, w);
+        least = exponent < least ? exponent : least;
+        most = exponent > most ? exponent : most;
+    }
+    if (!least || most - least > MOST_SHIFT) return 0;
+    *together = INT16_MAX / (INT8_MAX << (most - least)) / table->books;
+    return *together ? least : 0;
+}
+
 /* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
  * can be. */
-static int64_t choose_lines(const Plan *plan) {
+static int64_t choose_lines(const Plan *plan, const int *least) {
     int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
     for (int64_t t = 0; t < plan->tiers; t++)
-        bytes += plan->table[t].books * plan->table[t].size * LINE;
+        bytes += plan->table[t].books * plan->table[t].size * (least[t] ? LINE / 2 : LINE);
     if (lines > MOST_LINES) lines = MOST_LINES;
     while (LEAST_LINES * bytes <= NEAR_BYTES && lines * bytes > NEAR_BYTES && lines > LEAST_LINES)
         lines--;
@@ -98,7 +115,10 @@ static int64_t choose_lines(const Plan *plan) {
 
 /* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
 static Memory *widen_plan(Job *job, Plan *plan) {
-    const int64_t lines = choose_lines(plan), columns = lines * LINE_LANES;
+    int least[2] = {0};
+    for (int64_t t = 0; t < plan->tiers; t++)
+        least[t] = least_exponent(plan->table + t, &job->together);
+    const int64_t lines = choose_lines(plan, least), columns = lines * LINE_LANES;
     const int64_t blocks = (plan->dim + columns - 1) / columns;
     int64_t words = 0;
     for (int64_t t = 0; t < plan->tiers; t++)
@@ -109,13 +129,14 @@ static Memory *widen_plan(Job *job, Plan *plan) {
     to += LINE - (uintptr_t)to % LINE;
     for (int64_t t = 0; t < plan->tiers; t++) {
         Table *table = plan->table + t;
-        parts()->widen(table, lines, to);
+        parts()->widen(table, lines, least[t], to);
         table->words = (int64_t)(uintptr_t)to;
-        job->block[t] = (table->books * table->size + 1) * lines * LINE;
+        job->step[t] = least[t] ? lines * LINE / 2 : lines * LINE;
+        job->unit[t] = least[t] ? as_float((uint32_t)least[t] << 23) : 0.0f;
+        job->block[t] = block_bytes(table->books * table->size, job->step[t]);
         to += job->block[t] * blocks;
     }
     job->lines = lines;
-    job->step = lines * LINE;
     return memory;
 }
 
@@ -123,6 +144,7 @@ typedef struct {
     Part part;
     const Job *job;
     const Plan *plan;
+    int64_t total;
 } Widening;
 
 /* Part of a job, with codebooks widened for it alone: what another thread has just written takes
@@ -133,21 +155,24 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
     Plan plan = *all->plan;
     Job job = *all->job;
     job.plan = &plan;
-    Memory *memory = widen_plan(&job, &plan);
+    const int64_t count = (int64_t)((double)job.count * (end - begin) / all->total);
+    Memory *memory = should_widen(&job, count) ? widen_plan(&job, &plan) : NULL;
     if (memory) part = part == parts()->rows ? parts()->wide_rows : parts()->wide_bags;
     const int64_t failed = part(&job, begin, end);
     give_memory(memory);
     return failed;
 }
 
-/* Run a job with the codewords of each id, widened where that pays: for each thread, as each widens
- * its own, and without that the ids are shared, too. */
+/* Run a job with the codewords of each id, widened where that pays for each share of the threads that
+ * have one. Where it does not, threads take small parts; a part that is the only one, as when others
+ * hold the threads, may still be large enough. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
                          int threads) {
-    if (!should_widen(job, job->count / threads)) return run_parts(part, job, total, step, threads);
-    const Widening all = {part, job, plan};
-    const int64_t share = (total + threads - 1) / threads;
-    return run_parts(widening_part, &all, total, (share + step - 1) / step * step, threads);
+    if (!total || !should_widen(job, job->count)) return run_parts(part, job, total, step, threads);
+    const Widening all = {part, job, plan, total};
+    const int64_t pieces = (total + step - 1) / step, shares = threads < pieces ? threads : pieces;
+    if (should_widen(job, job->count / shares)) step = (pieces + shares - 1) / shares * step;
+    return run_parts(widening_part, &all, total, step, threads);
 }
 
 /* Whether ids are so many for their table that all its rows are made first, each once. In halves
@@ -195,7 +220,7 @@ static void *unpack_plan(Job *job, Plan *plan, int threads) {
     plan->table->size = rows;
     plan->table->width = dim;
     job->lines = lines < MOST_LINES ? lines : MOST_LINES;
-    job->step = lines * LINE;
+    job->step[0] = lines * LINE;
     job->block[0] = job->lines * LINE;
     return memory;
 }

@@ -156,6 +156,12 @@ INLINE void put_scale(const Table *table, int64_t number, float *scale) {
         *scale = as_float((uint32_t)((const uint16_t *)ADDRESS(table->scales))[number] << 16);
 }
 
+/* The exponent of the scale of a codeword that is a power of two, or 0. */
+INLINE int exponent_of(const Table *table, int64_t number) {
+    const uint16_t scale = ((const uint16_t *)ADDRESS(table->scales))[number];
+    return scale & 0x807f || scale == 0x7f80 ? 0 : scale >> 7;
+}
+
 /* Whether all codes of a row are read at once. */
 INLINE int read_at_once(const Table *table) {
     return table->bits && table->bits * table->books <= MOST_BITS;
@@ -416,9 +422,11 @@ typedef struct {
     const Plan *plan;
     Ids ids, offsets; /* offsets from NULL: bags of `length` ids each */
     int64_t count, bags, length;
-    /* Where codewords are in blocks of columns: lines of a block, and bytes from one codeword to
-     * the next, and from one block to the next of each tier. */
-    int64_t lines, step, block[2];
+    /* Where codewords are in blocks of columns: lines of a block, and of each tier bytes from one
+     * codeword to the next, and from one block to the next. */
+    int64_t lines, step[2], block[2];
+    float unit[2]; /* what codewords in 16 bits are counted in, of each tier; 0 where they are floats */
+    int64_t together; /* rows of them whose sum fits 16 bits */
     int64_t zero_id; /* id that reads as zeros, is left out, or has no gradient; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
     int mode;
@@ -594,6 +602,11 @@ INLINE Floats half_line_at(const char *word, int64_t at) {
     return values;
 }
 
+/* Bytes of a block of so many codewords of `line` bytes, and zeros after the last. */
+INLINE int64_t block_bytes(int64_t words, int64_t line) {
+    return ((words + 1) * line + LINE - 1) / LINE * LINE;
+}
+
 /* A codeword in float32, in blocks of `lines` that are `block` bytes apart. */
 INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_t lines,
                   int64_t block, char *to) {
@@ -609,6 +622,19 @@ INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_
                     values[j - column] = entry(word, j, kind, scale);
             }
         }
+}
+
+/* The same in 16 bits, times a power of two. */
+INLINE void shorten(const char *word, int64_t width, int shift, int64_t lines, int64_t block,
+                    char *to) {
+    for (int64_t column = 0; column < width; to += block, column += lines * LINE_LANES) {
+        const int64_t left = width - column, most = lines * LINE_LANES;
+        const int64_t count = left < most ? left : most;
+        int16_t *const values = (int16_t *)to;
+        for (int64_t j = 0; j < count; j++)
+            values[j] = (int16_t)(((const int8_t *)word)[column + j] * (1 << shift));
+        for (int64_t j = count; j % LANES; j++) values[j] = 0;
+    }
 }
 
 INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half, float *out) {
@@ -781,12 +807,11 @@ INLINE int find_only(const Table *table, const int64_t *row, int64_t count, int6
 
 /* The codewords of `count` ids from number `first` on; 0 where there are none. */
 INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round) {
-    const int64_t stride = job->step;
     uint32_t *word = round->word;
     int fits = list_round(job, first, count, round);
     for (int64_t t = 0; t < job->plan->tiers && fits; t++) {
         const Table *table = job->plan->table + t;
-        const int64_t found = round->count[t], *row = round->row[t];
+        const int64_t found = round->count[t], *row = round->row[t], stride = job->step[t];
         if (!table->bits)
             fits = find_only(table, row, found, stride, word);
         else if (table->books == 1)
@@ -826,6 +851,81 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
     }
 }
 
+/* ---- Sums of whole numbers ---- */
+
+/* int8 codewords whose scales are powers of two near to each other (quantize_codebooks) are whole
+ * numbers of one unit: their sums are exact in any order, also in 16 bits, which take half the bytes
+ * of floats. */
+#if VECTOR >= 32
+#define SHORT_BYTES VECTOR
+#else
+#define SHORT_BYTES 16
+#endif
+#define EIGHT 16 /* bytes of eight of them */
+typedef int16_t Shorts __attribute__((vector_size(SHORT_BYTES)));
+typedef int16_t Eight __attribute__((vector_size(EIGHT)));
+
+typedef struct {
+    Shorts whole[MOST_LINES * LINE / 2 / SHORT_BYTES];
+    Eight rest[SHORT_BYTES / EIGHT];
+} Whole;
+
+/* The sum of `count` codewords, `eights` times 8 columns; that is a constant. */
+INLINE void sum_shorts(const uint32_t *word, int64_t count, const char *words, int eights,
+                       int16_t *out) {
+    const int whole = eights * EIGHT / SHORT_BYTES, rest = eights - whole * SHORT_BYTES / EIGHT;
+    const int64_t rest_at = whole * SHORT_BYTES;
+    Whole total;
+    memset(&total, 0, sizeof total);
+    for (int64_t m = 0; m < count; m++) {
+        const char *const from = words + word[m];
+        for (int v = 0; v < whole; v++) {
+            Shorts values;
+            memcpy(&values, from + v * SHORT_BYTES, sizeof values);
+            total.whole[v] += values;
+        }
+        for (int r = 0; r < rest; r++) {
+            Eight values;
+            memcpy(&values, from + rest_at + r * EIGHT, sizeof values);
+            total.rest[r] += values;
+        }
+    }
+    for (int v = 0; v < whole; v++)
+        memcpy((char *)out + v * SHORT_BYTES, &total.whole[v], SHORT_BYTES);
+    for (int r = 0; r < rest; r++)
+        memcpy((char *)out + rest_at + r * EIGHT, &total.rest[r], EIGHT);
+}
+
+/* As sum_round. */
+INLINE void sum_round_of_shorts(const uint32_t *word, const int32_t *at, int64_t count,
+                                int64_t books, const char *words, int lines, int half, float unit,
+                                float *out, int64_t stride) {
+    const int eights = 2 * lines + half;
+    int16_t sum[MOST_LINES * LINE_LANES];
+    for (int64_t i = 0; i < count; i++, word += books) {
+        sum_shorts(word, books, words, eights, sum);
+        float *const to = out + at[i] * stride;
+        for (int j = 0; j < eights * LANES; j++) to[j] = (float)sum[j] * unit;
+    }
+}
+
+/* As add_rows, of which `together` fit 16 bits. */
+INLINE void add_rows_of_shorts(const uint32_t *word, int64_t count, int64_t books, int64_t together,
+                               const char *words, int64_t width, int lines, int half, int fresh,
+                               float unit, float *out) {
+    const int eights = 2 * lines + half;
+    int16_t sum[MOST_LINES * LINE_LANES];
+    float all[MOST_LINES * LINE_LANES] = {0};
+    if (!fresh) memcpy(all, out, width * sizeof(float));
+    for (; count > 0; count -= together, word += together * books) {
+        sum_shorts(word, (count < together ? count : together) * books, words, eights, sum);
+        for (int j = 0; j < eights * LANES; j++) all[j] += (float)sum[j] * unit;
+    }
+    memcpy(out, all, width * sizeof(float));
+}
+
+/* ---- Rounds ---- */
+
 /* Codewords of a tier, of the block that begins with a column. */
 INLINE const char *words_at(const Job *job, int64_t tier, int64_t column) {
     return (const char *)ADDRESS(job->plan->table[tier].words) +
@@ -837,9 +937,13 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
                         float *out, int64_t stride) {
     const uint32_t *word = round->word;
     for (int64_t t = 0; t < job->plan->tiers; t++) {
-        const int64_t books = job->plan->table[t].books;
-        sum_round(word, round->at[t], round->count[t], books, words_at(job, t, column), lines,
-                  half, out, stride);
+        const int64_t books = job->plan->table[t].books, count = round->count[t];
+        const char *const words = words_at(job, t, column);
+        if (job->unit[t])
+            sum_round_of_shorts(word, round->at[t], count, books, words, lines, half, job->unit[t],
+                                out, stride);
+        else
+            sum_round(word, round->at[t], count, books, words, lines, half, out, stride);
         word += round->count[t] * books;
     }
 }
@@ -991,7 +1095,10 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
         const uint32_t *word = round->word + (i - first) * books;
         const int fresh = offset_at(job, bag) == i;
         float *out = job->out + bag * dim + column;
-        if (width == most)
+        if (job->unit[0])
+            add_rows_of_shorts(word, stop - i, books, job->together, words, width, lines, half, fresh,
+                               job->unit[0], out);
+        else if (width == most)
             add_rows(word, stop - i, books, words, most, lines, half, fresh, out);
         else
             add_rows(word, stop - i, books, words, width, lines, half, fresh, out);
@@ -1043,7 +1150,7 @@ INLINE int sum_unpacked(const Job *job, const Ids *ids, int64_t first, int64_t l
     for (int64_t i = first; i < last; i++) {
         const int64_t id = id_at(ids, i);
         if (id < 0 || id >= rows) return 0;
-        const char *word = words + (id == job->zero_id ? rows : id) * job->step;
+        const char *word = words + (id == job->zero_id ? rows : id) * job->step[0];
         for (int v = 0; v < lines; v++) add_line(&total[v], line_at(word, v));
         if (half) add_floats(&rest, half_line_at(word, lines));
     }
@@ -1110,7 +1217,8 @@ INLINE int64_t collect(const Job *job, int64_t begin, int64_t end, int of_bags) 
 
 /* What threads do, for one kind of processor (parts.h). */
 typedef struct {
-    void (*widen)(const Table *table, int64_t lines, char *to); /* codebooks */
+    /* Codebooks, to 16 bits where there is a least exponent of their scales. */
+    void (*widen)(const Table *table, int64_t lines, int least, char *to);
     Part rows, wide_rows, copy_rows;          /* of codebooks as they are, widened, and of all rows */
     Part bags, wide_bags, unpacked_bags;      /* the same */
     Part collect, collect_bags;               /* gradients */

@@ -44,14 +44,19 @@ TARGET static int64_t wide_rows_part(const void *what, int64_t begin, int64_t en
 }
 
 /* All codewords of a table in blocks of columns at `to`, with zeros after the last of each. */
-TARGET static void widen_codebooks(const Table *table, int64_t lines, char *to) {
+TARGET static void widen_codebooks(const Table *table, int64_t lines, int least, char *to) {
     const int64_t words = table->books * table->size, stride = stride_of(table);
-    const int64_t width = table->width, line = lines * LINE, block = (words + 1) * line;
+    const int64_t width = table->width, line = least ? lines * LINE / 2 : lines * LINE;
+    const int64_t block = block_bytes(words, line);
     const char *word = ADDRESS(table->words);
     for (int64_t w = 0; w < words; w++, word += stride) {
         float scale = 1.0f;
         put_scale(table, w, &scale);
         char *const at = to + w * line;
+        if (least) {
+            shorten(word, width, exponent_of(table, w) - least, lines, block, at);
+            continue;
+        }
         switch (table->kind) {
             case FLOAT32: widen(word, width, FLOAT32, scale, lines, block, at); break;
             case INT8: widen(word, width, INT8, scale, lines, block, at); break;
@@ -71,7 +76,7 @@ TARGET static int64_t copy_rows_part(const void *what, int64_t begin, int64_t en
     for (int64_t i = begin; i < end; i++) {
         const int64_t id = id_at(&job->ids, i);
         if (id < 0 || id >= rows) return 1;
-        memcpy(job->out + i * job->pitch, all + (id == job->zero_id ? rows : id) * job->step,
+        memcpy(job->out + i * job->pitch, all + (id == job->zero_id ? rows : id) * job->step[0],
                dim * sizeof(float));
     }
     return 0;
