@@ -155,7 +155,7 @@ class CodebookSet(SharedModule):
 
 
 #: Scales of codewords that are added are powers of two, none less than the largest divided by this.
-SCALE_RANGE = 8
+SCALE_RANGE = 16
 
 
 def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
