@@ -9,6 +9,7 @@
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
 #define WIDENING (1 << 13) /* what it costs besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
+#define FAR_WORDS (256 << 10) /* bytes of floats so far away that half of them take less time */
 #define MOST_SHIFT 7 /* of an int8 value, so that it fits 16 bits */
 #define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
@@ -85,12 +86,13 @@ static int should_widen(const Job *job, int64_t count) {
     return 320 * count * books >= cost * plan->tiers + WIDENING;
 }
 
-/* The least exponent of a table's scales where they are powers of two so near to each other that sums
- * of its codewords fit 16 bits, and rows whose sum does; or 0. */
+/* The least exponent of a table's scales where sums of its codewords in 16 bits pay, and fit, as scales
+ * are powers of two near to each other; and rows whose sum does. Or 0. */
 static int least_exponent(const Table *table, int64_t *together) {
     const int64_t words = table->books * table->size;
     int least = 1 << 8, most = 0;
-    if (table->kind != INT8 || table->books < 2) return 0;
+    const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
+    if (table->kind != INT8 || table->books < 2 || words * lines * LINE <= FAR_WORDS) return 0;
     for (int64_t w = 0; w < words; w++) {
         const int exponent = exponent_of(table, w);
         least = exponent < least ? exponent : least;
