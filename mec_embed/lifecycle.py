@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,9 +102,8 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
     ids = _checked_ids(held[0], ids, given[0])
     _check_unique(held[0], ids)
     todo: list[tuple[list[_Compressed], Tensor, list[Tensor]]] = []
-    for popular in (True, False) if isinstance(held[0], _Tiered) else (False,):
-        inside, places = _places_in_tier(held[0], ids, popular)
-        parts, new = _tier_of(held, popular), [one[inside] for one in given]
+    for parts, inside, places in _by_tier(held, ids):
+        new = [one[inside] for one in given]
         _check_holders(parts)
         if len(places) and parts[0].layout.kind == "shared":
             raise ValueError(
@@ -196,10 +195,7 @@ def _decoded_anew(held: Sequence[DecodedTable], given: list[Tensor], ids: Tensor
         found = [(_tier_of(held, True), torch.ones(len(given[0]), dtype=torch.bool))]
     else:
         ids = _checked_ids(held[0], ids, given[0])
-        found = [
-            (_tier_of(held, popular), _places_in_tier(held[0], ids, popular)[0])
-            for popular in ((True, False) if isinstance(held[0], _Tiered) else (False,))
-        ]
+        found = [(parts, inside) for parts, inside, _ in _by_tier(held, ids)]
     decoded = given[0].clone()
     for parts, inside in found:
         codes = _encode(parts, [one[inside] for one in given])
@@ -394,13 +390,16 @@ def _check_unique(table: DecodedTable, ids: Tensor) -> None:
         )
 
 
-def _places_in_tier(table: DecodedTable, ids: Tensor, popular: bool) -> tuple[Tensor, Tensor]:
-    """Which ids are in the tier (bool), and the rows of the tier that these are."""
-    if not isinstance(table, _Tiered):
-        return torch.ones(len(ids), dtype=torch.bool, device=ids.device), ids
-    is_popular, place = table.tier_map(ids, table.name)
-    inside = is_popular if popular else ~is_popular
-    return inside, place[inside]
+def _by_tier(
+    held: Sequence[DecodedTable], ids: Tensor
+) -> Iterator[tuple[list[_Compressed], Tensor, Tensor]]:
+    """Of each tier its parts, which ids are in it (bool), and which of its rows these are."""
+    if not isinstance(held[0], _Tiered):
+        yield _tier_of(held, False), torch.ones(len(ids), dtype=torch.bool, device=ids.device), ids
+        return
+    is_popular, place = held[0].tier_map(ids, held[0].name)
+    for popular, inside in ((True, is_popular), (False, ~is_popular)):
+        yield _tier_of(held, popular), inside, place[inside]
 
 
 def _extend_map(tier_map: TierMap, count: int, popular: bool) -> None:

@@ -29,6 +29,7 @@ from benchmarks.quality.common import Base, Method, embedding_bytes
 from benchmarks.quality.fuxictr_data import FIELDS, load_folder
 from benchmarks.quality.models import ALL_IDS, MODELS, STUDY_SETTINGS, build, settings_for
 from benchmarks.quality.ours import ABLATION, OURS, self_distilled
+from benchmarks.quality.plot import ALONE, STAGES
 from benchmarks.quality.posthoc import POSTHOC
 from benchmarks.quality.trained import TRAINED
 from benchmarks.quality.tuning import tune
@@ -48,13 +49,11 @@ COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
-#: The stages of models tuned with labels mixed into the targets, the same where the base was
-#: self-distilled before, without labels of such a base, and from a softened teacher.
-OWN_STAGES = LABELS, SELF_DISTILLED, ALONE, CALIBRATED = (
-    "labels", "self-distilled", "self-distilled alone", "calibrated",
-)  # fmt: skip
-#: That of models tuned as usual.
-TUNED = "tuned"
+#: The stages of models tuned as usual, with labels mixed into the targets, the same where the base
+#: was self-distilled before (ALONE: without labels then), and from a softened teacher.
+_, TUNED, LABELS, SELF_DISTILLED = STAGES
+CALIBRATED = "calibrated"
+OWN_STAGES = LABELS, SELF_DISTILLED, ALONE, CALIBRATED
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 

@@ -75,7 +75,7 @@ static int should_widen(const Job *job, int64_t count) {
     for (int64_t t = 0; t < plan->tiers; t++) {
         const Table *table = plan->table + t;
         const int64_t words = table->books * table->size;
-        const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
+        const int64_t lines = lines_of(table->width);
         if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
         /* In parts of what a codeword of an id then gains, as measured: most where find_few serves,
          * least where codewords need not be converted. */
@@ -91,7 +91,7 @@ static int should_widen(const Job *job, int64_t count) {
 static int least_exponent(const Table *table, int64_t *together) {
     const int64_t words = table->books * table->size;
     int least = 1 << 8, most = 0;
-    const int64_t lines = (table->width + LINE_LANES - 1) / LINE_LANES;
+    const int64_t lines = lines_of(table->width);
     if (table->kind != INT8 || table->books < 2 || words * lines * LINE <= FAR_WORDS) return 0;
     for (int64_t w = 0; w < words; w++) {
         const int exponent = exponent_of(table, w);
@@ -106,9 +106,9 @@ static int least_exponent(const Table *table, int64_t *together) {
 /* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
  * can be. */
 static int64_t choose_lines(const Plan *plan, const int *least) {
-    int64_t bytes = 0, lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
+    int64_t bytes = 0, lines = lines_of(plan->dim);
     for (int64_t t = 0; t < plan->tiers; t++)
-        bytes += plan->table[t].books * plan->table[t].size * (least[t] ? LINE / 2 : LINE);
+        bytes += plan->table[t].books * plan->table[t].size * line_bytes(least[t]);
     if (lines > MOST_LINES) lines = MOST_LINES;
     while (LEAST_LINES * bytes <= NEAR_BYTES && lines * bytes > NEAR_BYTES && lines > LEAST_LINES)
         lines--;
@@ -133,7 +133,7 @@ static Memory *widen_plan(Job *job, Plan *plan) {
         Table *table = plan->table + t;
         parts()->widen(table, lines, least[t], to);
         table->words = (int64_t)(uintptr_t)to;
-        job->step[t] = least[t] ? lines * LINE / 2 : lines * LINE;
+        job->step[t] = lines * line_bytes(least[t]);
         job->unit[t] = least[t] ? as_float((uint32_t)least[t] << 23) : 0.0f;
         job->block[t] = block_bytes(table->books * table->size, job->step[t]);
         to += job->block[t] * blocks;
@@ -189,7 +189,7 @@ static int should_unpack(const Job *job, int64_t read, int64_t write) {
         words += plan->table[t].rows * plan->table[t].books;
     }
     /* Each takes whole cache lines, be it one column. */
-    const int64_t lines = (plan->dim + LINE_LANES - 1) / LINE_LANES;
+    const int64_t lines = lines_of(plan->dim);
     if (plan->rows * lines > MOST_UNPACKED / LINE) return 0;
     return job->count / plan->rows * (2 * words - read * rows) > 2 * words + write * rows;
 }
@@ -199,7 +199,7 @@ static int should_unpack(const Job *job, int64_t read, int64_t write) {
  * damaged, be it of rows that nobody asks for. */
 static void *unpack_plan(Job *job, Plan *plan, int threads) {
     const int64_t rows = plan->rows, dim = plan->dim;
-    const int64_t lines = (dim + LINE_LANES - 1) / LINE_LANES, pitch = lines * LINE_LANES;
+    const int64_t lines = lines_of(dim), pitch = lines * LINE_LANES;
     char *memory = malloc((rows + 1) * lines * LINE + LINE + rows * sizeof(int32_t));
     if (!memory) return NULL;
     float *out = (float *)(memory + LINE - (uintptr_t)memory % LINE);

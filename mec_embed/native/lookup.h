@@ -602,6 +602,11 @@ INLINE Floats half_line_at(const char *word, int64_t at) {
     return values;
 }
 
+INLINE int64_t lines_of(int64_t columns) { return (columns + LINE_LANES - 1) / LINE_LANES; }
+
+/* Bytes of a line of codewords: floats, or numbers of 16 bits where their scales have a least exponent. */
+INLINE int64_t line_bytes(int least) { return least ? LINE / 2 : LINE; }
+
 /* Bytes of a block of so many codewords of `line` bytes, and zeros after the last. */
 INLINE int64_t block_bytes(int64_t words, int64_t line) {
     return ((words + 1) * line + LINE - 1) / LINE * LINE;
