@@ -233,7 +233,7 @@ def test_calls_of_many_ids_work_in_rounds_or_unpack_the_table(
 @given(
     count=st.integers(2, 40),
     size=st.sampled_from([5, 60, 300]),
-    dim=st.integers(1, 130),
+    dim=st.integers(1, 130) | st.sampled_from([249, 256]),
     apart=st.integers(0, 9),
     scales=st.sampled_from(["powers", "any", "one is zero"]),
     length=st.integers(1, 400),
@@ -273,10 +273,10 @@ def test_whole_numbers_are_added_exactly(
     if scales == "powers" and most < 1 << 24:  # exact in float32
         assert torch.equal(found.double(), bags)
     else:
-        torch.testing.assert_close(found.double(), bags, rtol=1e-5, atol=1e-6 * most)
+        torch.testing.assert_close(found.double(), bags, rtol=1e-4, atol=1e-6 * most)
 
 
-@pytest.mark.parametrize("dim", [1, 10, 40, 128])
+@pytest.mark.parametrize("dim", [1, 10, 40, 120, 128, 250])
 @pytest.mark.parametrize("work", ["rows", "bags", "tiers"])
 @pytest.mark.parametrize("count", [3, 20])
 def test_nothing_is_written_behind_the_output(

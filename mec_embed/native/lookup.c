@@ -9,13 +9,12 @@
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
 #define WIDENING (1 << 13) /* what it costs besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
-#define FAR_WORDS (256 << 10) /* bytes of floats so far away that half of them take less time */
+/* Columns from which on sums in 16 bits take less time than floats. */
+#define LEAST_SHORT (longest_vectors >= 64 ? 25 : 16)
 #define MOST_SHIFT 7 /* of an int8 value, so that it fits 16 bits */
 #define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
-#define NEAR_BYTES (72 << 10) /* of a block: some more than the nearest cache, for fewer passes */
-#define LEAST_LINES 2         /* of a block: narrower ones cost more passes than they gain */
 
 /* For the processor that this is. */
 static const Parts *parts(void) { return VARIANT(&parts); }
@@ -67,6 +66,19 @@ static void give_memory(Memory *memory) {
     free(memory);
 }
 
+/* Whether sums of a table's codewords in 16 bits take less time than floats. */
+static int likes_shorts(const Table *table) {
+    return table->kind == INT8 && table->books > 1 && table->width >= LEAST_SHORT;
+}
+
+/* What widening a codeword costs, in parts of 1/320 of what a codeword of an id then gains, as
+ * measured: least where find_few serves and where codewords need not be converted. */
+static int64_t widening_cost(const Table *table) {
+    const int few = table->books <= 2;
+    if (likes_shorts(table)) return few ? 200 : 400;
+    return (table->width + 32) * (few ? 3 : table->kind == FLOAT32 ? 9 : 6);
+}
+
 /* Whether widened codebooks pay for so many ids of a job: rows are sums, and ids are many. */
 static int should_widen(const Job *job, int64_t count) {
     const Plan *plan = job->plan;
@@ -77,10 +89,7 @@ static int should_widen(const Job *job, int64_t count) {
         const int64_t words = table->books * table->size;
         const int64_t lines = lines_of(table->width);
         if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
-        /* In parts of what a codeword of an id then gains, as measured: most where find_few serves,
-         * least where codewords need not be converted. */
-        const int64_t part = table->books <= 2 ? 3 : table->kind == FLOAT32 ? 9 : 6;
-        cost += words * (table->width + 32) * part;
+        cost += words * widening_cost(table);
         books += table->books;
     }
     return 320 * count * books >= cost * plan->tiers + WIDENING;
@@ -91,8 +100,7 @@ static int should_widen(const Job *job, int64_t count) {
 static int least_exponent(const Table *table, int64_t *together) {
     const int64_t words = table->books * table->size;
     int least = 1 << 8, most = 0;
-    const int64_t lines = lines_of(table->width);
-    if (table->kind != INT8 || table->books < 2 || words * lines * LINE <= FAR_WORDS) return 0;
+    if (!likes_shorts(table)) return 0;
     for (int64_t w = 0; w < words; w++) {
         const int exponent = exponent_of(table, w);
         least = exponent < least ? exponent : least;
@@ -103,16 +111,14 @@ static int least_exponent(const Table *table, int64_t *together) {
     return *together ? least : 0;
 }
 
-/* Lines of a block of columns, so that most of its codewords stay in the nearest cache, where that
- * can be. */
+/* Lines of a block of columns, in blocks of one size: as many as registers hold. Of floats more than
+ * FLOAT_LINES cost more than a further pass. */
 static int64_t choose_lines(const Plan *plan, const int *least) {
-    int64_t bytes = 0, lines = lines_of(plan->dim);
-    for (int64_t t = 0; t < plan->tiers; t++)
-        bytes += plan->table[t].books * plan->table[t].size * line_bytes(least[t]);
-    if (lines > MOST_LINES) lines = MOST_LINES;
-    while (LEAST_LINES * bytes <= NEAR_BYTES && lines * bytes > NEAR_BYTES && lines > LEAST_LINES)
-        lines--;
-    return lines;
+    const int64_t all = lines_of(plan->dim), eights = (plan->dim + LANES - 1) / LANES;
+    const int shorts = least[0] && (plan->tiers == 1 || least[1]);
+    const int64_t most = shorts && eights % (2 * MOST_LINES) == 0 ? MOST_LINES : FLOAT_LINES;
+    const int64_t blocks = (all + most - 1) / most;
+    return (all + blocks - 1) / blocks;
 }
 
 /* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
@@ -221,7 +227,7 @@ static void *unpack_plan(Job *job, Plan *plan, int threads) {
     plan->table[0] = (Table){.words = (int64_t)(uintptr_t)out, .rows = rows, .books = 1};
     plan->table->size = rows;
     plan->table->width = dim;
-    job->lines = lines < MOST_LINES ? lines : MOST_LINES;
+    job->lines = lines < FLOAT_LINES ? lines : FLOAT_LINES;
     job->step[0] = lines * LINE;
     job->block[0] = job->lines * LINE;
     return memory;

@@ -11,6 +11,9 @@
 #include "native.h"
 
 #include <stdlib.h>
+#if VECTOR >= 32
+#include <immintrin.h>
+#endif
 
 #define MOST_CODEBOOKS 256
 #define MOST_VECTORS 8 /* summed in registers */
@@ -111,9 +114,13 @@ INLINE void expect_row(const Table *table, int64_t row) {
 
 /* Ask for what the next ids need: codes, or the map of the tiers. */
 INLINE void expect_ids(const Plan *plan, const Ids *ids, int64_t from, int64_t to) {
-    if (plan->tiers == 1)
-        for (int64_t i = from; i < to && is_far(plan->table); i++)
-            expect_row(plan->table, id_at(ids, i));
+    const Table *table = plan->table;
+    const int64_t bits = table->bits * table->books;
+    if (plan->tiers == 1 && bits)
+        for (int64_t i = from; i < to; i++)
+            PREFETCH((uintptr_t)table->codes + ((uintptr_t)id_at(ids, i) * bits >> 3));
+    else if (plan->tiers == 1)
+        for (int64_t i = from; i < to && is_far(table); i++) expect_row(table, id_at(ids, i));
     else if (!plan->runs)
         for (int64_t i = from; i < to; i++) {
             const int64_t block = id_at(ids, i) / BLOCK_ROWS;
@@ -269,6 +276,9 @@ typedef float Vector __attribute__((vector_size(4 * WIDE)));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
+
+#define EIGHT 16 /* bytes of that many in 16 bits */
+typedef int16_t Eight __attribute__((vector_size(EIGHT)));
 
 typedef struct {
     Vector part[LANES / WIDE];
@@ -563,8 +573,10 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
  * are taken in rounds: codes are read once, then the sums of each block of columns are made in
  * registers. */
 #define LINE_LANES 16
-#define MOST_LINES 4
+#define MOST_LINES 8  /* of a block */
+#define FLOAT_LINES 4 /* of one that has floats */
 #define FAR_CODES (512 << 10) /* bytes of codes that are worth asking for */
+#define MOST_ROWS 4 /* made side by side */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
@@ -627,19 +639,6 @@ INLINE void widen(const char *word, int64_t width, int kind, float scale, int64_
                     values[j - column] = entry(word, j, kind, scale);
             }
         }
-}
-
-/* The same in 16 bits, times a power of two. */
-INLINE void shorten(const char *word, int64_t width, int shift, int64_t lines, int64_t block,
-                    char *to) {
-    for (int64_t column = 0; column < width; to += block, column += lines * LINE_LANES) {
-        const int64_t left = width - column, most = lines * LINE_LANES;
-        const int64_t count = left < most ? left : most;
-        int16_t *const values = (int16_t *)to;
-        for (int64_t j = 0; j < count; j++)
-            values[j] = (int16_t)(((const int8_t *)word)[column + j] * (1 << shift));
-        for (int64_t j = count; j % LANES; j++) values[j] = 0;
-    }
 }
 
 INLINE void put_lines(const Line *total, const Floats *rest, int lines, int half, float *out) {
@@ -823,6 +822,8 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
             fits = find_few(table, row, found, stride, 1, word);
         else if (table->books == 2)
             fits = find_few(table, row, found, stride, 2, word);
+        else if (table->books == 3 && read_at_once(table))
+            fits = find_few(table, row, found, stride, 3, word);
         else if (read_at_once(table) && table->books <= LANES)
             fits = find_codes(table, row, found, stride, 1, word);
         else
@@ -866,39 +867,123 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
 #else
 #define SHORT_BYTES 16
 #endif
-#define EIGHT 16 /* bytes of eight of them */
+#define SHORT_LANES (SHORT_BYTES / 2)
 typedef int16_t Shorts __attribute__((vector_size(SHORT_BYTES)));
-typedef int16_t Eight __attribute__((vector_size(EIGHT)));
 
-typedef struct {
-    Shorts whole[MOST_LINES * LINE / 2 / SHORT_BYTES];
-    Eight rest[SHORT_BYTES / EIGHT];
-} Whole;
+/* Between them and bytes, and floats. With intrinsics: GCC takes a dozen instructions for what these
+ * say in three. */
+#if VECTOR >= 32
+INLINE Eight lengthen_eight(const int8_t *bytes) {
+    return (Eight)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)bytes));
+}
 
-/* The sum of `count` codewords, `eights` times 8 columns; that is a constant. */
+/* To `to`, or added to what is there. */
+INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
+    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)numbers));
+    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
+    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
+}
+#else
+INLINE Eight lengthen_eight(const int8_t *b) {
+    return (Eight){b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
+}
+
+INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
+    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)numbers[j] * unit;
+}
+#endif
+
+#if VECTOR == 64
+INLINE Shorts lengthen(const int8_t *bytes) {
+    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+}
+
+INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
+    const __m512 floats = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(numbers));
+    const __m512 all = _mm512_mul_ps(floats, _mm512_set1_ps(unit));
+    _mm512_storeu_ps(to, more ? _mm512_add_ps(all, _mm512_loadu_ps(to)) : all);
+}
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_sixteen(_mm512_castsi512_si256((__m512i)numbers), unit, more, to);
+    put_sixteen(_mm512_extracti64x4_epi64((__m512i)numbers, 1), unit, more, to + 16);
+}
+#elif VECTOR == 32
+INLINE Shorts lengthen(const int8_t *bytes) {
+    return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_eight((Eight)_mm256_castsi256_si128((__m256i)numbers), unit, more, to);
+    put_eight((Eight)_mm256_extracti128_si256((__m256i)numbers, 1), unit, more, to + LANES);
+}
+#else
+INLINE Shorts lengthen(const int8_t *bytes) { return lengthen_eight(bytes); }
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_eight(numbers, unit, more, to);
+}
+#endif
+
+/* `columns` of a codeword in 16 bits, times a power of two, and zeros to the next eighth. */
+INLINE void shorten_some(const int8_t *bytes, int64_t columns, int16_t factor, int16_t *to) {
+    int64_t j = 0;
+    for (; j + SHORT_LANES <= columns; j += SHORT_LANES) {
+        const Shorts values = lengthen(bytes + j) * factor;
+        memcpy(to + j, &values, sizeof values);
+    }
+    for (; j + LANES <= columns; j += LANES) {
+        const Eight values = lengthen_eight(bytes + j) * factor;
+        memcpy(to + j, &values, sizeof values);
+    }
+    if (j == columns) return;
+    Eight rest = {0};
+    for (int64_t k = j; k < columns; k++) rest[k - j] = bytes[k];
+    rest *= factor;
+    memcpy(to + j, &rest, sizeof rest);
+}
+
+/* As widen, in 16 bits. */
+INLINE void shorten(const char *word, int64_t width, int shift, int64_t lines, int64_t block,
+                    char *to) {
+    const int64_t most = lines * LINE_LANES;
+    for (int64_t column = 0; column < width; column += most, to += block) {
+        const int64_t left = width - column;
+        shorten_some((const int8_t *)word + column, left < most ? left : most, (int16_t)(1 << shift),
+                     (int16_t *)to);
+    }
+}
+
+INLINE Shorts shorts_at(const char *from) {
+    Shorts values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+INLINE Eight eight_at(const char *from) {
+    Eight values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* The sum of `count` codewords, `eights` times 8 columns, a constant, in floats. */
 INLINE void sum_shorts(const uint32_t *word, int64_t count, const char *words, int eights,
-                       int16_t *out) {
+                       float unit, int more, float *out) {
     const int whole = eights * EIGHT / SHORT_BYTES, rest = eights - whole * SHORT_BYTES / EIGHT;
     const int64_t rest_at = whole * SHORT_BYTES;
-    Whole total;
-    memset(&total, 0, sizeof total);
-    for (int64_t m = 0; m < count; m++) {
-        const char *const from = words + word[m];
-        for (int v = 0; v < whole; v++) {
-            Shorts values;
-            memcpy(&values, from + v * SHORT_BYTES, sizeof values);
-            total.whole[v] += values;
-        }
-        for (int r = 0; r < rest; r++) {
-            Eight values;
-            memcpy(&values, from + rest_at + r * EIGHT, sizeof values);
-            total.rest[r] += values;
-        }
+    Shorts total[MOST_LINES * LINE / 2 / SHORT_BYTES];
+    Eight last[SHORT_BYTES / EIGHT];
+    const char *from = words + word[0];
+    for (int v = 0; v < whole; v++) total[v] = shorts_at(from + v * SHORT_BYTES);
+    for (int r = 0; r < rest; r++) last[r] = eight_at(from + rest_at + r * EIGHT);
+    for (int64_t m = 1; m < count; m++) {
+        from = words + word[m];
+        for (int v = 0; v < whole; v++) total[v] += shorts_at(from + v * SHORT_BYTES);
+        for (int r = 0; r < rest; r++) last[r] += eight_at(from + rest_at + r * EIGHT);
     }
-    for (int v = 0; v < whole; v++)
-        memcpy((char *)out + v * SHORT_BYTES, &total.whole[v], SHORT_BYTES);
-    for (int r = 0; r < rest; r++)
-        memcpy((char *)out + rest_at + r * EIGHT, &total.rest[r], EIGHT);
+    for (int v = 0; v < whole; v++) put_shorts(total[v], unit, more, out + v * SHORT_LANES);
+    out += whole * SHORT_LANES;
+    for (int r = 0; r < rest; r++) put_eight(last[r], unit, more, out + r * LANES);
 }
 
 /* As sum_round. */
@@ -906,12 +991,8 @@ INLINE void sum_round_of_shorts(const uint32_t *word, const int32_t *at, int64_t
                                 int64_t books, const char *words, int lines, int half, float unit,
                                 float *out, int64_t stride) {
     const int eights = 2 * lines + half;
-    int16_t sum[MOST_LINES * LINE_LANES];
-    for (int64_t i = 0; i < count; i++, word += books) {
-        sum_shorts(word, books, words, eights, sum);
-        float *const to = out + at[i] * stride;
-        for (int j = 0; j < eights * LANES; j++) to[j] = (float)sum[j] * unit;
-    }
+    for (int64_t i = 0; i < count; i++, word += books)
+        sum_shorts(word, books, words, eights, unit, 0, out + at[i] * stride);
 }
 
 /* As add_rows, of which `together` fit 16 bits. */
@@ -919,13 +1000,10 @@ INLINE void add_rows_of_shorts(const uint32_t *word, int64_t count, int64_t book
                                const char *words, int64_t width, int lines, int half, int fresh,
                                float unit, float *out) {
     const int eights = 2 * lines + half;
-    int16_t sum[MOST_LINES * LINE_LANES];
     float all[MOST_LINES * LINE_LANES] = {0};
     if (!fresh) memcpy(all, out, width * sizeof(float));
-    for (; count > 0; count -= together, word += together * books) {
-        sum_shorts(word, (count < together ? count : together) * books, words, eights, sum);
-        for (int j = 0; j < eights * LANES; j++) all[j] += (float)sum[j] * unit;
-    }
+    for (; count > 0; count -= together, word += together * books)
+        sum_shorts(word, (count < together ? count : together) * books, words, eights, unit, 1, all);
     memcpy(out, all, width * sizeof(float));
 }
 
@@ -944,7 +1022,7 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
     for (int64_t t = 0; t < job->plan->tiers; t++) {
         const int64_t books = job->plan->table[t].books, count = round->count[t];
         const char *const words = words_at(job, t, column);
-        if (job->unit[t])
+        if (lines > FLOAT_LINES || job->unit[t])
             sum_round_of_shorts(word, round->at[t], count, books, words, lines, half, job->unit[t],
                                 out, stride);
         else
@@ -963,7 +1041,8 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
         case 5: call(2, 1); break;      \
         case 6: call(3, 0); break;      \
         case 7: call(3, 1); break;      \
-        default: call(4, 0);            \
+        case 8: call(4, 0); break;      \
+        default: call(8, 0);            \
     }
 
 INLINE int64_t halves_of(const Job *job, int64_t column) {
@@ -976,8 +1055,11 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
     const Table *table = job->plan->table;
     const int far = table->books > 2 && table->rows * table->bits * table->books > 8 * FAR_CODES;
-    if (job->plan->tiers == 2 || far)
-        expect_ids(job->plan, &job->ids, from, from + count < end ? from + count : end);
+    const int64_t to = from + count < end ? from + count : end;
+    const Ids *ids = &job->ids, wide = {ids->from, 1, 1};
+    if (job->plan->tiers == 1 && !far) return;
+    if (ids->wide && ids->stride == 1) ids = &wide; /* constants, for the compiler */
+    expect_ids(job->plan, ids, from, to);
 }
 
 /* Rows of a round: to the output, where half lines may be written after a row; else row by row. */
@@ -1017,8 +1099,8 @@ INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *
  * one before: of narrow blocks of columns, several rows are made side by side. */
 INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char *words, int lines,
                       int half, Line *total, Floats *rest) {
-    Line row[MOST_LINES][MOST_LINES];
-    Floats last[MOST_LINES];
+    Line row[MOST_ROWS][FLOAT_LINES];
+    Floats last[MOST_ROWS];
     for (int r = 0; r < rows; r++) {
         const char *at = words + word[r * books];
         for (int v = 0; v < lines; v++) row[r][v] = line_at(at, v);
@@ -1039,7 +1121,7 @@ INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char 
 /* Add `count` rows to some columns of a bag, or put their sum there where it is `fresh`. */
 INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const char *words,
                      int64_t width, int lines, int half, int fresh, float *out) {
-    const int once = lines > 2 ? 1 : lines > 1 ? 2 : 4;
+    const int once = lines > 2 ? 1 : lines > 1 ? 2 : MOST_ROWS;
     Line total[MOST_LINES];
     Floats rest;
     float all[MOST_LINES * LINE_LANES] = {0};
@@ -1100,7 +1182,7 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
         const uint32_t *word = round->word + (i - first) * books;
         const int fresh = offset_at(job, bag) == i;
         float *out = job->out + bag * dim + column;
-        if (job->unit[0])
+        if (lines > FLOAT_LINES || job->unit[0])
             add_rows_of_shorts(word, stop - i, books, job->together, words, width, lines, half, fresh,
                                job->unit[0], out);
         else if (width == most)

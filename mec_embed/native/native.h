@@ -22,6 +22,7 @@
 #endif
 
 #if !defined(VECTOR)
+#define TARGET
 #elif VECTOR == 64
 #define TARGET FOR_64
 #define OWN(name) name##_by_64
@@ -34,7 +35,7 @@
 #endif
 
 #if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE TARGET static inline __attribute__((always_inline))
 #define PREFETCH(address) __builtin_prefetch((const void *)(uintptr_t)(address))
 #else
 #define INLINE static inline
