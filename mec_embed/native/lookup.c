@@ -11,7 +11,6 @@
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
 /* Columns from which on sums in 16 bits take less time than floats. */
 #define LEAST_SHORT (longest_vectors >= 64 ? 25 : 16)
-#define MOST_SHIFT 7 /* of an int8 value, so that it fits 16 bits */
 #define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
@@ -107,7 +106,7 @@ static int least_exponent(const Table *table, int64_t *together) {
         most = exponent > most ? exponent : most;
     }
     if (!least || most - least > MOST_SHIFT) return 0;
-    *together = INT16_MAX / (INT8_MAX << (most - least)) / table->books;
+    *together = INT16_MAX / (LARGEST << (most - least)) / table->books;
     return *together ? least : 0;
 }
 

@@ -277,9 +277,6 @@ typedef int32_t Integers __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
 
-#define EIGHT 16 /* bytes of that many in 16 bits */
-typedef int16_t Eight __attribute__((vector_size(EIGHT)));
-
 typedef struct {
     Vector part[LANES / WIDE];
 } Floats;
@@ -345,6 +342,159 @@ INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
     return values;
 }
 
+/* ---- Whole numbers ---- */
+
+/* int8 codewords whose scales are powers of two near to each other (quantize_codebooks) are whole
+ * numbers of one unit: their sums are exact in any order, also in 16 bits, of which a vector has
+ * twice as many as of floats. */
+#define LARGEST 128    /* int8, without the sign */
+#define MOST_SHIFT 7   /* of one, so that it fits 16 bits */
+#define MOST_EIGHTS 16 /* of columns, summed in registers */
+#define EIGHT 16       /* bytes of eight of them */
+#if VECTOR >= 32
+#define SHORT_BYTES VECTOR
+#define LEAST_WHOLE 512 /* numbers of a sum that are worth asking whether they are whole */
+#else
+#define SHORT_BYTES 16
+#define LEAST_WHOLE INT64_MAX
+#endif
+#define SHORT_LANES (SHORT_BYTES / 2)
+typedef int16_t Shorts __attribute__((vector_size(SHORT_BYTES)));
+typedef int16_t Eight __attribute__((vector_size(EIGHT)));
+
+/* Between them and bytes, and floats. With intrinsics: GCC takes a dozen instructions for what these
+ * say in three. */
+#if VECTOR >= 32
+INLINE Eight lengthen_eight(const int8_t *bytes) {
+    return (Eight)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)bytes));
+}
+
+/* To `to`, or added to what is there. */
+INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
+    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)numbers));
+    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
+    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
+}
+#else
+INLINE Eight lengthen_eight(const int8_t *b) {
+    return (Eight){b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
+}
+
+INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
+    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)numbers[j] * unit;
+}
+#endif
+
+#if VECTOR == 64
+INLINE Shorts lengthen(const int8_t *bytes) {
+    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+}
+
+INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
+    const __m512 floats = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(numbers));
+    const __m512 all = _mm512_mul_ps(floats, _mm512_set1_ps(unit));
+    _mm512_storeu_ps(to, more ? _mm512_add_ps(all, _mm512_loadu_ps(to)) : all);
+}
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_sixteen(_mm512_castsi512_si256((__m512i)numbers), unit, more, to);
+    put_sixteen(_mm512_extracti64x4_epi64((__m512i)numbers, 1), unit, more, to + 16);
+}
+#elif VECTOR == 32
+INLINE Shorts lengthen(const int8_t *bytes) {
+    return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_eight((Eight)_mm256_castsi256_si128((__m256i)numbers), unit, more, to);
+    put_eight((Eight)_mm256_extracti128_si256((__m256i)numbers, 1), unit, more, to + LANES);
+}
+#else
+INLINE Shorts lengthen(const int8_t *bytes) { return lengthen_eight(bytes); }
+
+INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
+    put_eight(numbers, unit, more, to);
+}
+#endif
+
+INLINE Shorts shorts_at(const char *from) {
+    Shorts values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+INLINE Eight eight_at(const char *from) {
+    Eight values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* `eights` times 8 columns, a constant, of the sum of int8 codewords times their factors, in floats. */
+INLINE void sum_bytes(int64_t count, const char **word, const int16_t *factor, int64_t column,
+                      int eights, float unit, int more, float *out) {
+    const int whole = eights * EIGHT / SHORT_BYTES, rest = eights - whole * SHORT_BYTES / EIGHT;
+    Shorts total[MOST_EIGHTS * EIGHT / SHORT_BYTES];
+    Eight last[SHORT_BYTES / EIGHT];
+    const int8_t *from = (const int8_t *)word[0] + column;
+    for (int v = 0; v < whole; v++) total[v] = lengthen(from + v * SHORT_LANES) * factor[0];
+    from += whole * SHORT_LANES;
+    for (int r = 0; r < rest; r++) last[r] = lengthen_eight(from + r * LANES) * factor[0];
+    for (int64_t m = 1; m < count; m++) {
+        from = (const int8_t *)word[m] + column;
+        for (int v = 0; v < whole; v++) total[v] += lengthen(from + v * SHORT_LANES) * factor[m];
+        from += whole * SHORT_LANES;
+        for (int r = 0; r < rest; r++) last[r] += lengthen_eight(from + r * LANES) * factor[m];
+    }
+    out += column;
+    for (int v = 0; v < whole; v++) put_shorts(total[v], unit, more, out + v * SHORT_LANES);
+    out += whole * SHORT_LANES;
+    for (int r = 0; r < rest; r++) put_eight(last[r], unit, more, out + r * LANES);
+}
+
+/* Scales that are powers of two, as factors of the least of them; of how many such codewords the sum
+ * fits 16 bits, 0 where the scales are others. */
+INLINE int64_t count_fitting(int64_t count, const float *scale, int16_t *factor, float *unit) {
+    int32_t exponent[MOST_CODEBOOKS], least = 255, most = 0;
+    for (int64_t m = 0; m < count; m++) {
+        int32_t bits;
+        memcpy(&bits, scale + m, sizeof bits);
+        if (bits & 0x7fffff) return 0;
+        exponent[m] = bits >> 23; /* below 0 where the scale is */
+        least = exponent[m] < least ? exponent[m] : least;
+        most = exponent[m] > most ? exponent[m] : most;
+    }
+    if (least <= 0 || most == 255) return 0;
+    for (int64_t m = 0; m < count; m++) {
+        if (exponent[m] - least > MOST_SHIFT) return 0;
+        factor[m] = (int16_t)(1 << (exponent[m] - least));
+    }
+    *unit = as_float((uint32_t)least << 23);
+    return INT16_MAX / (LARGEST << (most - least));
+}
+
+/* As sum_words, of int8 codewords, for all columns but those after the last eight; the number of these
+ * columns, or 0 where sums are not of whole numbers. */
+INLINE int64_t sum_whole(int64_t count, const char **word, const float *scale, int64_t width,
+                         int more, float *out) {
+    int16_t factor[MOST_CODEBOOKS];
+    float unit;
+    const int64_t together = count_fitting(count, scale, factor, &unit);
+    if (together < 2) return 0;
+    for (int64_t m = 0, some; m < count; m += some, more = 1) {
+        int64_t column = 0;
+        some = count - m < together ? count - m : together;
+#define BYTES(eights)                                                       \
+    for (; column + (eights) * LANES <= width; column += (eights) * LANES)  \
+        sum_bytes(some, word + m, factor + m, column, eights, unit, more, out);
+        BYTES(MOST_EIGHTS)
+        BYTES(8)
+        BYTES(5)
+        BYTES(4)
+        BYTES(1)
+    }
+    return width / LANES * LANES;
+}
+
 /* `vectors` times 8 columns of the sum of codewords, from what `out` holds on where `more`;
  * `vectors` is a constant, so that the sums stay in registers. */
 INLINE void sum_block(int64_t count, const char **word, const float *scale, int64_t column,
@@ -366,6 +516,8 @@ INLINE void sum_block(int64_t count, const char **word, const float *scale, int6
 INLINE void sum_words(int64_t count, const char **word, const float *scale, int64_t width, int kind,
                       int more, float *out) {
     int64_t column = 0;
+    if (kind == INT8 && width >= LANES && count * width >= LEAST_WHOLE)
+        column = sum_whole(count, word, scale, width, more, out);
     for (; column + 8 * LANES <= width; column += 8 * LANES)
         sum_block(count, word, scale, column, 8, kind, more, out);
     if (column + 5 * LANES <= width) {
@@ -859,72 +1011,6 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
 
 /* ---- Sums of whole numbers ---- */
 
-/* int8 codewords whose scales are powers of two near to each other (quantize_codebooks) are whole
- * numbers of one unit: their sums are exact in any order, also in 16 bits, which take half the bytes
- * of floats. */
-#if VECTOR >= 32
-#define SHORT_BYTES VECTOR
-#else
-#define SHORT_BYTES 16
-#endif
-#define SHORT_LANES (SHORT_BYTES / 2)
-typedef int16_t Shorts __attribute__((vector_size(SHORT_BYTES)));
-
-/* Between them and bytes, and floats. With intrinsics: GCC takes a dozen instructions for what these
- * say in three. */
-#if VECTOR >= 32
-INLINE Eight lengthen_eight(const int8_t *bytes) {
-    return (Eight)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)bytes));
-}
-
-/* To `to`, or added to what is there. */
-INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
-    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)numbers));
-    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
-    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
-}
-#else
-INLINE Eight lengthen_eight(const int8_t *b) {
-    return (Eight){b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
-}
-
-INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
-    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)numbers[j] * unit;
-}
-#endif
-
-#if VECTOR == 64
-INLINE Shorts lengthen(const int8_t *bytes) {
-    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
-}
-
-INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
-    const __m512 floats = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(numbers));
-    const __m512 all = _mm512_mul_ps(floats, _mm512_set1_ps(unit));
-    _mm512_storeu_ps(to, more ? _mm512_add_ps(all, _mm512_loadu_ps(to)) : all);
-}
-
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_sixteen(_mm512_castsi512_si256((__m512i)numbers), unit, more, to);
-    put_sixteen(_mm512_extracti64x4_epi64((__m512i)numbers, 1), unit, more, to + 16);
-}
-#elif VECTOR == 32
-INLINE Shorts lengthen(const int8_t *bytes) {
-    return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes));
-}
-
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_eight((Eight)_mm256_castsi256_si128((__m256i)numbers), unit, more, to);
-    put_eight((Eight)_mm256_extracti128_si256((__m256i)numbers, 1), unit, more, to + LANES);
-}
-#else
-INLINE Shorts lengthen(const int8_t *bytes) { return lengthen_eight(bytes); }
-
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_eight(numbers, unit, more, to);
-}
-#endif
-
 /* `columns` of a codeword in 16 bits, times a power of two, and zeros to the next eighth. */
 INLINE void shorten_some(const int8_t *bytes, int64_t columns, int16_t factor, int16_t *to) {
     int64_t j = 0;
@@ -952,18 +1038,6 @@ INLINE void shorten(const char *word, int64_t width, int shift, int64_t lines, i
         shorten_some((const int8_t *)word + column, left < most ? left : most, (int16_t)(1 << shift),
                      (int16_t *)to);
     }
-}
-
-INLINE Shorts shorts_at(const char *from) {
-    Shorts values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-INLINE Eight eight_at(const char *from) {
-    Eight values;
-    memcpy(&values, from, sizeof values);
-    return values;
 }
 
 /* The sum of `count` codewords, `eights` times 8 columns, a constant, in floats. */
