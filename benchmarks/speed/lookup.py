@@ -100,7 +100,7 @@ def _methods(rows: int, dim: int) -> dict[str, dict[str, Lookup]]:
     }
     for dtype in (torch.int8, torch.float32):
         name = f"mec_embed {mec_embed.layout.dtype_name(dtype)}"
-        table, bag = _compressed(planned_layout(dense, dtype))
+        table, bag = compressed(planned_layout(dense, dtype))
         methods["rows"][name], methods["bags"][name] = table, bag
         if dtype is torch.int8:
             methods["rows"]["plain torch"] = plain_torch(table)
@@ -123,7 +123,7 @@ def planned_layout(dense: nn.Embedding, dtype: torch.dtype) -> CodeLayout:
     return CodeLayout(kind, rows, dim, count, size, dtype)  # type: ignore[arg-type]
 
 
-def _compressed(layout: CodeLayout) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
+def compressed(layout: CodeLayout) -> tuple[CompressedEmbedding, CompressedEmbeddingBag]:
     """A table with random codes, for rows and for bags."""
     rows, count, size = layout.num_embeddings, layout.num_subvectors, layout.codebook_size
     table = CompressedEmbedding(layout)

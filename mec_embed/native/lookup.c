@@ -111,10 +111,10 @@ static int least_exponent(const Table *table, int64_t *together) {
 }
 
 /* Lines of a block of columns, in blocks of one size: as many as registers hold. Of floats more than
- * FLOAT_LINES cost more than a further pass. */
+ * FLOAT_LINES cost more than a further pass, and of numbers of 16 bits in the shortest vectors. */
 static int64_t choose_lines(const Plan *plan, const int *least) {
     const int64_t all = lines_of(plan->dim), eights = (plan->dim + LANES - 1) / LANES;
-    const int shorts = least[0] && (plan->tiers == 1 || least[1]);
+    const int shorts = longest_vectors > 16 && least[0] && (plan->tiers == 1 || least[1]);
     const int64_t most = shorts && eights % (2 * MOST_LINES) == 0 ? MOST_LINES : FLOAT_LINES;
     const int64_t blocks = (all + most - 1) / most;
     return (all + blocks - 1) / blocks;

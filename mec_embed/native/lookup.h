@@ -381,7 +381,9 @@ INLINE Eight lengthen_eight(const int8_t *b) {
 }
 
 INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
-    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)numbers[j] * unit;
+    int16_t whole[LANES];
+    memcpy(whole, &numbers, sizeof whole);
+    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)whole[j] * unit;
 }
 #endif
 
@@ -1074,7 +1076,8 @@ INLINE void add_rows_of_shorts(const uint32_t *word, int64_t count, int64_t book
                                const char *words, int64_t width, int lines, int half, int fresh,
                                float unit, float *out) {
     const int eights = 2 * lines + half;
-    float all[MOST_LINES * LINE_LANES] = {0};
+    float all[MOST_LINES * LINE_LANES];
+    memset(all, 0, eights * LANES * sizeof(float));
     if (!fresh) memcpy(all, out, width * sizeof(float));
     for (; count > 0; count -= together, word += together * books)
         sum_shorts(word, (count < together ? count : together) * books, words, eights, unit, 1, all);
@@ -1106,7 +1109,7 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
 }
 
 /* `call` with the numbers of lines and half lines of a block of columns as constants. */
-#define BY_LINES(halves, call)          \
+#define BY_FLOAT_LINES(halves, call)    \
     switch (halves) {                   \
         case 1: call(0, 1); break;      \
         case 2: call(1, 0); break;      \
@@ -1115,8 +1118,13 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
         case 5: call(2, 1); break;      \
         case 6: call(3, 0); break;      \
         case 7: call(3, 1); break;      \
-        case 8: call(4, 0); break;      \
-        default: call(8, 0);            \
+        default: call(FLOAT_LINES, 0);  \
+    }
+#define BY_LINES(halves, call)             \
+    if ((halves) > 2 * FLOAT_LINES) {      \
+        call(MOST_LINES, 0);               \
+    } else {                               \
+        BY_FLOAT_LINES(halves, call)       \
     }
 
 INLINE int64_t halves_of(const Job *job, int64_t column) {
@@ -1196,9 +1204,10 @@ INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char 
 INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const char *words,
                      int64_t width, int lines, int half, int fresh, float *out) {
     const int once = lines > 2 ? 1 : lines > 1 ? 2 : MOST_ROWS;
-    Line total[MOST_LINES];
+    Line total[FLOAT_LINES];
     Floats rest;
-    float all[MOST_LINES * LINE_LANES] = {0};
+    float all[FLOAT_LINES * LINE_LANES];
+    memset(all, 0, (lines * LINE_LANES + half * LANES) * sizeof(float));
     /* What was written in parts takes long to be read as a whole. */
     if (!fresh) memcpy(all, out, width * sizeof(float));
     for (int v = 0; v < lines; v++) memcpy(&total[v], all + v * LINE_LANES, sizeof *total);
@@ -1303,10 +1312,10 @@ INLINE int sum_unpacked(const Job *job, const Ids *ids, int64_t first, int64_t l
     const int64_t rows = job->plan->rows, most = lines * LINE_LANES + half * LANES;
     const int64_t left = job->plan->dim - column, width = left < most ? left : most;
     const char *words = words_at(job, 0, column);
-    Line total[MOST_LINES];
+    Line total[FLOAT_LINES];
     Floats rest;
-    float all[MOST_LINES * LINE_LANES];
-    memset(total, 0, sizeof total);
+    float all[FLOAT_LINES * LINE_LANES];
+    memset(total, 0, lines * sizeof *total);
     memset(&rest, 0, sizeof rest);
     for (int64_t i = first; i < last; i++) {
         const int64_t id = id_at(ids, i);
@@ -1328,7 +1337,7 @@ INLINE int64_t sum_all_unpacked(const Job *job, const Ids *ids, int64_t begin, i
         for (int64_t column = 0; column < dim && fits; column += columns) {
             float *out = job->out + bag * dim + column;
 #define UNPACKED(lines, half) fits = sum_unpacked(job, ids, first, last, column, lines, half, out)
-            BY_LINES(halves_of(job, column), UNPACKED)
+            BY_FLOAT_LINES(halves_of(job, column), UNPACKED)
         }
     }
     if (fits && job->mode == MEAN) share_bags(job, begin, end);

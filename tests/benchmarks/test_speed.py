@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from benchmarks.lines import read
-from benchmarks.speed import gpu, lookup, model, plot
+from benchmarks.speed import gpu, kernels, lookup, model, plot
+from mec_embed.ops import cpu
 
 
 def test_every_method_looks_up_the_same_rows_and_is_written_down(tmp_path, monkeypatch):
@@ -39,6 +42,21 @@ def test_methods_agree(shape):
     torch.testing.assert_close(outputs["torch int8"], outputs["dense"], atol=error, rtol=0)
     if len(shape) == 1:
         assert torch.equal(outputs["mec_embed int8"], outputs["plain torch"])
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the kernel was not built")
+def test_builds_of_the_kernel_are_compared(tmp_path, monkeypatch):
+    # Copies, as limits of vectors are a build's own.
+    builds = [shutil.copy(cpu.kernel.__file__, tmp_path / f"{name}.so") for name in ("old", "new")]
+    arguments = ["kernels", *map(str, builds), "--rows", "500", "--layout", "3x16"]
+    arguments += ["--dims", "16", "--batches", "64", "--vectors", "64", "16"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "kernels.csv")])
+    monkeypatch.setattr(kernels, "LEAST_SECONDS", 0.0)
+    kernels.main()
+    found = read(tmp_path / "kernels.csv")
+    assert len(found) == 2 * 2 * 2 * 2  # what, dtypes, vectors, builds
+    assert {line["build"] for line in found} == {"old", "new"}
+    assert all(float(line["nanoseconds"]) > 0 and int(line["repetitions"]) > 9 for line in found)
 
 
 def test_methods_on_a_gpu_agree(monkeypatch):
