@@ -287,6 +287,22 @@ def test_whole_numbers_are_added_exactly(
         torch.testing.assert_close(found.double(), bags, rtol=1e-4, atol=1e-6 * most)
 
 
+@pytest.mark.parametrize("count", [30, 2500])
+@pytest.mark.parametrize("exponent", [110, 121, 127])
+def test_sums_that_are_no_floats_are_as_in_the_reference(exponent: int, count: int) -> None:
+    """Numbers of 16 bits stay finite where floats do not."""
+    table = _table(CodeLayout("additive", 2500, 64, 8, 4, torch.int8))
+    books = table.codebook_set
+    books.codebooks.copy_(torch.tensor([127, -128] * 4, dtype=torch.int8)[:, None, None])
+    books.scales.fill_(2.0**exponent)
+    ids = torch.arange(count)
+    expected = reference.lookup(*_arguments(table, ids))
+    assert bool(expected.isfinite().all()) == (exponent == 110)
+    torch.testing.assert_close(
+        cpu.lookup(*_arguments(table, ids)), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dim", [1, 10, 40, 120, 128, 250])
 @pytest.mark.parametrize("work", ["rows", "bags", "tiers"])
 @pytest.mark.parametrize("count", [3, 20])

@@ -65,13 +65,15 @@ static void give_memory(Memory *memory) {
     free(memory);
 }
 
-/* Whether sums of a table's codewords in 16 bits take less time than floats. */
+/* Whether sums of a table's codewords in 16 bits take less time than floats. Of scales that are no
+ * powers of two hardly both of these are. */
 static int likes_shorts(const Table *table) {
-    return table->kind == INT8 && table->books > 1 && table->width >= LEAST_SHORT;
+    return table->kind == INT8 && table->books > 1 && table->width >= LEAST_SHORT &&
+           exponent_of(table, 0) && exponent_of(table, table->books * table->size - 1);
 }
 
 /* What widening a codeword costs, in parts of 1/320 of what a codeword of an id then gains, as
- * measured: least where find_few serves and where codewords need not be converted. */
+ * measured: less of two codebooks, which find_few reads, and where codewords are converted. */
 static int64_t widening_cost(const Table *table) {
     const int few = table->books <= 2;
     if (likes_shorts(table)) return few ? 200 : 400;
@@ -105,12 +107,12 @@ static int least_exponent(const Table *table, int64_t *together) {
         least = exponent < least ? exponent : least;
         most = exponent > most ? exponent : most;
     }
-    if (!least || most - least > MOST_SHIFT) return 0;
+    if (!least || least > MOST_EXPONENT || most - least > MOST_SHIFT) return 0;
     *together = INT16_MAX / (LARGEST << (most - least)) / table->books;
     return *together ? least : 0;
 }
 
-/* Lines of a block of columns, in blocks of one size: as many as registers hold. Of floats more than
+/* Lines of a block of columns, in blocks of about one size: as many as registers hold. Of floats more than
  * FLOAT_LINES cost more than a further pass, and of numbers of 16 bits in the shortest vectors. */
 static int64_t choose_lines(const Plan *plan, const int *least) {
     const int64_t all = lines_of(plan->dim), eights = (plan->dim + LANES - 1) / LANES;

@@ -112,7 +112,7 @@ INLINE void expect_row(const Table *table, int64_t row) {
         for (int64_t at = 0; at < stride && at < most; at += LINE) PREFETCH(from + at);
 }
 
-/* Ask for what the next ids need: codes, or the map of the tiers. */
+/* Ask for what the next ids need: codes, rows that have none, or the map of the tiers. */
 INLINE void expect_ids(const Plan *plan, const Ids *ids, int64_t from, int64_t to) {
     const Table *table = plan->table;
     const int64_t bits = table->bits * table->books;
@@ -348,7 +348,8 @@ INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
  * numbers of one unit: their sums are exact in any order, also in 16 bits, of which a vector has
  * twice as many as of floats. */
 #define LARGEST 128    /* int8, without the sign */
-#define MOST_SHIFT 7   /* of one, so that it fits 16 bits */
+#define MOST_SHIFT 6   /* of one, so that two fit 16 bits */
+#define MOST_EXPONENT 239 /* of their unit, so that their sum is finite */
 #define MOST_EIGHTS 16 /* of columns, summed in registers */
 #define EIGHT 16       /* bytes of eight of them */
 #if VECTOR >= 32
@@ -465,7 +466,7 @@ INLINE int64_t count_fitting(int64_t count, const float *scale, int16_t *factor,
         least = exponent[m] < least ? exponent[m] : least;
         most = exponent[m] > most ? exponent[m] : most;
     }
-    if (least <= 0 || most == 255) return 0;
+    if (least <= 0 || least > MOST_EXPONENT) return 0;
     for (int64_t m = 0; m < count; m++) {
         if (exponent[m] - least > MOST_SHIFT) return 0;
         factor[m] = (int16_t)(1 << (exponent[m] - least));
@@ -1013,7 +1014,7 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
 
 /* ---- Sums of whole numbers ---- */
 
-/* `columns` of a codeword in 16 bits, times a power of two, and zeros to the next eighth. */
+/* `columns` of a codeword in 16 bits, times a power of two, and zeros up to a multiple of eight. */
 INLINE void shorten_some(const int8_t *bytes, int64_t columns, int16_t factor, int16_t *to) {
     int64_t j = 0;
     for (; j + SHORT_LANES <= columns; j += SHORT_LANES) {
@@ -1132,8 +1133,8 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
     return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-/* Ask for the map, or the codes, of a later round. find_few reads those of many ids side by side
- * without that. */
+/* Ask for the map, or the codes, of a later round. Of one or two codebooks find_few reads those of
+ * many ids side by side without that. */
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
     const Table *table = job->plan->table;
     const int far = table->books > 2 && table->rows * table->bits * table->books > 8 * FAR_CODES;
