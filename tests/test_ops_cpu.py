@@ -258,9 +258,8 @@ def test_whole_numbers_are_added_exactly(
     books = table.codebook_set
     extremes = torch.tensor([-128, -127, 127], dtype=torch.int8)
     books.codebooks.copy_(extremes[torch.randint(3, books.codebooks.shape)])
-    books.codebooks[:, 0] = (
-        -128 if seed % 2 else 127
-    )  # the sum of the first codewords is the largest
+    # The sum of the first codewords is the largest.
+    books.codebooks[:, 0] = -128 if seed % 2 else 127
     found = torch.exp2(torch.randint(-3, apart - 2, books.scales.shape).float())
     books.scales.copy_(found if scales == "powers" else found * (1 + torch.rand(found.shape)))
     if scales == "one is zero":

@@ -95,8 +95,8 @@ def _call(
         return _fine(build.rows(plan, *arguments), out)
 
     def bags(ids: Tensor) -> Tensor:
-        places = ids.data_ptr(), 8, len(ids), -1, 0, 8, batch, BAG, 0, 0, out.data_ptr(), 1
-        return _fine(build.bags(plan, *places), out)
+        arguments = ids.data_ptr(), 8, len(ids), -1, 0, 8, batch, BAG, 0, 0, out.data_ptr(), 1
+        return _fine(build.bags(plan, *arguments), out)
 
     return bags if what == "bags" else rows
 
@@ -110,7 +110,10 @@ def _fine(failed: int, out: Tensor) -> Tensor:
 def _measure(
     calls: dict[str, Callable[[Tensor], Tensor]], rows: int, count: int
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of each build; an error where one gives something else."""
+    """Seconds of every repetition of each build; an error where one gives something else.
+
+    Not that of ``lookup``, which lets go of each output before the next method runs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     shuffle = random.Random(0)
     stop = time.perf_counter() + LEAST_SECONDS
