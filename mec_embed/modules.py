@@ -154,15 +154,16 @@ class CodebookSet(SharedModule):
         self.store(values)
 
 
-#: Scales of codewords that are added are powers of two, none less than the largest divided by this.
+#: Scales of codebooks that are added are powers of two, none less than the largest divided by this.
 SCALE_RANGE = 16
 
 
 def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     """Round codebooks (M, K, D) to int8 with one bfloat16 scale (M, K) a codeword.
 
-    Of several codebooks, scales are powers of two, near to each other: then rows and bags are sums
-    of whole numbers, exact in any order, and the C kernel makes them in 16 bits.
+    Each of several codebooks has the same scale for all its codewords, a power of two, near to
+    those of the others: then rows and bags are sums of whole numbers, exact in any order, and the C
+    kernel makes them in 16 bits.
     """
     peak = values.abs().amax(2).float()
     least = torch.finfo(SCALE_DTYPE).tiny
@@ -171,7 +172,7 @@ def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     # 127), and rounding what was rounded changes nothing.
     scales = (peak / 127).clamp(min=least)
     if len(values) > 1:
-        scales = torch.exp2(scales.log2().ceil())
+        scales = torch.exp2(scales.amax(1, keepdim=True).log2().ceil()).expand_as(scales)
         scales = torch.maximum(scales, scales.max() / SCALE_RANGE).clamp(min=least)
     scales = scales.to(SCALE_DTYPE)
     steps = values.float() / scales.float()[:, :, None]

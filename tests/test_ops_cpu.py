@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import ctypes
 import gc
+import mmap
 import os
 import pickle
 import sys
@@ -235,7 +237,8 @@ def test_calls_of_many_ids_work_in_rounds_or_unpack_the_table(
     size=st.sampled_from([5, 60, 300]),
     dim=st.integers(1, 130) | st.sampled_from([249, 256]),
     apart=st.integers(0, 9),
-    scales=st.sampled_from(["powers", "any", "one is zero"]),
+    scales=st.sampled_from(["powers", "powers of codewords", "any", "one is zero"]),
+    padding=st.sampled_from([-1, 7]),
     length=st.integers(1, 400),
     threads=st.integers(1, 2),
     many=st.sampled_from([30, 2500]),
@@ -248,34 +251,41 @@ def test_whole_numbers_are_added_exactly(
     dim: int,
     apart: int,
     scales: str,
+    padding: int,
     length: int,
     threads: int,
     many: int,
     seed: int,
 ) -> None:
-    """Of int8 codewords whose scales are powers of two, in 16 bits where these do not overflow."""
+    """Of int8 codebooks whose scales are powers of two, in 16 bits where these do not overflow."""
     table = _table(CodeLayout("additive", 9000, dim, count, size, torch.int8), seed)
     books = table.codebook_set
     extremes = torch.tensor([-128, -127, 127], dtype=torch.int8)
     books.codebooks.copy_(extremes[torch.randint(3, books.codebooks.shape)])
     # The sum of the first codewords is the largest.
     books.codebooks[:, 0] = -128 if seed % 2 else 127
-    found = torch.exp2(torch.randint(-3, apart - 2, books.scales.shape).float())
-    books.scales.copy_(found if scales == "powers" else found * (1 + torch.rand(found.shape)))
+    each = size if scales == "powers of codewords" else 1
+    found = torch.exp2(torch.randint(-3, apart - 2, (count, each)).float())
+    if not scales.startswith("powers"):
+        found = found * (1 + torch.rand(found.shape))
+    books.scales.copy_(found)
     if scales == "one is zero":
         books.scales[-1, -1] = 0
     table.codes.copy_(pack(torch.randint(size, (9000, count)), table.layout.bits))
     table.codes[: 100 * table.layout.row_bits // 8] = 0
     ids = torch.cat([torch.randint(9000, (2000,)), torch.randint(100, (500,))])[-many:]
-    expected = reference.lookup(*_arguments(table, ids))
+    if padding >= 0:
+        ids[::3] = padding
+    arguments = list(_arguments(table, ids))
+    arguments[7:9] = padding, padding >= 0
+    expected = reference.lookup(*arguments)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(cpu.lookup(*_arguments(table, ids)), expected)
+        assert torch.equal(cpu.lookup(*arguments), expected)
         offsets = torch.arange(0, len(ids), length)
-        arguments = _arguments(table, ids)[1:7]
-        rest = (-1, "sum", False, False, torch.float32, "t")
-        found = cpu.bag(ids, offsets, None, *arguments, *rest)
+        rest = (padding, "sum", False, False, torch.float32, "t")
+        found = cpu.bag(ids, offsets, None, *arguments[1:7], *rest)
     finally:
         torch.set_num_threads(before)
     bags = torch.stack([one.double().sum(0) for one in expected.split(length)])
@@ -300,6 +310,43 @@ def test_sums_that_are_no_floats_are_as_in_the_reference(exponent: int, count: i
     torch.testing.assert_close(
         cpu.lookup(*_arguments(table, ids)), expected, rtol=0, atol=0, equal_nan=True
     )
+
+
+def _before_a_wall(values: Tensor) -> Tensor:
+    """A copy that ends where the next byte must not be read."""
+    page, count = mmap.PAGESIZE, values.numel() * values.element_size()
+    size = -(-count // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(start + size, page, 0) == 0
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=size - count)
+    return copy.view(values.shape).copy_(values)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for a page")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("dim", [8, 10, 26, 32, 40, 57, 64, 88, 120, 128, 136, 250, 384])
+@pytest.mark.parametrize("padding", [-1, 3])
+def test_nothing_is_read_behind_the_codebooks(dim: int, dtype: torch.dtype, padding: int) -> None:
+    """Codewords that stay where they are are read by whole vectors."""
+    table = _table(CodeLayout("additive", 5000, dim, 3, 8, dtype))
+    books = table.codebook_set
+    for count in (1, 30, 4000):
+        ids = torch.arange(count) % 50
+        arguments = list(_arguments(table, ids))
+        arguments[2] = _before_a_wall(books.codebooks.detach())
+        if books.scales is not None:
+            arguments[3] = _before_a_wall(books.scales)
+        arguments[7:9] = padding, padding >= 0
+        expected = reference.lookup(*arguments)
+        assert torch.equal(cpu.lookup(*arguments), expected)
+        offsets = torch.arange(0, count, 7)
+        rest = (padding, "sum", False, False, torch.float32, "t")
+        found = cpu.bag(ids, offsets, None, *arguments[1:7], *rest)
+        bags = torch.stack([one.sum(0) for one in expected.split(7)])
+        torch.testing.assert_close(found, bags, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 10, 40, 120, 128, 250])

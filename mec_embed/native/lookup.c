@@ -7,10 +7,10 @@
 
 #define CHUNK 512      /* ids that a thread takes at once */
 #define MOST_WIDENED (1 << 14) /* cache lines of codebooks that are worth widening for a call */
-#define WIDENING (1 << 13) /* what it costs besides, see should_widen */
+#define WIDENING (1 << 14) /* what rounds cost besides, see should_widen */
 #define MOST_UNPACKED (8 << 20) /* bytes of all rows of a table that are worth making for a call */
-/* Columns from which on sums in 16 bits take less time than floats. */
-#define LEAST_SHORT (longest_vectors >= 64 ? 25 : 16)
+/* Columns from which on sums of whole numbers take less time than floats. */
+#define LEAST_WHOLE (longest_vectors >= 64 ? 25 : 16)
 #define MOST_KEPT 64 /* pieces of memory for widened codebooks that are kept for the next call */
 #define FRESH_BYTES (32 << 20) /* of an output for which the C library asks for pages every time */
 #define HUGE_PAGE (2 << 20)
@@ -65,87 +65,157 @@ static void give_memory(Memory *memory) {
     free(memory);
 }
 
-/* Whether sums of a table's codewords in 16 bits take less time than floats. Of scales that are no
- * powers of two hardly both of these are. */
-static int likes_shorts(const Table *table) {
-    return table->kind == INT8 && table->books > 1 && table->width >= LEAST_SHORT &&
-           exponent_of(table, 0) && exponent_of(table, table->books * table->size - 1);
+/* Codewords of a table that are whole numbers (lookup.h). */
+typedef struct {
+    int least;        /* exponent of their unit; 0: they are none, or floats take no more time */
+    int64_t together; /* rows whose sum fits 16 bits */
+    uint32_t factors[MOST_CODEBOOKS]; /* as Whole has them */
+} Numbers;
+
+/* The exponents of the scales of codebooks that have one each, a power of two; 0 where they have not. */
+static int read_exponents(const Table *table, int *exponent) {
+    const int64_t size = table->size;
+    for (int64_t m = 0; m < table->books; m++) {
+        const uint16_t *own = (const uint16_t *)ADDRESS(table->scales) + m * size;
+        exponent[m] = exponent_of(table, m * size);
+        if (!exponent[m] || memcmp(own, own + 1, (size - 1) * sizeof *own)) return 0;
+    }
+    return 1;
+}
+
+/* Fills in `all`; its `least`. */
+static int whole_numbers(const Table *table, Numbers *all) {
+    const int64_t books = table->books;
+    int exponent[MOST_CODEBOOKS], least = 1 << 8, most = 0, sum = 0;
+    all->least = 0;
+    if (longest_vectors < 32 || table->kind != INT8 || table->product || books == 1 ||
+        table->width < LEAST_WHOLE || books * table->size * table->width > INT32_MAX ||
+        !read_exponents(table, exponent))
+        return 0;
+    for (int64_t m = 0; m < books; m++) {
+        least = exponent[m] < least ? exponent[m] : least;
+        most = exponent[m] > most ? exponent[m] : most;
+    }
+    if (least > MOST_EXPONENT || most - least > MOST_SHIFT) return 0;
+    for (int64_t m = 0; m < books; m++) {
+        const int shift = exponent[m] - least, next = exponent[(m + 1) % books] - least;
+        all->factors[m] = 0x10001u << shift | 0x1000100u << next;
+        sum += LARGEST << shift;
+    }
+    all->together = INT16_MAX / sum;
+    return all->least = all->together ? least : 0;
+}
+
+/* Whether float32 codewords of a job stay where they are, too. Those that begin within cache lines cost
+ * bags more to read than to copy once, where ids are many. */
+static int floats_stay(const Job *job, const Table *table) {
+    const int64_t words = table->books * table->size;
+    if (longest_vectors < 32 || table->kind != FLOAT32 || table->width % LANES ||
+        words * table->width > INT32_MAX / 4)
+        return 0;
+    if (!job->bags) return 1;
+    return job->zero_id < 0 && (table->width % LINE_LANES == 0 || job->count < 8 * words);
 }
 
 /* What widening a codeword costs, in parts of 1/320 of what a codeword of an id then gains, as
  * measured: less of two codebooks, which find_few reads, and where codewords are converted. */
-static int64_t widening_cost(const Table *table) {
-    const int few = table->books <= 2;
-    if (likes_shorts(table)) return few ? 200 : 400;
-    return (table->width + 32) * (few ? 3 : table->kind == FLOAT32 ? 9 : 6);
+static int64_t widening_cost(const Job *job, const Table *table) {
+    Numbers numbers;
+    if (floats_stay(job, table)) return 0;
+    if (whole_numbers(table, &numbers)) return table->width % LANES ? 100 : 0;
+    return (table->width + 32) * (table->books <= 2 ? 3 : table->kind == FLOAT32 ? 9 : 6);
 }
 
 /* Whether widened codebooks pay for so many ids of a job: rows are sums, and ids are many. */
 static int should_widen(const Job *job, int64_t count) {
     const Plan *plan = job->plan;
     int64_t cost = 0, books = 0;
-    if (job->mode == MAX) return 0;
+    for (int64_t t = 0; t < plan->tiers; t++) books += plan->table[t].books;
+    if (job->mode == MAX || 320 * count * books < WIDENING) return 0;
     for (int64_t t = 0; t < plan->tiers; t++) {
         const Table *table = plan->table + t;
-        const int64_t words = table->books * table->size;
-        const int64_t lines = lines_of(table->width);
-        if ((table->product && table->books > 1) || words * lines > MOST_WIDENED) return 0;
-        cost += words * widening_cost(table);
-        books += table->books;
+        const int64_t words = table->books * table->size, each = widening_cost(job, table);
+        if (table->product && table->books > 1) return 0;
+        if (each && words * lines_of(table->width) > MOST_WIDENED) return 0;
+        cost += words * each;
     }
     return 320 * count * books >= cost * plan->tiers + WIDENING;
 }
 
-/* The least exponent of a table's scales where sums of its codewords in 16 bits pay, and fit, as scales
- * are powers of two near to each other; and rows whose sum does. Or 0. */
-static int least_exponent(const Table *table, int64_t *together) {
-    const int64_t words = table->books * table->size;
-    int least = 1 << 8, most = 0;
-    if (!likes_shorts(table)) return 0;
-    for (int64_t w = 0; w < words; w++) {
-        const int exponent = exponent_of(table, w);
-        least = exponent < least ? exponent : least;
-        most = exponent > most ? exponent : most;
-    }
-    if (!least || least > MOST_EXPONENT || most - least > MOST_SHIFT) return 0;
-    *together = INT16_MAX / (LARGEST << (most - least)) / table->books;
-    return *together ? least : 0;
-}
-
-/* Lines of a block of columns, in blocks of about one size: as many as registers hold. Of floats more than
- * FLOAT_LINES cost more than a further pass, and of numbers of 16 bits in the shortest vectors. */
-static int64_t choose_lines(const Plan *plan, const int *least) {
+/* Lines of a block of columns, in blocks of about one size: as many as registers hold. Of floats more
+ * than FLOAT_LINES cost more than a further pass. */
+static int64_t choose_lines(const Plan *plan, int whole) {
     const int64_t all = lines_of(plan->dim), eights = (plan->dim + LANES - 1) / LANES;
-    const int shorts = longest_vectors > 16 && least[0] && (plan->tiers == 1 || least[1]);
-    const int64_t most = shorts && eights % (2 * MOST_LINES) == 0 ? MOST_LINES : FLOAT_LINES;
+    const int64_t most = whole && eights % (2 * MOST_LINES) == 0 ? MOST_LINES : FLOAT_LINES;
     const int64_t blocks = (all + most - 1) / most;
     return (all + blocks - 1) / blocks;
 }
 
-/* Widen all codebooks of a job's plan; memory to be given back, or NULL where there is none. */
+/* Bytes from one int8 codeword to the next where they are read by eights. */
+static int64_t padded(const Table *table) { return (table->width + LANES - 1) / LANES * LANES; }
+
+/* Bytes of memory that the codewords of a table take for a job, by blocks of `lines`. */
+static int64_t widened_bytes(const Job *job, const Table *table, const Numbers *numbers,
+                             int64_t lines) {
+    const int64_t words = table->books * table->size;
+    if (numbers->least)
+        return block_bytes(table->books, sizeof *numbers->factors) +
+               (table->width % LANES ? block_bytes(words, padded(table)) : 0);
+    if (floats_stay(job, table)) return 0;
+    return block_bytes(words, lines * LINE) * ((lines_of(table->width) + lines - 1) / lines);
+}
+
+/* Codewords that are whole numbers: they stay where they are, if eights of columns end with them. */
+static void use_numbers(Job *job, int64_t tier, Table *table, const Numbers *numbers, char *to) {
+    const int64_t words = table->books * table->size, width = table->width, each = padded(table);
+    const char *from = ADDRESS(table->words);
+    memcpy(to, numbers->factors, table->books * sizeof *numbers->factors);
+    job->factors[tier] = (const uint32_t *)to;
+    job->unit[tier] = as_float((uint32_t)numbers->least << 23);
+    job->together = numbers->together;
+    job->step[tier] = each;
+    job->block[tier] = job->lines * LINE_LANES;
+    if (width == each) return;
+    to += block_bytes(table->books, sizeof *numbers->factors);
+    table->words = (int64_t)(uintptr_t)to;
+    for (int64_t w = 0; w < words; w++, to += each) {
+        memcpy(to, from + w * width, width);
+        memset(to + width, 0, each - width);
+    }
+}
+
+static void use_floats(Job *job, int64_t tier, Table *table, char *to) {
+    const int stay = floats_stay(job, table);
+    job->step[tier] = stay ? stride_of(table) : job->lines * LINE;
+    job->block[tier] =
+        stay ? job->lines * LINE : block_bytes(table->books * table->size, job->lines * LINE);
+    job->unit[tier] = 0.0f;
+    if (stay) return;
+    parts()->widen(table, job->lines, to);
+    table->words = (int64_t)(uintptr_t)to;
+}
+
+/* Widen the codebooks of a job's plan that do not stay where they are; memory to be given back, or NULL
+ * where there is none. */
 static Memory *widen_plan(Job *job, Plan *plan) {
-    int least[2] = {0};
+    Numbers numbers[2];
+    int64_t bytes[2], all = LINE;
+    int whole = 1;
     for (int64_t t = 0; t < plan->tiers; t++)
-        least[t] = least_exponent(plan->table + t, &job->together);
-    const int64_t lines = choose_lines(plan, least), columns = lines * LINE_LANES;
-    const int64_t blocks = (plan->dim + columns - 1) / columns;
-    int64_t words = 0;
+        whole &= whole_numbers(plan->table + t, numbers + t) != 0;
+    job->lines = choose_lines(plan, whole);
     for (int64_t t = 0; t < plan->tiers; t++)
-        words += plan->table[t].books * plan->table[t].size + 1;
-    Memory *memory = take_memory((words * blocks * lines + 1) * LINE);
+        all += bytes[t] = widened_bytes(job, plan->table + t, numbers + t, job->lines);
+    Memory *memory = take_memory(all);
     if (!memory) return NULL;
     char *to = (char *)(memory + 1);
     to += LINE - (uintptr_t)to % LINE;
-    for (int64_t t = 0; t < plan->tiers; t++) {
-        Table *table = plan->table + t;
-        parts()->widen(table, lines, least[t], to);
-        table->words = (int64_t)(uintptr_t)to;
-        job->step[t] = lines * line_bytes(least[t]);
-        job->unit[t] = least[t] ? as_float((uint32_t)least[t] << 23) : 0.0f;
-        job->block[t] = block_bytes(table->books * table->size, job->step[t]);
-        to += job->block[t] * blocks;
+    for (int64_t t = 0; t < plan->tiers; to += bytes[t++]) {
+        if (numbers[t].least)
+            use_numbers(job, t, plan->table + t, numbers + t, to);
+        else
+            use_floats(job, t, plan->table + t, to);
     }
-    job->lines = lines;
     return memory;
 }
 

@@ -344,53 +344,56 @@ INLINE Floats entries(const char *word, int64_t at, int kind, float scale) {
 
 /* ---- Whole numbers ---- */
 
-/* int8 codewords whose scales are powers of two near to each other (quantize_codebooks) are whole
- * numbers of one unit: their sums are exact in any order, also in 16 bits, of which a vector has
- * twice as many as of floats. */
+/* int8 codewords with one scale a codebook, powers of two near to each other (quantize_codebooks), are
+ * whole numbers of one unit: their sums are exact in any order, also in 16 bits, of which a vector
+ * has twice as many as of floats. Codewords stay where they are, and as they are. */
 #define LARGEST 128    /* int8, without the sign */
 #define MOST_SHIFT 6   /* of one, so that two fit 16 bits */
 #define MOST_EXPONENT 239 /* of their unit, so that their sum is finite */
 #define MOST_EIGHTS 16 /* of columns, summed in registers */
-#define EIGHT 16       /* bytes of eight of them */
 #if VECTOR >= 32
-#define SHORT_BYTES VECTOR
-#define LEAST_WHOLE 512 /* numbers of a sum that are worth asking whether they are whole */
-#else
-#define SHORT_BYTES 16
-#define LEAST_WHOLE INT64_MAX
-#endif
-#define SHORT_LANES (SHORT_BYTES / 2)
-typedef int16_t Shorts __attribute__((vector_size(SHORT_BYTES)));
-typedef int16_t Eight __attribute__((vector_size(EIGHT)));
+#define SUMS_EIGHTS (VECTOR / LANES) /* times 8 columns in one Sums */
 
-/* Between them and bytes, and floats. With intrinsics: GCC takes a dozen instructions for what these
- * say in three. */
-#if VECTOR >= 32
-INLINE Eight lengthen_eight(const int8_t *bytes) {
-    return (Eight)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)bytes));
+/* The codebooks of a table. */
+typedef struct {
+    const int8_t *words;
+    int64_t books;
+    uint32_t none; /* where rows of zeros would have their codewords */
+    /* Of each codebook the factor of its codewords, in the byte above it that of the next one, or of
+     * the first one after the last, and both once more. */
+    const uint32_t *factors;
+} Whole;
+
+/* Sums of as many columns as bytes of a vector, in 16 bits. Two codewords at a time: their bytes in
+ * turn, then one instruction multiplies each by its factor and adds the two. Of every 16 columns the
+ * first eight go to `low`. With intrinsics: GCC has no other word for that instruction, and takes a
+ * dozen for what the conversions say in three. */
+#if VECTOR == 64
+typedef struct {
+    __m512i low, high;
+} Sums;
+
+/* `eights` times 8 bytes, a constant; zeros after them. */
+INLINE __m512i load_bytes(const int8_t *from, int eights) {
+    if (eights == VECTOR / LANES) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi8(((uint64_t)1 << eights * LANES) - 1, from);
 }
 
-/* To `to`, or added to what is there. */
-INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
-    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)numbers));
+INLINE void add_two(Sums *sums, const int8_t *one, const int8_t *other, uint32_t factors, int eights) {
+    const __m512i a = load_bytes(one, eights), b = load_bytes(other, eights);
+    const __m512i both = _mm512_set1_epi32((int)factors);
+    const __m512i low = _mm512_maddubs_epi16(both, _mm512_unpacklo_epi8(a, b));
+    sums->low = _mm512_add_epi16(sums->low, low);
+    if (eights == 1) return;
+    const __m512i high = _mm512_maddubs_epi16(both, _mm512_unpackhi_epi8(a, b));
+    sums->high = _mm512_add_epi16(sums->high, high);
+}
+
+/* Numbers of 16 bits as floats to `to`, or added to what is there. */
+INLINE void put_eight(__m128i numbers, float unit, int more, float *to) {
+    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(numbers));
     const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
     _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
-}
-#else
-INLINE Eight lengthen_eight(const int8_t *b) {
-    return (Eight){b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
-}
-
-INLINE void put_eight(Eight numbers, float unit, int more, float *to) {
-    int16_t whole[LANES];
-    memcpy(whole, &numbers, sizeof whole);
-    for (int j = 0; j < LANES; j++) to[j] = (more ? to[j] : 0.0f) + (float)whole[j] * unit;
-}
-#endif
-
-#if VECTOR == 64
-INLINE Shorts lengthen(const int8_t *bytes) {
-    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
 }
 
 INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
@@ -399,104 +402,101 @@ INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
     _mm512_storeu_ps(to, more ? _mm512_add_ps(all, _mm512_loadu_ps(to)) : all);
 }
 
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_sixteen(_mm512_castsi512_si256((__m512i)numbers), unit, more, to);
-    put_sixteen(_mm512_extracti64x4_epi64((__m512i)numbers, 1), unit, more, to + 16);
-}
-#elif VECTOR == 32
-INLINE Shorts lengthen(const int8_t *bytes) {
-    return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes));
+/* The first `eights` times 8 of 32. */
+INLINE void put_some(__m512i numbers, int eights, float unit, int more, float *to) {
+    const __m256i low = _mm512_castsi512_si256(numbers), high = _mm512_extracti64x4_epi64(numbers, 1);
+    if (eights == 1) put_eight(_mm256_castsi256_si128(low), unit, more, to);
+    if (eights > 1) put_sixteen(low, unit, more, to);
+    if (eights == 3) put_eight(_mm256_castsi256_si128(high), unit, more, to + 16);
+    if (eights > 3) put_sixteen(high, unit, more, to + 16);
 }
 
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_eight((Eight)_mm256_castsi256_si128((__m256i)numbers), unit, more, to);
-    put_eight((Eight)_mm256_extracti128_si256((__m256i)numbers, 1), unit, more, to + LANES);
+INLINE void put_sums(const Sums *sums, int eights, float unit, int more, float *to) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    put_some(_mm512_permutex2var_epi64(sums->low, first, sums->high), eights, unit, more, to);
+    if (eights > 4)
+        put_some(_mm512_permutex2var_epi64(sums->low, second, sums->high), eights - 4, unit, more,
+                 to + 32);
 }
 #else
-INLINE Shorts lengthen(const int8_t *bytes) { return lengthen_eight(bytes); }
+typedef struct {
+    __m256i low, high;
+} Sums;
 
-INLINE void put_shorts(Shorts numbers, float unit, int more, float *to) {
-    put_eight(numbers, unit, more, to);
+INLINE __m256i load_bytes(const int8_t *from, int eights) {
+    const __m128i *const at = (const __m128i *)from;
+    switch (eights) {
+        case 1: return _mm256_zextsi128_si256(_mm_loadl_epi64(at));
+        case 2: return _mm256_zextsi128_si256(_mm_loadu_si128(at));
+        case 3: return _mm256_setr_m128i(_mm_loadu_si128(at), _mm_loadl_epi64(at + 1));
+        default: return _mm256_loadu_si256((const __m256i *)from);
+    }
+}
+
+INLINE void add_two(Sums *sums, const int8_t *one, const int8_t *other, uint32_t factors, int eights) {
+    const __m256i a = load_bytes(one, eights), b = load_bytes(other, eights);
+    const __m256i both = _mm256_set1_epi32((int)factors);
+    const __m256i low = _mm256_maddubs_epi16(both, _mm256_unpacklo_epi8(a, b));
+    sums->low = _mm256_add_epi16(sums->low, low);
+    if (eights == 1) return;
+    const __m256i high = _mm256_maddubs_epi16(both, _mm256_unpackhi_epi8(a, b));
+    sums->high = _mm256_add_epi16(sums->high, high);
+}
+
+INLINE void put_eight(__m128i numbers, float unit, int more, float *to) {
+    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(numbers));
+    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
+    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
+}
+
+INLINE void put_sums(const Sums *sums, int eights, float unit, int more, float *to) {
+    put_eight(_mm256_castsi256_si128(sums->low), unit, more, to);
+    if (eights > 1) put_eight(_mm256_castsi256_si128(sums->high), unit, more, to + LANES);
+    if (eights > 2)
+        put_eight(_mm256_extracti128_si256(sums->low, 1), unit, more, to + 2 * LANES);
+    if (eights > 3)
+        put_eight(_mm256_extracti128_si256(sums->high, 1), unit, more, to + 3 * LANES);
 }
 #endif
 
-INLINE Shorts shorts_at(const char *from) {
-    Shorts values;
-    memcpy(&values, from, sizeof values);
-    return values;
+/* Of some columns: how many eights of them the sums number v hold. */
+INLINE int eights_of(int eights, int v) {
+    const int left = eights - v * SUMS_EIGHTS;
+    return left < SUMS_EIGHTS ? left : SUMS_EIGHTS;
 }
 
-INLINE Eight eight_at(const char *from) {
-    Eight values;
-    memcpy(&values, from, sizeof values);
-    return values;
+INLINE void clear_sums(Sums *sums, int eights) {
+    for (int v = 0; v * SUMS_EIGHTS < eights; v++) sums[v] = (Sums){0};
 }
 
-/* `eights` times 8 columns, a constant, of the sum of int8 codewords times their factors, in floats. */
-INLINE void sum_bytes(int64_t count, const char **word, const int16_t *factor, int64_t column,
-                      int eights, float unit, int more, float *out) {
-    const int whole = eights * EIGHT / SHORT_BYTES, rest = eights - whole * SHORT_BYTES / EIGHT;
-    Shorts total[MOST_EIGHTS * EIGHT / SHORT_BYTES];
-    Eight last[SHORT_BYTES / EIGHT];
-    const int8_t *from = (const int8_t *)word[0] + column;
-    for (int v = 0; v < whole; v++) total[v] = lengthen(from + v * SHORT_LANES) * factor[0];
-    from += whole * SHORT_LANES;
-    for (int r = 0; r < rest; r++) last[r] = lengthen_eight(from + r * LANES) * factor[0];
-    for (int64_t m = 1; m < count; m++) {
-        from = (const int8_t *)word[m] + column;
-        for (int v = 0; v < whole; v++) total[v] += lengthen(from + v * SHORT_LANES) * factor[m];
-        from += whole * SHORT_LANES;
-        for (int r = 0; r < rest; r++) last[r] += lengthen_eight(from + r * LANES) * factor[m];
-    }
-    out += column;
-    for (int v = 0; v < whole; v++) put_shorts(total[v], unit, more, out + v * SHORT_LANES);
-    out += whole * SHORT_LANES;
-    for (int r = 0; r < rest; r++) put_eight(last[r], unit, more, out + r * LANES);
+/* Two codewords. */
+INLINE void add_codes(Sums *sums, const int8_t *one, const int8_t *other, uint32_t factors, int eights) {
+    for (int v = 0; v * SUMS_EIGHTS < eights; v++)
+        add_two(sums + v, one + v * SUMS_EIGHTS * LANES, other + v * SUMS_EIGHTS * LANES, factors,
+                eights_of(eights, v));
 }
 
-/* Scales that are powers of two, as factors of the least of them; of how many such codewords the sum
- * fits 16 bits, 0 where the scales are others. */
-INLINE int64_t count_fitting(int64_t count, const float *scale, int16_t *factor, float *unit) {
-    int32_t exponent[MOST_CODEBOOKS], least = 255, most = 0;
-    for (int64_t m = 0; m < count; m++) {
-        int32_t bits;
-        memcpy(&bits, scale + m, sizeof bits);
-        if (bits & 0x7fffff) return 0;
-        exponent[m] = bits >> 23; /* below 0 where the scale is */
-        least = exponent[m] < least ? exponent[m] : least;
-        most = exponent[m] > most ? exponent[m] : most;
+/* Add `eights` times 8 columns, a constant, of the codewords of some rows. */
+INLINE void sum_bytes(const Whole *all, const uint32_t *word, int64_t rows, int eights, Sums *sums) {
+    const int64_t books = all->books, count = rows * books;
+    for (int64_t k = 0, m = 0; k + 1 < count; k += 2) {
+        add_codes(sums, all->words + word[k], all->words + word[k + 1], all->factors[m], eights);
+        m += 2;
+        m -= rows == 1 || m < books ? 0 : books; /* one row, a constant, asks less */
     }
-    if (least <= 0 || least > MOST_EXPONENT) return 0;
-    for (int64_t m = 0; m < count; m++) {
-        if (exponent[m] - least > MOST_SHIFT) return 0;
-        factor[m] = (int16_t)(1 << (exponent[m] - least));
+    if (count % 2) {
+        const int8_t *last = all->words + word[count - 1];
+        add_codes(sums, last, last, all->factors[books - 1] & 0xff00ff, eights);
     }
-    *unit = as_float((uint32_t)least << 23);
-    return INT16_MAX / (LARGEST << (most - least));
 }
 
-/* As sum_words, of int8 codewords, for all columns but those after the last eight; the number of these
- * columns, or 0 where sums are not of whole numbers. */
-INLINE int64_t sum_whole(int64_t count, const char **word, const float *scale, int64_t width,
-                         int more, float *out) {
-    int16_t factor[MOST_CODEBOOKS];
-    float unit;
-    const int64_t together = count_fitting(count, scale, factor, &unit);
-    if (together < 2) return 0;
-    for (int64_t m = 0, some; m < count; m += some, more = 1) {
-        int64_t column = 0;
-        some = count - m < together ? count - m : together;
-#define BYTES(eights)                                                       \
-    for (; column + (eights) * LANES <= width; column += (eights) * LANES)  \
-        sum_bytes(some, word + m, factor + m, column, eights, unit, more, out);
-        BYTES(MOST_EIGHTS)
-        BYTES(8)
-        BYTES(5)
-        BYTES(4)
-        BYTES(1)
-    }
-    return width / LANES * LANES;
+INLINE void put_bytes(const Sums *sums, int eights, float unit, int more, float *out) {
+    for (int v = 0; v * SUMS_EIGHTS < eights; v++)
+        put_sums(sums + v, eights_of(eights, v), unit, more, out + v * SUMS_EIGHTS * LANES);
 }
+
+#endif
 
 /* `vectors` times 8 columns of the sum of codewords, from what `out` holds on where `more`;
  * `vectors` is a constant, so that the sums stay in registers. */
@@ -519,8 +519,6 @@ INLINE void sum_block(int64_t count, const char **word, const float *scale, int6
 INLINE void sum_words(int64_t count, const char **word, const float *scale, int64_t width, int kind,
                       int more, float *out) {
     int64_t column = 0;
-    if (kind == INT8 && width >= LANES && count * width >= LEAST_WHOLE)
-        column = sum_whole(count, word, scale, width, more, out);
     for (; column + 8 * LANES <= width; column += 8 * LANES)
         sum_block(count, word, scale, column, 8, kind, more, out);
     if (column + 5 * LANES <= width) {
@@ -590,7 +588,8 @@ typedef struct {
     /* Where codewords are in blocks of columns: lines of a block, and of each tier bytes from one
      * codeword to the next, and from one block to the next. */
     int64_t lines, step[2], block[2];
-    float unit[2]; /* what codewords in 16 bits are counted in, of each tier; 0 where they are floats */
+    float unit[2]; /* of each tier whose codewords are whole numbers, else 0 */
+    const uint32_t *factors[2];
     int64_t together; /* rows of them whose sum fits 16 bits */
     int64_t zero_id; /* id that reads as zeros, is left out, or has no gradient; -1 for none */
     const float *weights; /* of the ids of a bag, or NULL */
@@ -757,15 +756,21 @@ typedef struct {
     uint32_t word[ROUND_WORDS + LANES]; /* where their codewords are in a block of columns */
 } Round;
 
-INLINE Line line_at(const char *word, int64_t at) {
-    Line values;
-    memcpy(&values, __builtin_assume_aligned(word + at * LINE, LINE), sizeof values);
+/* Vector by vector: GCC takes what holds several through memory. */
+INLINE Floats half_line_at(const char *word, int64_t at) {
+    Floats values;
+    for (int p = 0; p < LANES / WIDE; p++)
+        memcpy(&values.part[p], word + at * LINE + p * sizeof(Vector), sizeof(Vector));
     return values;
 }
 
-INLINE Floats half_line_at(const char *word, int64_t at) {
-    Floats values;
-    memcpy(&values, __builtin_assume_aligned(word + at * LINE, LINE / 2), sizeof values);
+INLINE Line line_at(const char *word, int64_t at) {
+    Line values;
+#if VECTOR == 64
+    memcpy(&values, word + at * LINE, sizeof values);
+#else
+    for (int h = 0; h < 2; h++) values.half[h] = half_line_at(word + h * sizeof(Floats), at);
+#endif
     return values;
 }
 
@@ -988,12 +993,18 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
     return fits;
 }
 
-/* Sums of codewords, `lines` times 16 columns, and 8 more where `half`. */
+/* Sums of codewords, `lines` times 16 columns, and 8 more where `half`. Rows whose codewords would be
+ * at `none` are zeros. */
 INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, int64_t books,
-                      const char *words, int lines, int half, float *out, int64_t stride) {
+                      uint32_t none, const char *words, int lines, int half, float *out,
+                      int64_t stride) {
     for (int64_t i = 0; i < count; i++, word += books) {
         Line total[MOST_LINES];
         Floats rest;
+        if (word[0] == none) {
+            memset(out + at[i] * stride, 0, (lines * LINE_LANES + half * LANES) * sizeof(float));
+            continue;
+        }
         for (int v = 0; v < lines; v++) total[v] = line_at(words + word[0], v);
         if (half) rest = half_line_at(words + word[0], lines);
         int64_t m = 1;
@@ -1014,76 +1025,61 @@ INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, in
 
 /* ---- Sums of whole numbers ---- */
 
-/* `columns` of a codeword in 16 bits, times a power of two, and zeros up to a multiple of eight. */
-INLINE void shorten_some(const int8_t *bytes, int64_t columns, int16_t factor, int16_t *to) {
-    int64_t j = 0;
-    for (; j + SHORT_LANES <= columns; j += SHORT_LANES) {
-        const Shorts values = lengthen(bytes + j) * factor;
-        memcpy(to + j, &values, sizeof values);
-    }
-    for (; j + LANES <= columns; j += LANES) {
-        const Eight values = lengthen_eight(bytes + j) * factor;
-        memcpy(to + j, &values, sizeof values);
-    }
-    if (j == columns) return;
-    Eight rest = {0};
-    for (int64_t k = j; k < columns; k++) rest[k - j] = bytes[k];
-    rest *= factor;
-    memcpy(to + j, &rest, sizeof rest);
+/* Where rows of zeros would have their codewords. */
+INLINE uint32_t none_of(const Job *job, int64_t tier) {
+    const Table *table = job->plan->table + tier;
+    return (uint32_t)(table->books * table->size * job->step[tier]);
 }
 
-/* As widen, in 16 bits. */
-INLINE void shorten(const char *word, int64_t width, int shift, int64_t lines, int64_t block,
-                    char *to) {
-    const int64_t most = lines * LINE_LANES;
-    for (int64_t column = 0; column < width; column += most, to += block) {
-        const int64_t left = width - column;
-        shorten_some((const int8_t *)word + column, left < most ? left : most, (int16_t)(1 << shift),
-                     (int16_t *)to);
-    }
-}
-
-/* The sum of `count` codewords, `eights` times 8 columns, a constant, in floats. */
-INLINE void sum_shorts(const uint32_t *word, int64_t count, const char *words, int eights,
-                       float unit, int more, float *out) {
-    const int whole = eights * EIGHT / SHORT_BYTES, rest = eights - whole * SHORT_BYTES / EIGHT;
-    const int64_t rest_at = whole * SHORT_BYTES;
-    Shorts total[MOST_LINES * LINE / 2 / SHORT_BYTES];
-    Eight last[SHORT_BYTES / EIGHT];
-    const char *from = words + word[0];
-    for (int v = 0; v < whole; v++) total[v] = shorts_at(from + v * SHORT_BYTES);
-    for (int r = 0; r < rest; r++) last[r] = eight_at(from + rest_at + r * EIGHT);
-    for (int64_t m = 1; m < count; m++) {
-        from = words + word[m];
-        for (int v = 0; v < whole; v++) total[v] += shorts_at(from + v * SHORT_BYTES);
-        for (int r = 0; r < rest; r++) last[r] += eight_at(from + rest_at + r * EIGHT);
-    }
-    for (int v = 0; v < whole; v++) put_shorts(total[v], unit, more, out + v * SHORT_LANES);
-    out += whole * SHORT_LANES;
-    for (int r = 0; r < rest; r++) put_eight(last[r], unit, more, out + r * LANES);
+#if VECTOR >= 32
+INLINE Whole whole_at(const Job *job, int64_t tier, const char *words) {
+    const Table *table = job->plan->table + tier;
+    return (Whole){
+        .words = (const int8_t *)words,
+        .books = table->books,
+        .none = none_of(job, tier),
+        .factors = job->factors[tier],
+    };
 }
 
 /* As sum_round. */
-INLINE void sum_round_of_shorts(const uint32_t *word, const int32_t *at, int64_t count,
-                                int64_t books, const char *words, int lines, int half, float unit,
-                                float *out, int64_t stride) {
-    const int eights = 2 * lines + half;
-    for (int64_t i = 0; i < count; i++, word += books)
-        sum_shorts(word, books, words, eights, unit, 0, out + at[i] * stride);
+INLINE void sum_round_of_bytes(const Job *job, int64_t tier, const uint32_t *word, const int32_t *at,
+                               int64_t count, const char *words, int eights, float *out,
+                               int64_t stride) {
+    const Whole all = whole_at(job, tier, words);
+    for (int64_t i = 0; i < count; i++, word += all.books) {
+        Sums sums[MOST_EIGHTS / SUMS_EIGHTS];
+        clear_sums(sums, eights);
+        if (word[0] != all.none) sum_bytes(&all, word, 1, eights, sums);
+        put_bytes(sums, eights, job->unit[tier], 0, out + at[i] * stride);
+    }
 }
 
-/* As add_rows, of which `together` fit 16 bits. */
-INLINE void add_rows_of_shorts(const uint32_t *word, int64_t count, int64_t books, int64_t together,
-                               const char *words, int64_t width, int lines, int half, int fresh,
-                               float unit, float *out) {
-    const int eights = 2 * lines + half;
-    float all[MOST_LINES * LINE_LANES];
-    memset(all, 0, eights * LANES * sizeof(float));
-    if (!fresh) memcpy(all, out, width * sizeof(float));
-    for (; count > 0; count -= together, word += together * books)
-        sum_shorts(word, (count < together ? count : together) * books, words, eights, unit, 1, all);
-    memcpy(out, all, width * sizeof(float));
+/* As add_rows: as many rows at a time as fit 16 bits, but those of zeros. */
+INLINE void add_rows_of_bytes(const Job *job, const uint32_t *word, int64_t count, const char *words,
+                              int64_t width, int eights, int fresh, float *out) {
+    const Whole all = whole_at(job, 0, words);
+    const int64_t books = all.books;
+    float sum[MOST_EIGHTS * LANES];
+    memset(sum, 0, eights * LANES * sizeof(float));
+    if (!fresh) memcpy(sum, out, width * sizeof(float));
+    for (int64_t i = 0, to; i < count; i = to) {
+        Sums sums[MOST_EIGHTS / SUMS_EIGHTS];
+        clear_sums(sums, eights);
+        to = i + job->together < count ? i + job->together : count;
+        for (int64_t stop; i < to; i = stop + 1) {
+            for (stop = i; stop < to && word[stop * books] != all.none;) stop++;
+            sum_bytes(&all, word + i * books, stop - i, eights, sums);
+        }
+        put_bytes(sums, eights, job->unit[0], 1, sum);
+    }
+    memcpy(out, sum, width * sizeof(float));
 }
+#else
+/* Such processors gain nothing by it: whole_numbers() says no. */
+#define sum_round_of_bytes(...)
+#define add_rows_of_bytes(...)
+#endif
 
 /* ---- Rounds ---- */
 
@@ -1101,10 +1097,10 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
         const int64_t books = job->plan->table[t].books, count = round->count[t];
         const char *const words = words_at(job, t, column);
         if (lines > FLOAT_LINES || job->unit[t])
-            sum_round_of_shorts(word, round->at[t], count, books, words, lines, half, job->unit[t],
-                                out, stride);
+            sum_round_of_bytes(job, t, word, round->at[t], count, words, 2 * lines + half, out, stride);
         else
-            sum_round(word, round->at[t], count, books, words, lines, half, out, stride);
+            sum_round(word, round->at[t], count, books, none_of(job, t), words, lines, half, out,
+                      stride);
         word += round->count[t] * books;
     }
 }
@@ -1121,12 +1117,16 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
         case 7: call(3, 1); break;      \
         default: call(FLOAT_LINES, 0);  \
     }
+#if VECTOR >= 32
 #define BY_LINES(halves, call)             \
     if ((halves) > 2 * FLOAT_LINES) {      \
         call(MOST_LINES, 0);               \
     } else {                               \
         BY_FLOAT_LINES(halves, call)       \
     }
+#else
+#define BY_LINES BY_FLOAT_LINES
+#endif
 
 INLINE int64_t halves_of(const Job *job, int64_t column) {
     const int64_t left = (job->plan->dim - column + LANES - 1) / LANES;
@@ -1267,8 +1267,7 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
         const int fresh = offset_at(job, bag) == i;
         float *out = job->out + bag * dim + column;
         if (lines > FLOAT_LINES || job->unit[0])
-            add_rows_of_shorts(word, stop - i, books, job->together, words, width, lines, half, fresh,
-                               job->unit[0], out);
+            add_rows_of_bytes(job, word, stop - i, words, width, 2 * lines + half, fresh, out);
         else if (width == most)
             add_rows(word, stop - i, books, words, most, lines, half, fresh, out);
         else
@@ -1388,8 +1387,7 @@ INLINE int64_t collect(const Job *job, int64_t begin, int64_t end, int of_bags) 
 
 /* What threads do, for one kind of processor (parts.h). */
 typedef struct {
-    /* Codebooks, to 16 bits where there is a least exponent of their scales. */
-    void (*widen)(const Table *table, int64_t lines, int least, char *to);
+    void (*widen)(const Table *table, int64_t lines, char *to);
     Part rows, wide_rows, copy_rows;          /* of codebooks as they are, widened, and of all rows */
     Part bags, wide_bags, unpacked_bags;      /* the same */
     Part collect, collect_bags;               /* gradients */

@@ -44,17 +44,13 @@ TARGET static int64_t wide_rows_part(const void *what, int64_t begin, int64_t en
 }
 
 /* All codewords of a table in blocks of columns at `to`, with zeros after the last of each. */
-TARGET static void widen_codebooks(const Table *table, int64_t lines, int least, char *to) {
+TARGET static void widen_codebooks(const Table *table, int64_t lines, char *to) {
     const int64_t words = table->books * table->size, stride = stride_of(table);
-    const int64_t width = table->width, line = lines * line_bytes(least);
+    const int64_t width = table->width, line = lines * LINE;
     const int64_t block = block_bytes(words, line);
     const char *word = ADDRESS(table->words);
     for (int64_t w = 0; w < words; w++, word += stride) {
         char *const at = to + w * line;
-        if (least) {
-            shorten(word, width, exponent_of(table, w) - least, lines, block, at);
-            continue;
-        }
         float scale = 1.0f;
         put_scale(table, w, &scale);
         switch (table->kind) {
