@@ -83,15 +83,26 @@ static int read_exponents(const Table *table, int *exponent) {
     return 1;
 }
 
+/* Whether codewords are whole numbers whose sums take less time than floats, by a look at two scales of
+ * each codebook: there are as many as codewords. */
+static int seem_whole(const Table *table) {
+    const int64_t books = table->books, size = table->size;
+    if (longest_vectors < 32 || table->kind != INT8 || table->product || books == 1 ||
+        table->width < LEAST_WHOLE || books * size * table->width > INT32_MAX)
+        return 0;
+    for (int64_t m = 0; m < books; m++) {
+        const int first = exponent_of(table, m * size);
+        if (!first || first != exponent_of(table, (m + 1) * size - 1)) return 0;
+    }
+    return 1;
+}
+
 /* Fills in `all`; its `least`. */
 static int whole_numbers(const Table *table, Numbers *all) {
     const int64_t books = table->books;
     int exponent[MOST_CODEBOOKS], least = 1 << 8, most = 0, sum = 0;
     all->least = 0;
-    if (longest_vectors < 32 || table->kind != INT8 || table->product || books == 1 ||
-        table->width < LEAST_WHOLE || books * table->size * table->width > INT32_MAX ||
-        !read_exponents(table, exponent))
-        return 0;
+    if (!seem_whole(table) || !read_exponents(table, exponent)) return 0;
     for (int64_t m = 0; m < books; m++) {
         least = exponent[m] < least ? exponent[m] : least;
         most = exponent[m] > most ? exponent[m] : most;
@@ -106,27 +117,34 @@ static int whole_numbers(const Table *table, Numbers *all) {
     return all->least = all->together ? least : 0;
 }
 
+/* Cache lines of the codebooks of a table as floats. */
+static int64_t widened_lines(const Table *table) {
+    return table->books * table->size * lines_of(table->width);
+}
+
 /* Whether float32 codewords of a job stay where they are, too. Where ids are many, those of several
  * blocks of columns take less time side by side, and those of bags where each begins a cache line. */
 static int floats_stay(const Job *job, const Table *table) {
     const int64_t words = table->books * table->size, width = table->width;
+    const int one_block = width <= FLOAT_LINES * LINE_LANES;
     if (longest_vectors < 32 || table->kind != FLOAT32 || width % LANES ||
         words * width > INT32_MAX / 4 || (job->bags && job->zero_id >= 0))
         return 0;
-    return job->count < 8 * words ||
-           (width <= FLOAT_LINES * LINE_LANES && (!job->bags || width % LINE_LANES == 0));
+    return job->count < (one_block ? 8 : 2) * words || widened_lines(table) > MOST_WIDENED ||
+           (one_block && (!job->bags || width % LINE_LANES == 0));
 }
 
-/* What widening a codeword costs, in parts of 1/320 of what a codeword of an id then gains, as
- * measured: less of two codebooks, which find_few reads, and where codewords are converted. */
+/* What it costs to prepare a codeword, in parts of 1/320 of what a codeword of an id then gains, as
+ * measured: of whole numbers a look at its scale; widening is less of two codebooks, which find_few
+ * reads, and where codewords are converted. Below 0: they are too many. */
 static int64_t widening_cost(const Job *job, const Table *table) {
-    Numbers numbers;
     if (floats_stay(job, table)) return 0;
-    if (whole_numbers(table, &numbers)) return table->width % LANES ? 100 : 0;
+    if (seem_whole(table)) return table->width % LANES ? 116 : 16;
+    if (widened_lines(table) > MOST_WIDENED) return -1;
     return (table->width + 32) * (table->books <= 2 ? 3 : table->kind == FLOAT32 ? 9 : 6);
 }
 
-/* Whether widened codebooks pay for so many ids of a job: rows are sums, and ids are many. */
+/* Whether rounds (lookup.h) pay for so many ids of a job: rows are sums, and ids are many. */
 static int should_widen(const Job *job, int64_t count) {
     const Plan *plan = job->plan;
     int64_t cost = 0, books = 0;
@@ -134,10 +152,9 @@ static int should_widen(const Job *job, int64_t count) {
     if (job->mode == MAX || 320 * count * books < WIDENING) return 0;
     for (int64_t t = 0; t < plan->tiers; t++) {
         const Table *table = plan->table + t;
-        const int64_t words = table->books * table->size, each = widening_cost(job, table);
-        if (table->product && table->books > 1) return 0;
-        if (each && words * lines_of(table->width) > MOST_WIDENED) return 0;
-        cost += words * each;
+        const int64_t each = widening_cost(job, table);
+        if (each < 0 || (table->product && table->books > 1)) return 0;
+        cost += table->books * table->size * each;
     }
     return 320 * count * books >= cost * plan->tiers + WIDENING;
 }
@@ -154,7 +171,8 @@ static int64_t choose_lines(const Plan *plan, int whole) {
 /* Bytes from one int8 codeword to the next where they are read by eights. */
 static int64_t padded(const Table *table) { return (table->width + LANES - 1) / LANES * LANES; }
 
-/* Bytes of memory that the codewords of a table take for a job, by blocks of `lines`. */
+/* Bytes of memory that the codewords of a table take for a job, by blocks of `lines`; below 0 where
+ * they are too many. */
 static int64_t widened_bytes(const Job *job, const Table *table, const Numbers *numbers,
                              int64_t lines) {
     const int64_t words = table->books * table->size;
@@ -162,6 +180,8 @@ static int64_t widened_bytes(const Job *job, const Table *table, const Numbers *
         return block_bytes(table->books, sizeof *numbers->factors) +
                (table->width % LANES ? block_bytes(words, padded(table)) : 0);
     if (floats_stay(job, table)) return 0;
+    /* Scales that seemed whole, and are not. */
+    if (widened_lines(table) > MOST_WIDENED) return -1;
     return block_bytes(words, lines * LINE) * ((lines_of(table->width) + lines - 1) / lines);
 }
 
@@ -196,7 +216,7 @@ static void use_floats(Job *job, int64_t tier, Table *table, char *to) {
 }
 
 /* Widen the codebooks of a job's plan that do not stay where they are; memory to be given back, or NULL
- * where there is none. */
+ * where there is none, or where that would be too much. */
 static Memory *widen_plan(Job *job, Plan *plan) {
     Numbers numbers[2];
     int64_t bytes[2], all = LINE;
@@ -204,8 +224,11 @@ static Memory *widen_plan(Job *job, Plan *plan) {
     for (int64_t t = 0; t < plan->tiers; t++)
         whole &= whole_numbers(plan->table + t, numbers + t) != 0;
     job->lines = choose_lines(plan, whole);
-    for (int64_t t = 0; t < plan->tiers; t++)
-        all += bytes[t] = widened_bytes(job, plan->table + t, numbers + t, job->lines);
+    for (int64_t t = 0; t < plan->tiers; t++) {
+        bytes[t] = widened_bytes(job, plan->table + t, numbers + t, job->lines);
+        if (bytes[t] < 0) return NULL;
+        all += bytes[t];
+    }
     Memory *memory = take_memory(all);
     if (!memory) return NULL;
     char *to = (char *)(memory + 1);
@@ -226,8 +249,8 @@ typedef struct {
     int64_t total;
 } Widening;
 
-/* Part of a job, with codebooks widened for it alone: what another thread has just written takes
- * longer to read than to write anew. */
+/* Part of a job, by rounds, with codebooks that do not stay where they are widened for it alone: what
+ * another thread has just written takes longer to read than to write anew. */
 static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
     const Widening *all = what;
     Part part = all->part;
@@ -242,7 +265,7 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
     return failed;
 }
 
-/* Run a job with the codewords of each id, widened where that pays for each share of the threads that
+/* Run a job with the codewords of each id, by rounds where they pay for each share of the threads that
  * have one. Where it does not, threads take small parts; a part that is the only one, as when others
  * hold the threads, may still be large enough. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,

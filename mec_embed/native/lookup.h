@@ -424,11 +424,12 @@ typedef struct {
     __m256i low, high;
 } Sums;
 
+/* What is after them is not asked for. */
 INLINE __m256i load_bytes(const int8_t *from, int eights) {
     const __m128i *const at = (const __m128i *)from;
     switch (eights) {
-        case 1: return _mm256_zextsi128_si256(_mm_loadl_epi64(at));
-        case 2: return _mm256_zextsi128_si256(_mm_loadu_si128(at));
+        case 1: return _mm256_castsi128_si256(_mm_loadl_epi64(at));
+        case 2: return _mm256_castsi128_si256(_mm_loadu_si128(at));
         case 3: return _mm256_setr_m128i(_mm_loadu_si128(at), _mm_loadl_epi64(at + 1));
         default: return _mm256_loadu_si256((const __m256i *)from);
     }
@@ -585,8 +586,8 @@ typedef struct {
     const Plan *plan;
     Ids ids, offsets; /* offsets from NULL: bags of `length` ids each */
     int64_t count, bags, length;
-    /* Where codewords are in blocks of columns: lines of a block, and of each tier bytes from one
-     * codeword to the next, and from one block to the next. */
+    /* Of rounds, in blocks of columns: lines of a block, and of each tier bytes from one codeword to
+     * the next, and from one block to the next. */
     int64_t lines, step[2], block[2];
     float unit[2]; /* of each tier whose codewords are whole numbers, else 0 */
     const uint32_t *factors[2];
@@ -720,12 +721,12 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
     return 1;
 }
 
-/* ---- Many ids: codewords widened to float32, in blocks of columns ---- */
+/* ---- Many ids: by rounds ---- */
 
-/* A call of many ids copies the codebooks first. Columns go into blocks, each with all codewords at
- * whole cache lines and zeros after the last, about as small as the nearest cache. Ids
- * are taken in rounds: codes are read once, then the sums of each block of columns are made in
- * registers. */
+/* Ids are taken in rounds: codes are read once, then the sums of each block of columns are made in
+ * registers. Codewords stay where they are, or are copied first: to float32, into blocks of columns
+ * about as small as the nearest cache, each with all codewords at whole cache lines and zeros after
+ * the last. */
 #define LINE_LANES 16
 #define MOST_LINES 8  /* of a block */
 #define FLOAT_LINES 4 /* of one that has floats */
@@ -776,10 +777,7 @@ INLINE Line line_at(const char *word, int64_t at) {
 
 INLINE int64_t lines_of(int64_t columns) { return (columns + LINE_LANES - 1) / LINE_LANES; }
 
-/* Bytes of a line of codewords: floats, or numbers of 16 bits where their scales have a least exponent. */
-INLINE int64_t line_bytes(int least) { return least ? LINE / 2 : LINE; }
-
-/* Bytes of a block of so many codewords of `line` bytes, and zeros after the last. */
+/* Bytes of a block of so many codewords of `line` bytes, and one more. */
 INLINE int64_t block_bytes(int64_t words, int64_t line) {
     return ((words + 1) * line + LINE - 1) / LINE * LINE;
 }
@@ -1388,7 +1386,7 @@ INLINE int64_t collect(const Job *job, int64_t begin, int64_t end, int of_bags) 
 /* What threads do, for one kind of processor (parts.h). */
 typedef struct {
     void (*widen)(const Table *table, int64_t lines, char *to);
-    Part rows, wide_rows, copy_rows;          /* of codebooks as they are, widened, and of all rows */
+    Part rows, wide_rows, copy_rows;          /* one by one, by rounds, and of all rows */
     Part bags, wide_bags, unpacked_bags;      /* the same */
     Part collect, collect_bags;               /* gradients */
     Part tiers;                               /* where rows are */
