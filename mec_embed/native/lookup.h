@@ -364,6 +364,13 @@ typedef struct {
     const uint32_t *factors;
 } Whole;
 
+/* Numbers of 16 bits as floats to `to`, or added to what is there. */
+INLINE void put_eight(__m128i numbers, float unit, int more, float *to) {
+    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(numbers));
+    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
+    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
+}
+
 /* Sums of as many columns as bytes of a vector, in 16 bits. Two codewords at a time: their bytes in
  * turn, then one instruction multiplies each by its factor and adds the two. Of every 16 columns the
  * first eight go to `low`. With intrinsics: GCC has no other word for that instruction, and takes a
@@ -387,13 +394,6 @@ INLINE void add_two(Sums *sums, const int8_t *one, const int8_t *other, uint32_t
     if (eights == 1) return;
     const __m512i high = _mm512_maddubs_epi16(both, _mm512_unpackhi_epi8(a, b));
     sums->high = _mm512_add_epi16(sums->high, high);
-}
-
-/* Numbers of 16 bits as floats to `to`, or added to what is there. */
-INLINE void put_eight(__m128i numbers, float unit, int more, float *to) {
-    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(numbers));
-    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
-    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
 }
 
 INLINE void put_sixteen(__m256i numbers, float unit, int more, float *to) {
@@ -443,12 +443,6 @@ INLINE void add_two(Sums *sums, const int8_t *one, const int8_t *other, uint32_t
     if (eights == 1) return;
     const __m256i high = _mm256_maddubs_epi16(both, _mm256_unpackhi_epi8(a, b));
     sums->high = _mm256_add_epi16(sums->high, high);
-}
-
-INLINE void put_eight(__m128i numbers, float unit, int more, float *to) {
-    const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(numbers));
-    const __m256 all = _mm256_mul_ps(floats, _mm256_set1_ps(unit));
-    _mm256_storeu_ps(to, more ? _mm256_add_ps(all, _mm256_loadu_ps(to)) : all);
 }
 
 INLINE void put_sums(const Sums *sums, int eights, float unit, int more, float *to) {
