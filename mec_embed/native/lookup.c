@@ -72,17 +72,6 @@ typedef struct {
     uint32_t factors[MOST_CODEBOOKS]; /* as Whole has them */
 } Numbers;
 
-/* The exponents of the scales of codebooks that have one each, a power of two; 0 where they have not. */
-static int read_exponents(const Table *table, int *exponent) {
-    const int64_t size = table->size;
-    for (int64_t m = 0; m < table->books; m++) {
-        const uint16_t *own = (const uint16_t *)ADDRESS(table->scales) + m * size;
-        exponent[m] = exponent_of(table, m * size);
-        if (!exponent[m] || memcmp(own, own + 1, (size - 1) * sizeof *own)) return 0;
-    }
-    return 1;
-}
-
 /* Whether codewords are whole numbers whose sums take less time than floats, by a look at two scales of
  * each codebook: there are as many as codewords. */
 static int seem_whole(const Table *table) {
@@ -99,11 +88,14 @@ static int seem_whole(const Table *table) {
 
 /* Fills in `all`; its `least`. */
 static int whole_numbers(const Table *table, Numbers *all) {
-    const int64_t books = table->books;
+    const int64_t books = table->books, size = table->size;
     int exponent[MOST_CODEBOOKS], least = 1 << 8, most = 0, sum = 0;
     all->least = 0;
-    if (!seem_whole(table) || !read_exponents(table, exponent)) return 0;
+    if (!seem_whole(table)) return 0;
     for (int64_t m = 0; m < books; m++) {
+        const uint16_t *own = (const uint16_t *)ADDRESS(table->scales) + m * size;
+        if (memcmp(own, own + 1, (size - 1) * sizeof *own)) return 0;
+        exponent[m] = exponent_of(table, m * size);
         least = exponent[m] < least ? exponent[m] : least;
         most = exponent[m] > most ? exponent[m] : most;
     }
