@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.quality.plot benchmarks/results/quality.csv --plot docs/quality.svg`` prints
 a Markdown table (change of test AUC against the uncompressed model, mean over seeds) and draws AUC
-against bytes, one panel a data set and model (needs matplotlib).
+against bytes, one panel a data set and model (needs matplotlib). ``--summary`` prints ours beside
+the best of the others instead, at each ratio.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ SHORT: tuple[tuple[Panel, float], ...] = (
     (("ml1m_ge4", "DeepFM", "40"), 25.0),
     (("amazonbook_kgat", "DNN", "40"), 50.0),
 )
+#: What the summary compares, and how it calls that.
+COMPARED = {STAGES[0]: "right after", STAGES[1]: "distilled", STAGES[2]: "with labels"}
+OURS = "mec_embed"
 SHORT_METHODS = (
     "mec_embed", "pq", "opq", "mec_described", "mec_released", "dpq", "mgqe", "cce", "hashing",
     "svd",
@@ -42,11 +46,15 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     parser.add_argument("--metric", default="test_auc", help="a column of the results")
-    parser.add_argument("--short", action="store_true", help="the table of the README")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--short", action="store_true", help="the table of the README")
+    tables.add_argument("--summary", action="store_true", help="ours and the best of the others")
     options = parser.parse_args()
     results = read(options.files, options.metric)
     if options.short:
         print(short_table(results))
+    elif options.summary:
+        print(summary(results, lower="logloss" in options.metric))
     else:
         print("\n\n".join(table(panel, methods) for panel, methods in results.items()))
     if options.plot:
@@ -106,6 +114,35 @@ def short_table(results: dict[Panel, dict[str, dict[float, Any]]]) -> str:
         cells = [results.get(panel, {}).get(method, {}).get(ratio) for panel, ratio in SHORT]
         text.append(_line([method, *map(_cell, cells)]))
     return "\n".join(text)
+
+
+def summary(results: dict[Panel, dict[str, dict[float, Any]]], lower: bool) -> str:
+    """Markdown: one line a data set and ratio; ours, and the best of the others that were run.
+
+    Args:
+        results: from :func:`read`.
+        lower: whether lower values of the metric are better.
+    """
+    headings = [name for stage in COMPARED.values() for name in (stage, "best of others")]
+    text = [_line(["data", "ratio", *headings]), _line(["---"] * (2 + len(headings)))]
+    for panel, methods in results.items():
+        for ratio in sorted(filter(None, methods.get(OURS, {}))):
+            at = {method: cells[ratio] for method, cells in methods.items() if ratio in cells}
+            pairs = [_compared(at, stage, lower) for stage in COMPARED]
+            found = [text for pair in pairs for text in pair]
+            text.append(_line([f"{panel[0]}, {panel[1]}, {panel[2]}", f"{ratio:g}x", *found]))
+    return "\n".join(text)
+
+
+def _compared(at: dict[str, dict[str, list[float]]], stage: str, lower: bool) -> tuple[str, str]:
+    """Ours, and the best of the others with its name, of one stage."""
+    means = {method: mean(cell[stage]) for method, cell in at.items() if cell.get(stage)}
+    others = {name: value for name, value in means.items() if not name.startswith(OURS)}
+    ours = f"{means[OURS]:+.4f}" if OURS in means else "-"
+    if not others:
+        return ours, "-"
+    best = (min if lower else max)(others, key=others.__getitem__)
+    return ours, f"{others[best]:+.4f} {best}"
 
 
 def _place(method: str) -> tuple[bool, bool]:

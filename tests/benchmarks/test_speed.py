@@ -87,7 +87,7 @@ def test_models_before_and_after(tmp_path, monkeypatch):
     model.main()
     rows = read(file)
     forward = [row for row in rows if row["what"] == "forward"]
-    assert len(forward) == 2 * 5 and {row["batch"] for row in forward} == {"1", "8"}
+    assert len(forward) == 2 * 6 and {row["batch"] for row in forward} == {"1", "8"}
     steps = {row["method"]: float(row["megabytes"]) for row in rows if row["what"] == "step"}
     assert set(steps) == {"dense", "mec_embed float32", "mec_embed float32, tiers"}
     assert all(float(row["milliseconds"]) > 0 for row in rows)

@@ -154,6 +154,20 @@ def test_the_short_table(run, monkeypatch, tmp_path, capsys):
     assert lines[3].startswith(("| pq | -0.", "| pq | +0.")) and lines[3].endswith("| - |")
 
 
+@pytest.mark.parametrize("lower, best", [(False, "+0.3000 b"), (True, "-0.2000 a")])
+def test_the_summary_compares_ours_with_the_best_of_the_others(lower, best):
+    at_ten = {
+        "mec_embed": {10.0: {"right after": [0.1, 0.3]}},
+        "mec_embed without batches": {10.0: {"right after": [9.0]}},
+        "a": {10.0: {"right after": [-0.2], "tuned": [0.1]}},
+        "b": {10.0: {"right after": [0.3]}, 25.0: {"right after": [1.0]}},
+        "fp16": {0.0: {"right after": [2.0]}},
+    }
+    lines = plot.summary({("d", "DNN", "8"): at_ten}, lower).splitlines()
+    assert lines[0].startswith("| data | ratio | right after | best of others | distilled |")
+    assert lines[2:] == [f"| d, DNN, 8 | 10x | +0.2000 | {best} | - | +0.1000 a | - | - |"]
+
+
 def test_a_stage_of_fewer_seeds_says_so():
     cell = {"right after": [0.1, 0.3], "tuned": [0.2, 0.4], "labels": [0.5]}
     assert plot._cell(cell) == "+0.2000 / +0.3000 / +0.5000 (1) (2 seeds)"
