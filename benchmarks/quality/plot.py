@@ -1,9 +1,9 @@
-"""The Pareto plot and the table of a study.
+"""The Pareto plot and the tables of a study.
 
 ``python -m benchmarks.quality.plot benchmarks/results/quality.csv --plot docs/quality.svg`` prints
-a Markdown table (change of test AUC against the uncompressed model, mean over seeds) and draws AUC
-against bytes, one panel a data set and model (needs matplotlib). ``--summary`` prints ours beside
-the best of the others instead, at each ratio.
+Markdown tables (change of test AUC against the uncompressed model, mean over seeds), one a data set
+and model, and draws AUC against bytes (needs matplotlib). ``--summary``, ``--labels`` and
+``--short`` print other tables instead.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from benchmarks import lines
 Panel = tuple[str, str, str]
 #: Colours are for methods of interest; the others share grey.
 COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_described": "#37b"}
-STAGES = ("right after", "tuned", "labels", "self-distilled")
-#: In brackets.
-ALONE = "self-distilled alone"
+#: Stages: what a method gives, and that distilled alike for all methods.
+RIGHT_AFTER, TUNED = "right after", "tuned"
+#: Stages that see labels once more: distilled with them, from a base that was self-distilled with
+#: them before, and both.
+LABELS, ALONE, SELF_DISTILLED = "labels", "self-distilled alone", "self-distilled"
+WITH_LABELS = {
+    LABELS: "distilled with labels",
+    ALONE: "self-distilled before",
+    SELF_DISTILLED: "both",
+}
+OURS = "mec_embed"
 #: Columns and lines of the short table.
 SHORT: tuple[tuple[Panel, float], ...] = (
     (("criteo_dac80k", "DeepFM", "40"), 25.0),
@@ -31,9 +39,6 @@ SHORT: tuple[tuple[Panel, float], ...] = (
     (("ml1m_ge4", "DeepFM", "40"), 25.0),
     (("amazonbook_kgat", "DNN", "40"), 50.0),
 )
-#: What the summary compares, and how it calls that.
-COMPARED = {STAGES[0]: "right after", STAGES[1]: "distilled", STAGES[2]: "with labels"}
-OURS = "mec_embed"
 SHORT_METHODS = (
     "mec_embed", "pq", "opq", "mec_described", "mec_released", "dpq", "mgqe", "cce", "hashing",
     "svd",
@@ -47,14 +52,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
     parser.add_argument("--metric", default="test_auc", help="a column of the results")
     tables = parser.add_mutually_exclusive_group()
-    tables.add_argument("--short", action="store_true", help="the table of the README")
+    tables.add_argument("--short", action="store_true", help="some methods, some ratios")
     tables.add_argument("--summary", action="store_true", help="ours and the best of the others")
+    tables.add_argument("--labels", action="store_true", help="stages that see labels once more")
     options = parser.parse_args()
     results = read(options.files, options.metric)
     if options.short:
         print(short_table(results))
     elif options.summary:
         print(summary(results, lower="logloss" in options.metric))
+    elif options.labels:
+        print(labels_table(results))
     else:
         print("\n\n".join(table(panel, methods) for panel, methods in results.items()))
     if options.plot:
@@ -76,12 +84,13 @@ def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float
             continue
         panel = _panel(row)
         # What a trained method has right after is the trained model.
-        stage = STAGES[0] if row["stage"] in ("compressed", "trained") else row["stage"]
+        stage = RIGHT_AFTER if row["stage"] in ("compressed", "trained") else row["stage"]
         cell = found[panel][row["method"]].setdefault(float(row["ratio"]), defaultdict(list))
         cell["bytes"].append(int(row["bytes"]))
         cell["ratio"].append(int(row["bytes_before"]) / int(row["bytes"]))
         cell[stage].append(float(row[metric]) - base[panel, row["seed"], row["processor"]])
-    return found
+    order = list(dict.fromkeys(data for data, _, _ in found))
+    return dict(sorted(found.items(), key=lambda one: order.index(one[0][0])))
 
 
 def _panel(row: dict[str, str]) -> Panel:
@@ -89,7 +98,8 @@ def _panel(row: dict[str, str]) -> Panel:
 
 
 def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
-    """Markdown: one line a method, one column a ratio, the stages that were run in a cell."""
+    """Markdown: one line a method, one column a ratio; right after / tuned in a cell."""
+    methods = {name: cells for name, cells in methods.items() if any(map(_cell, cells.values()))}
     ratios = sorted({ratio for cells in methods.values() for ratio in cells if ratio})
     text = [f"**{panel[0]}, {panel[1]}, d = {panel[2]}**", ""]
     text += [_line(["method", *(f"{ratio:g}x" for ratio in ratios)])]
@@ -101,7 +111,7 @@ def table(panel: Panel, methods: dict[str, dict[float, Any]]) -> str:
             cell = cells[0.0]
             found = [f"{_cell(cell)} at {mean(cell['ratio']):.1f}x", *[""] * (len(ratios) - 1)]
         else:
-            found = [_cell(cells.get(ratio)) for ratio in ratios]
+            found = [_cell(cells.get(ratio, {})) or "-" for ratio in ratios]
         text.append(_line([method, *found]))
     return "\n".join(text)
 
@@ -111,8 +121,21 @@ def short_table(results: dict[Panel, dict[str, dict[float, Any]]]) -> str:
     text = [_line(["method", *(f"{panel[0]} {ratio:g}x" for panel, ratio in SHORT)])]
     text += [_line(["---"] * (1 + len(SHORT)))]
     for method in SHORT_METHODS:
-        cells = [results.get(panel, {}).get(method, {}).get(ratio) for panel, ratio in SHORT]
-        text.append(_line([method, *map(_cell, cells)]))
+        cells = [results.get(panel, {}).get(method, {}).get(ratio, {}) for panel, ratio in SHORT]
+        text.append(_line([method, *(_cell(cell) or "-" for cell in cells)]))
+    return "\n".join(text)
+
+
+def labels_table(results: dict[Panel, dict[str, dict[float, Any]]]) -> str:
+    """Markdown: one line a data set, ratio and method that was trained on with labels."""
+    text = [_line(["data", "ratio", "method", *WITH_LABELS.values()])]
+    text += [_line(["---"] * (3 + len(WITH_LABELS)))]
+    for panel, methods in results.items():
+        cells = [(ratio, name, methods[name][ratio]) for name in methods for ratio in methods[name]]
+        for ratio, name, cell in sorted(cells, key=lambda one: (one[0], _place(one[1]), one[1])):
+            found = [_mean(cell[stage]) if cell.get(stage) else "-" for stage in WITH_LABELS]
+            if set(found) != {"-"}:
+                text.append(_line([", ".join(panel), f"{ratio or 1:g}x", name, *found]))
     return "\n".join(text)
 
 
@@ -123,51 +146,59 @@ def summary(results: dict[Panel, dict[str, dict[float, Any]]], lower: bool) -> s
         results: from :func:`read`.
         lower: whether lower values of the metric are better.
     """
-    headings = [name for stage in COMPARED.values() for name in (stage, "best of others")]
+    stages = {"right after": [RIGHT_AFTER], "distilled": [TUNED], "with labels": [*WITH_LABELS]}
+    headings = [name for stage in stages for name in (stage, "best of others")]
     text = [_line(["data", "ratio", *headings]), _line(["---"] * (2 + len(headings)))]
     for panel, methods in results.items():
         for ratio in sorted(filter(None, methods.get(OURS, {}))):
             at = {method: cells[ratio] for method, cells in methods.items() if ratio in cells}
-            pairs = [_compared(at, stage, lower) for stage in COMPARED]
-            found = [text for pair in pairs for text in pair]
-            text.append(_line([f"{panel[0]}, {panel[1]}, {panel[2]}", f"{ratio:g}x", *found]))
+            pairs = [_compared(at, names, lower) for names in stages.values()]
+            found = [one for pair in pairs for one in pair]
+            text.append(_line([", ".join(panel), f"{ratio:g}x", *found]))
     return "\n".join(text)
 
 
-def _compared(at: dict[str, dict[str, list[float]]], stage: str, lower: bool) -> tuple[str, str]:
-    """Ours, and the best of the others with its name, of one stage."""
-    means = {method: mean(cell[stage]) for method, cell in at.items() if cell.get(stage)}
+def _compared(
+    at: dict[str, dict[str, list[float]]], stages: list[str], lower: bool
+) -> tuple[str, str]:
+    """Ours, and the best of the others with its name; each at the best of its stages."""
+    best = min if lower else max
+    means = {
+        method: best(mean(cell[stage]) for stage in stages if cell.get(stage))
+        for method, cell in at.items()
+        if any(cell.get(stage) for stage in stages)
+    }
     others = {name: value for name, value in means.items() if not name.startswith(OURS)}
-    ours = f"{means[OURS]:+.4f}" if OURS in means else "-"
-    if not others:
-        return ours, "-"
-    best = (min if lower else max)(others, key=others.__getitem__)
-    return ours, f"{others[best]:+.4f} {best}"
+    first = best(others, key=others.__getitem__, default=None)
+    return (
+        _signed(means[OURS]) if OURS in means else "-",
+        f"{_signed(others[first])} {first}" if first else "-",
+    )
 
 
 def _place(method: str) -> tuple[bool, bool]:
     """Ours first."""
-    return not method.startswith("mec_embed"), method != "mec_embed"
+    return not method.startswith(OURS), method != OURS
 
 
 def _line(values: list[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _cell(cell: dict[str, list[float]] | None) -> str:
-    if cell is None:
-        return "-"
-    seeds = len(cell[STAGES[0]])
-    stages = [cell[stage] for stage in STAGES if cell.get(stage)]
-    values = " / ".join(_mean(stage, seeds) for stage in stages)
-    if cell.get(ALONE):
-        values += f" [{_mean(cell[ALONE], seeds)}]"
-    return values + (f" ({seeds} seeds)" if seeds > 1 else "")
+def _cell(cell: dict[str, list[float]]) -> str:
+    """Right after / tuned, as far as they were run."""
+    return " / ".join(_mean(cell[stage]) for stage in (RIGHT_AFTER, TUNED) if cell.get(stage))
 
 
-def _mean(changes: list[float], seeds: int) -> str:
-    """A stage of other seeds than the first says so."""
-    return f"{mean(changes):+.4f}" + (f" ({len(changes)})" if len(changes) != seeds else "")
+def _mean(changes: list[float]) -> str:
+    """With the number of seeds, where these are several."""
+    return _signed(mean(changes)) + (f" ({len(changes)})" if len(changes) > 1 else "")
+
+
+def _signed(change: float) -> str:
+    """Four digits; no sign where they are all zero."""
+    text = f"{change:+.4f}"
+    return text if text.strip("+-0.") else text[1:]
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:
@@ -192,7 +223,7 @@ def _draw_method(axis: Any, method: str, cells: dict[float, Any], number: int) -
     points = []
     for cell in cells.values():
         # Tuning alike for all methods, which that with labels is not yet.
-        values = cell[STAGES[1]] or cell[STAGES[0]] or cell[STAGES[2]]
+        values = cell[TUNED] or cell[RIGHT_AFTER] or cell[LABELS]
         if not values:  # only of bases that were trained on
             continue
         spread = stdev(values) if len(values) > 1 else 0.0

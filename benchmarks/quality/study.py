@@ -29,7 +29,7 @@ from benchmarks.quality.common import Base, Method, embedding_bytes
 from benchmarks.quality.fuxictr_data import FIELDS, load_folder
 from benchmarks.quality.models import ALL_IDS, MODELS, STUDY_SETTINGS, build, settings_for
 from benchmarks.quality.ours import ABLATION, OURS, self_distilled
-from benchmarks.quality.plot import ALONE, STAGES
+from benchmarks.quality.plot import ALONE, LABELS, SELF_DISTILLED, TUNED
 from benchmarks.quality.posthoc import POSTHOC
 from benchmarks.quality.trained import TRAINED
 from benchmarks.quality.tuning import tune
@@ -49,9 +49,7 @@ COLUMNS = (
     *KEY, "stage", "bytes", "bytes_before", "valid_auc", "valid_logloss", "test_auc",
     "test_logloss", "seconds", "mec_embed", "torch", "processor", "threads",
 )  # fmt: skip
-#: The stages of models tuned as usual, with labels mixed into the targets, the same where the base
-#: was self-distilled before (ALONE: without labels then), and from a softened teacher.
-_, TUNED, LABELS, SELF_DISTILLED = STAGES
+#: A stage of its own: from a softened teacher.
 CALIBRATED = "calibrated"
 OWN_STAGES = LABELS, SELF_DISTILLED, ALONE, CALIBRATED
 #: Test AUCs of one base that was read again differ by less.

@@ -80,10 +80,15 @@ def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, ca
     assert len(set(sizes)) == 1
     assert run(*methods, "--labels") == lines
 
-    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv")])
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv"), "--labels"])
     plot.main()
-    [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
-    assert ours.count("/") == 1  # right after and with labels
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[1:3] for row in rows] == [
+        ["1x", "fp32"],
+        ["8x", "mec_embed"],
+        ["8x", "hashing"],
+    ]
+    assert all(row.endswith(" | - | - |") for row in rows)  # with labels alone
 
 
 def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path, capsys):
@@ -100,11 +105,10 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     assert run(*methods, "--self-distilled-alone") == lines
     assert run(*methods, "--no-tuning")[: len(lines)] == lines
 
-    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv")])
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv"), "--labels"])
     plot.main()
-    [ours] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| mec_embed")]
-    assert ours.count("/") == 2  # right after, with labels, and self-distilled before
-    assert ours.count("[") == 1  # and without labels then
+    [ours] = capsys.readouterr().out.splitlines()[2:]
+    assert ours.startswith("| generator, DeepFM, 8 | 8x | mec_embed | ") and "-" not in ours.split()
 
 
 def test_a_method_that_only_has_a_self_distilled_base_is_no_curve(run, monkeypatch, tmp_path):
@@ -154,23 +158,25 @@ def test_the_short_table(run, monkeypatch, tmp_path, capsys):
     assert lines[3].startswith(("| pq | -0.", "| pq | +0.")) and lines[3].endswith("| - |")
 
 
-@pytest.mark.parametrize("lower, best", [(False, "+0.3000 b"), (True, "-0.2000 a")])
-def test_the_summary_compares_ours_with_the_best_of_the_others(lower, best):
+@pytest.mark.parametrize(
+    "lower, best, labels", [(False, "+0.3000 b", "+0.7000 b"), (True, "-0.2000 a", "+0.6000 b")]
+)
+def test_the_summary_compares_ours_with_the_best_of_the_others(lower, best, labels):
     at_ten = {
         "mec_embed": {10.0: {"right after": [0.1, 0.3]}},
         "mec_embed without batches": {10.0: {"right after": [9.0]}},
         "a": {10.0: {"right after": [-0.2], "tuned": [0.1]}},
-        "b": {10.0: {"right after": [0.3]}, 25.0: {"right after": [1.0]}},
+        "b": {10.0: {"right after": [0.3], "labels": [0.6], "self-distilled": [0.7]}},
         "fp16": {0.0: {"right after": [2.0]}},
     }
     lines = plot.summary({("d", "DNN", "8"): at_ten}, lower).splitlines()
     assert lines[0].startswith("| data | ratio | right after | best of others | distilled |")
-    assert lines[2:] == [f"| d, DNN, 8 | 10x | +0.2000 | {best} | - | +0.1000 a | - | - |"]
+    assert lines[2:] == [f"| d, DNN, 8 | 10x | +0.2000 | {best} | - | +0.1000 a | - | {labels} |"]
 
 
-def test_a_stage_of_fewer_seeds_says_so():
-    cell = {"right after": [0.1, 0.3], "tuned": [0.2, 0.4], "labels": [0.5]}
-    assert plot._cell(cell) == "+0.2000 / +0.3000 / +0.5000 (1) (2 seeds)"
+def test_a_stage_says_how_many_seeds_it_has():
+    cell = {"right after": [0.1, 0.3], "tuned": [0.2], "labels": [0.5]}
+    assert plot._cell(cell) == "+0.2000 (2) / +0.2000"
 
 
 def test_another_base_than_that_of_the_results_is_refused(run, tmp_path):
