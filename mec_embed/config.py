@@ -42,8 +42,8 @@ class CompressionConfig:
         codes: ``"additive"`` (a row is the sum of M codewords; better at equal bytes) or
             ``"product"`` (their concatenation, as in the MEC paper).
         codebook_dtype: ``None`` for the dtype of the table, so that codebooks train as the table
-            did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with one bfloat16
-            scale a codeword, which leaves more bytes for codes and freezes the codebooks (only
+            did; ``"float32"``, ``"float16"``, ``"bfloat16"``; or ``"int8"``, with bfloat16
+            scales, which leaves more bytes for codes and freezes the codebooks (only
             :func:`mec_embed.distill` moves them).
         min_rows: tables with fewer rows stay as they are. Larger ones may stay too,
             where codes would take more or lose too much.

@@ -13,7 +13,7 @@ CodeKind = Literal["additive", "product", "rows", "shared"]
 #: Bytes after the last code, so that a kernel may load 64 bits from where any row starts.
 PACKED_PADDING = 8
 
-#: One scale a codeword goes with int8 codebooks; bfloat16 has the range of float32.
+#: int8 codebooks store a scale beside each codeword; bfloat16 has the range of float32.
 SCALE_DTYPE = torch.bfloat16
 
 #: Largest number in a layout; addresses and counts of entries stay 64-bit integers.

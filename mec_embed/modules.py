@@ -94,7 +94,7 @@ class CodePart(CodeTable):
 
 
 class CodebookSet(SharedModule):
-    """The codebooks of one or more tables: trainable floats, or int8 with a scale a codeword."""
+    """The codebooks of one or more tables: trainable floats, or int8 with scales."""
 
     codebooks: Tensor
     scales: Tensor | None

@@ -4,6 +4,7 @@
 docs/speed_rows.svg`` draws one panel for each number of rows and dimension (needs matplotlib), and
 prints a Markdown table of the least and the median speed by batch size. Of the file of
 ``speed.gpu``, ``--timing`` says whether lookups were launched by a CUDA graph or one by one.
+``--dims`` prints what larger tables and batches reach by dimension, on each processor, instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from benchmarks import lines
 
 #: (rows, dim) -> method -> batch -> speed, relative to the dense table
 Panels = dict[tuple[int, int], dict[str, dict[int, float]]]
+#: Of the table by dimension: rows and ids from which on, dimensions together, and what to reach.
+LEAST_ROWS, LEAST_BATCH = 100_000, 1024
+DIMS = {"10 to 40": (10, 16, 40), "64": (64,), "128": (128,)}
+TARGETS = {"rows": 1.5, "bags": 5.0}
 COLOURS = {"mec_embed int8": "#c22", "mec_embed float32": "#e90", "copy": "#999", "dense": "#000"}
 
 
@@ -31,7 +36,11 @@ def main() -> None:
     parser.add_argument("--processor", default="", help="part of its name, where there are several")
     parser.add_argument("--threads", default="1", help="of the processor")
     parser.add_argument("--plot", type=Path, help="write the plot there (.svg, .png)")
+    parser.add_argument("--dims", action="store_true", help="by dimension, on each processor")
     options = parser.parse_args()
+    if options.dims:
+        sys.stdout.write(by_dimension(lines.read(options.file), options.what, options.ids) + "\n")
+        return
     wanted = {name: getattr(options, name) for name in ("what", "ids", "timing", "threads")}
     panels = read(options.file, wanted, options.processor)
     sys.stdout.write(table(panels) + "\n")
@@ -66,6 +75,37 @@ def table(panels: Panels) -> str:
         ]
         text.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(text)
+
+
+def by_dimension(rows: list[dict[str, str]], what: str, ids: str) -> str:
+    """Least / median / greatest of larger tables and batches; how many reach the target.
+
+    Args:
+        rows: of the CSV file.
+        what: "rows" or "bags".
+        ids: how they were drawn.
+    """
+    speeds: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        large = int(row["rows"]) >= LEAST_ROWS and int(row["batch"]) >= LEAST_BATCH
+        ours = row["method"].startswith("mec_embed")
+        if ours and large and (row["what"], row["ids"]) == (what, ids):
+            [group] = [name for name, dims in DIMS.items() if int(row["dim"]) in dims]
+            key = row["processor"], row["threads"], row["method"]
+            speeds[key][group].append(float(row["speed"]))
+    text = ["| processor | threads | method | " + " | ".join(f"d = {name}" for name in DIMS) + " |"]
+    text.append("|" + " --- |" * (3 + len(DIMS)))
+    for key, found in sorted(speeds.items()):
+        cells = [_reached(found[name], TARGETS[what]) if found.get(name) else "" for name in DIMS]
+        text.append("| " + " | ".join([*key, *cells]) + " |")
+    return "\n".join(text)
+
+
+def _reached(speeds: list[float], target: float) -> str:
+    """Least / median / greatest, and how many reach the target."""
+    enough = sum(speed >= target for speed in speeds)
+    low, middle, high = min(speeds), median(speeds), max(speeds)
+    return f"{low:.2f} / {middle:.2f} / {high:.2f}, {enough} of {len(speeds)}"
 
 
 def draw(panels: Panels, file: Path) -> None:

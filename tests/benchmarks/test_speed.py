@@ -109,3 +109,26 @@ def test_table_and_plot(tmp_path, monkeypatch, capsys):
     plot.main()
     assert "| mec_embed int8 | 1.00 / 5.50 | 64.00 / 352.00 |" in capsys.readouterr().out
     assert "</svg>" in (tmp_path / "speed.svg").read_text()
+
+
+def test_the_table_by_dimension_counts_what_reaches_the_target(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "speed.csv"
+    lines = ["what,rows,dim,batch,ids,method,speed,processor,threads"]
+    lines += [
+        f"rows,{rows},{dim},{batch},uniform,{method},{speed},P,2"
+        for rows, dim, batch, method, speed in (
+            (100_000, 10, 1024, "mec_embed int8", 1.5),
+            (1_000_000, 40, 8192, "mec_embed int8", 3),
+            (100_000, 16, 1024, "mec_embed int8", 1.25),
+            (100_000, 128, 1024, "mec_embed int8", 0.75),
+            (10_000, 10, 1024, "mec_embed int8", 9),  # a small table
+            (100_000, 10, 64, "mec_embed int8", 9),  # few ids
+            (100_000, 10, 1024, "dense", 1),
+        )
+    ]
+    file.write_text("\n".join(lines))
+    monkeypatch.setattr("sys.argv", ["plot", str(file), "--dims"])
+    plot.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| P | 2 | mec_embed int8 | 1.25 / 1.50 / 3.00, 2 of 3 |  | 0.75 / 0.75 / 0.75, 0 of 1 |"
+    ]
