@@ -39,7 +39,6 @@ from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find
 FORMAT_VERSION = 2
 #: Entry of the metadata that holds the manifest.
 KEY = "mec_embed"
-_EXTRA = "_extra_state"
 _CODED = (CompressedEmbedding, CompressedEmbeddingBag)
 _TIERED = (TieredEmbedding, TieredEmbeddingBag)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*_CODED, *_TIERED)}
