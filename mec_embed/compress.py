@@ -439,7 +439,7 @@ def draft_tables(
     counts = counts_for_tables(
         freq_stats,
         [(table.names, table.rows) for table in tables],
-        [name for table in skipped for name in (table.name, *table.aliases)],
+        [name for table in skipped for name in table.names],
     )
     missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     # Its rows do not weigh nothing: more likely, the model reads its weight without looking up.

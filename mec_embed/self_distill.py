@@ -192,7 +192,7 @@ def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
             )
     trained = [table for table in tables if table.weight.requires_grad]
     frozen = [name for table in tables if not table.weight.requires_grad for name in table.names]
-    return trained, [*frozen, *(name for t in skipped for name in (t.name, *t.aliases))]
+    return trained, [*frozen, *(name for t in skipped for name in t.names)]
 
 
 def _check_counts(tables: list[Table], counts: list[Any]) -> None:

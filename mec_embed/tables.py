@@ -189,6 +189,11 @@ class SkippedTable:
     dtype: str = "none"
     aliases: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the table."""
+        return (self.name, *self.aliases)
+
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 

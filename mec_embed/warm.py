@@ -84,7 +84,7 @@ class Earlier:
         found = {*self._of.values()}
         missing = [name for name, module in self._by_name.items() if module not in found]
         if missing:
-            reasons = {name: one.reason for one in left for name in (one.name, *one.aliases)}
+            reasons = {name: one.reason for one in left for name in one.names}
             for table in self._of:
                 reasons |= {name: f"it is one with {table.name!r} now" for name in table.names}
             raise ValueError(
