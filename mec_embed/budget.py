@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import CompressionConfig
 from .layout import CodeKind, CodeLayout, packed_bytes
-from .modules import _Compressed
+from .modules import Compressed
 from .packing import unpack
 from .tables import LARGEST, Table, check_finite
 from .tiers import TierMap
@@ -85,7 +85,7 @@ class Field:
     counts: np.ndarray | None = None
     tier: str | None = None
     cut: int = 0
-    earlier: tuple[_Compressed, ...] = ()
+    earlier: tuple[Compressed, ...] = ()
 
     @cached_property
     def rows(self) -> int:
@@ -325,7 +325,7 @@ class Group:
         return codes + sum(layout.codebook_bytes for layout in layouts[0])
 
 
-def _stored_layout(part: _Compressed) -> CodeLayout:
+def _stored_layout(part: Compressed) -> CodeLayout:
     # Its codebooks may have been cast since.
     return replace(part.layout, codebook_dtype=part.codebooks.dtype)
 

@@ -28,6 +28,7 @@ from .modules import (
     DECODE_ROWS,
     CodebookSet,
     CodeTable,
+    Compressed,
     CompressedEmbedding,
     CompressedEmbeddingBag,
     DecodedBags,
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mec_embed")
 
 Counts = FrequencyStats | Mapping[str, Any] | None
-Compressed = CompressedEmbedding | CompressedEmbeddingBag
 T = TypeVar("T")
 
 #: Finds the codes of a group of this shape by calling what it is given, or knows them already.

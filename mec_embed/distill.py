@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 from .forward import Forward, check_batches, default_forward, eval_mode, grad_mode, prediction
 from .modules import (
     CodebookSet,
-    CompressedEmbedding,
-    CompressedEmbeddingBag,
+    Compressed,
     DecodedTable,
     check_gathered,
     quantize_codebooks,
@@ -623,7 +622,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> No
 def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
     """Codebooks of the tables that were trainable, each once."""
     check_gathered(model)
-    found = list(find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag)))
+    found = list(find_modules(model, (Compressed,)))
     if not found:
         raise ValueError("the model holds no compressed table; call compress() first")
     return list({id(m.codebook_set): m.codebook_set for m, _ in found if m.trainable}.values())

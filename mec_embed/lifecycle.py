@@ -18,7 +18,7 @@ from torch import Tensor
 from .forward import full_precision
 from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
-from .modules import CodebookSet, DecodedTable, _Compressed, check_gathered, quantize_codebooks
+from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
 from .packing import empty_packed, pack, pack_into, unpack
 from .tiers import TierMap, _Tiered
 
@@ -101,7 +101,7 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
     held, given = _matched(tables, rows)
     ids = _checked_ids(held[0], ids, given[0])
     _check_unique(held[0], ids)
-    todo: list[tuple[list[_Compressed], Tensor, list[Tensor]]] = []
+    todo: list[tuple[list[Compressed], Tensor, list[Tensor]]] = []
     for parts, inside, places in _by_tier(held, ids):
         new = [one[inside] for one in given]
         _check_holders(parts)
@@ -263,12 +263,12 @@ def _code_tables(table: DecodedTable) -> list[torch.nn.Module]:
     return [part.code_table for part in table._tables()]
 
 
-def _tier_of(held: Sequence[DecodedTable], popular: bool) -> list[_Compressed]:
+def _tier_of(held: Sequence[DecodedTable], popular: bool) -> list[Compressed]:
     """The coded part of each table: the table itself, or one tier."""
     return [table._tables()[0 if popular or len(table._tables()) == 1 else 1] for table in held]
 
 
-def _check_holders(parts: Sequence[_Compressed]) -> None:
+def _check_holders(parts: Sequence[Compressed]) -> None:
     """ValueError where a table that shares the codes is left out."""
     code_table, given = parts[0].code_table, {id(part) for part in parts}
     if any(id(one) not in given for one in code_table.holders):
@@ -281,13 +281,13 @@ def _check_holders(parts: Sequence[_Compressed]) -> None:
         )
 
 
-def _codebooks(parts: Sequence[_Compressed]) -> Tensor:
+def _codebooks(parts: Sequence[Compressed]) -> Tensor:
     """Codebooks (M, K, columns of all parts) float32."""
     return torch.cat([part.codebook_set.values() for part in parts], dim=2)
 
 
 @full_precision()
-def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | None:
+def _encode(parts: Sequence[Compressed], rows: Sequence[Tensor]) -> Tensor | None:
     """Codes (n, M) of the rows of all parts; None where rows are stored as they are."""
     if not parts[0].layout.bits:
         return None
@@ -300,11 +300,11 @@ def _encode(parts: Sequence[_Compressed], rows: Sequence[Tensor]) -> Tensor | No
     return codes
 
 
-def _decode(parts: Sequence[_Compressed], codes: Tensor) -> Tensor:
+def _decode(parts: Sequence[Compressed], codes: Tensor) -> Tensor:
     return quantizer_for(parts[0].layout.kind).decode(codes, _codebooks(parts[:1]))
 
 
-def _append_codes(part: _Compressed, codes: Tensor) -> None:
+def _append_codes(part: Compressed, codes: Tensor) -> None:
     """Codes of one or more rows after the last."""
     layout, old = part.layout, part.codes
     rows, whole = layout.num_embeddings, layout.num_embeddings // 8 * 8
@@ -318,7 +318,7 @@ def _append_codes(part: _Compressed, codes: Tensor) -> None:
     part.code_table.codes = packed
 
 
-def _write_codes(part: _Compressed, places: Tensor, codes: Tensor) -> int:
+def _write_codes(part: Compressed, places: Tensor, codes: Tensor) -> int:
     """Other codes for some rows; how many differ from those before."""
     if not len(places):
         return 0
@@ -392,7 +392,7 @@ def _check_unique(table: DecodedTable, ids: Tensor) -> None:
 
 def _by_tier(
     held: Sequence[DecodedTable], ids: Tensor
-) -> Iterator[tuple[list[_Compressed], Tensor, Tensor]]:
+) -> Iterator[tuple[list[Compressed], Tensor, Tensor]]:
     """Of each tier its parts, which ids are in it (bool), and which of its rows these are."""
     if not isinstance(held[0], _Tiered):
         yield _tier_of(held, False), torch.ones(len(ids), dtype=torch.bool, device=ids.device), ids

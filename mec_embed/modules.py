@@ -44,7 +44,7 @@ class CodeTable(SharedModule):
         super().__init__()
         self.register_buffer("codes", torch.zeros(layout.code_bytes, dtype=torch.uint8))
         #: The tables whose codes these are.
-        self.holders: WeakSet[_Compressed] = WeakSet()
+        self.holders: WeakSet[Compressed] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are held by copies of tables, which say so themselves.
@@ -254,7 +254,7 @@ class DecodedTable(nn.Module, ABC):
         """What :meth:`decode` returns, by the operators."""
 
     @abstractmethod
-    def _tables(self) -> tuple[_Compressed, ...]:
+    def _tables(self) -> tuple[Compressed, ...]:
         """The tables whose codebooks are read: itself, or both tiers."""
 
     @abstractmethod
@@ -349,7 +349,7 @@ class DecodedBags(DecodedTable):
         )
 
 
-class _Compressed(DecodedTable):
+class Compressed(DecodedTable):
     """What both modules share: the stores and the lookup."""
 
     output_dtype: Tensor
@@ -402,7 +402,7 @@ class _Compressed(DecodedTable):
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.output_dtype.dtype, device=self.codes.device)
 
-    def _tables(self) -> tuple[_Compressed, ...]:
+    def _tables(self) -> tuple[Compressed, ...]:
         return (self,)
 
     def _rows_on_gpu(self) -> Any:
@@ -465,14 +465,14 @@ class _Compressed(DecodedTable):
 def check_gathered(model: nn.Module) -> None:
     """ValueError where a model, or a table, holds the codes of this rank's rows only."""
     for module in model.modules():
-        if isinstance(module, _Compressed) and isinstance(module.code_table, CodePart):
+        if isinstance(module, Compressed) and isinstance(module.code_table, CodePart):
             raise ValueError(
                 f"table {module.name!r} holds the codes of this rank's rows only; call "
                 "gather_codes(model) first, on all ranks"
             )
 
 
-class CompressedEmbedding(DecodedRows, _Compressed):
+class CompressedEmbedding(DecodedRows, Compressed):
     """A drop-in for ``nn.Embedding`` that holds bit-packed codes and small codebooks.
 
     :func:`mec_embed.compress` makes these; by hand, a fresh one decodes to zeros.
@@ -504,7 +504,7 @@ class CompressedEmbedding(DecodedRows, _Compressed):
     """
 
 
-class CompressedEmbeddingBag(DecodedBags, _Compressed):
+class CompressedEmbeddingBag(DecodedBags, Compressed):
     """A drop-in for ``nn.EmbeddingBag``.
 
     Other arguments as :class:`CompressedEmbedding`.

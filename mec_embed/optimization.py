@@ -28,10 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Undo
-from .modules import CompressedEmbedding, CompressedEmbeddingBag
+from .modules import Compressed
 from .regularization import rows_per_codeword
-
-Compressed = CompressedEmbedding | CompressedEmbeddingBag
 
 #: Optimizers whose weight decay is a penalty, unlike AdamW's.
 _PENALISING = (

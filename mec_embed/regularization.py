@@ -17,16 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import (
-    DECODE_ROWS,
-    CodePart,
-    CompressedEmbedding,
-    CompressedEmbeddingBag,
-    _Compressed,
-)
+from .modules import DECODE_ROWS, CodePart, Compressed
 from .packing import unpack
-
-Compressed = CompressedEmbedding | CompressedEmbeddingBag
 
 #: Counts of codewords, kept as long as their table lives: (state of the codes, counts).
 _COUNTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
@@ -55,7 +47,7 @@ def rows_per_codeword(table: Compressed) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def count_rows(table: _Compressed, first: int = 0, end: int | None = None) -> Tensor:
+def count_rows(table: Compressed, first: int = 0, end: int | None = None) -> Tensor:
     """Rows (M, K) float32 that use each codeword, of ``first`` up to ``end`` (or all)."""
     layout, codes = table.layout, table.codes
     end = layout.num_embeddings if end is None else end

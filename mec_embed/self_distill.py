@@ -29,7 +29,7 @@ from .distill import (
 )
 from .forward import Forward, check_batches, default_forward, eval_mode, grad_mode
 from .frequency import FrequencyStats, counts_for_tables
-from .modules import CompressedEmbedding, CompressedEmbeddingBag
+from .modules import Compressed
 from .shards import is_dtensor
 from .tables import Table, find_modules, find_tables
 
@@ -174,10 +174,7 @@ def _popular_rows(tables: list[Table], counts: list[Any], least: int) -> list[_P
 
 def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
     """The tables that are trained by rows, and the names of those left to Adam or alone."""
-    compressed = [
-        aliases[0].name
-        for _, aliases in find_modules(model, (CompressedEmbedding, CompressedEmbeddingBag))
-    ]
+    compressed = [aliases[0].name for _, aliases in find_modules(model, (Compressed,))]
     if compressed:
         raise ValueError(
             f"{', '.join(compressed)} are compressed already; call self_distill() before "

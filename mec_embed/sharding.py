@@ -21,10 +21,10 @@ from . import ops
 from .modules import (
     CodePart,
     CodeTable,
+    Compressed,
     DecodedBags,
     DecodedRows,
     DecodedTable,
-    _Compressed,
 )
 from .ranks import Ranks
 from .regularization import count_rows
@@ -143,7 +143,7 @@ class Part:
     coded: bool
 
     @classmethod
-    def of(cls, table: _Compressed, ranks: int) -> Part:
+    def of(cls, table: Compressed, ranks: int) -> Part:
         """How a table, whole still, is to be spread."""
         rows = table.num_embeddings
         if not table.layout.bits:
@@ -351,7 +351,7 @@ class _Sharded(DecodedTable):
     def _like(self) -> Tensor:
         return self.local._like()
 
-    def _tables(self) -> tuple[_Compressed, ...]:
+    def _tables(self) -> tuple[Compressed, ...]:
         return self.local._tables()
 
     def _places(self) -> ops.fast.Places:
@@ -412,7 +412,7 @@ def _facts(found: Sequence[tuple[DecodedTable, tuple[Alias, ...]]]) -> dict[str,
     return facts
 
 
-def _coded(tables: Sequence[_Sharded]) -> dict[nn.Module, tuple[_Compressed, Part]]:
+def _coded(tables: Sequence[_Sharded]) -> dict[nn.Module, tuple[Compressed, Part]]:
     """Code table -> one of the tables, or tiers, that it belongs to."""
     return {
         coded.code_table: (coded, part)

@@ -14,7 +14,8 @@ from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_a
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats
-from ..regularization import Compressed, table_penalty, trainable_tables
+from ..modules import Compressed
+from ..regularization import table_penalty, trainable_tables
 from ..report import CompressionReport
 from ..sensitivity import MOST_BATCHES
 from .counting import Lookups, count_features, whole_numbers

@@ -15,7 +15,8 @@ from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_a
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats, parquet_columns
-from ..regularization import Compressed, hidden_codebooks, table_penalty, trainable_tables
+from ..modules import Compressed
+from ..regularization import hidden_codebooks, table_penalty, trainable_tables
 from ..report import CompressionReport
 from .counting import count_features
 

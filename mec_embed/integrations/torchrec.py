@@ -24,8 +24,8 @@ from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..forward import Forward, default_forward
 from ..frequency import FrequencyStats
+from ..modules import Compressed
 from ..ranks import Ranks
-from ..regularization import Compressed
 from ..report import CompressionReport
 from ..shards import Block, Part, is_dtensor
 from ..swap import Optimizers
