@@ -129,7 +129,7 @@ def gather_codes(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class Spread:
     """How the rows of a table, or of a tier, are spread over the ranks.
 
     Attributes:
@@ -143,7 +143,7 @@ class Part:
     coded: bool
 
     @classmethod
-    def of(cls, table: Compressed, ranks: int) -> Part:
+    def of(cls, table: Compressed, ranks: int) -> Spread:
         """How a table, whole still, is to be spread."""
         rows = table.num_embeddings
         if not table.layout.bits:
@@ -241,7 +241,7 @@ class _Sharded(DecodedTable):
         self.name = table.name
         self.oov_row = table.oov_row
         self.exchange = exchange
-        self.parts = tuple(Part.of(coded, exchange.ranks) for coded in table._tables())
+        self.parts = tuple(Spread.of(coded, exchange.ranks) for coded in table._tables())
         #: Whole, in tables with tiers.
         self.tier_map = table.tier_map if isinstance(table, _Tiered) else None
         self.local = table
@@ -412,7 +412,7 @@ def _facts(found: Sequence[tuple[DecodedTable, tuple[Alias, ...]]]) -> dict[str,
     return facts
 
 
-def _coded(tables: Sequence[_Sharded]) -> dict[nn.Module, tuple[Compressed, Part]]:
+def _coded(tables: Sequence[_Sharded]) -> dict[nn.Module, tuple[Compressed, Spread]]:
     """Code table -> one of the tables, or tiers, that it belongs to."""
     return {
         coded.code_table: (coded, part)

@@ -131,7 +131,7 @@ def _start(name: str, weight: Any) -> list[int]:
     return start
 
 
-def shards(parts: Mapping[str, Part], ranks: Ranks) -> dict[str, Shard]:
+def shards_of(parts: Mapping[str, Part], ranks: Ranks) -> dict[str, Shard]:
     """The shards of tables, by name; all ranks call, each with its parts of the same tables.
 
     Where several ranks hold the same rows, each takes a share of them, so that every row is on one.

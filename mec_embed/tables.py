@@ -15,8 +15,7 @@ from .config import CompressionConfig
 from .layout import dtype_name
 from .modules import DecodedTable, check_gathered
 from .ranks import ALONE, Ranks
-from .shards import Shard, is_dtensor, part_of_dtensor
-from .shards import shards as shards_of
+from .shards import Shard, is_dtensor, part_of_dtensor, shards_of
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14

@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapters import Unsharded, adapted
 from .ranks import Ranks
-from .shards import Part, Shard, shards
+from .shards import Part, Shard, shards_of
 from .swap import optimizer_groups
 from .tables import EMBEDDINGS, Alias, Table, find_modules
 
@@ -134,4 +134,4 @@ def _shards(
             parts[f"{name}.{table}"], modules[f"{name}.{table}"] = part, module
     facts = {f"table {name!r}": f"{part.rows} rows, sharded" for name, part in parts.items()}
     ranks.agree(facts, "comparing sharded tables")
-    return {modules[name]: shard for name, shard in shards(parts, ranks).items()}
+    return {modules[name]: shard for name, shard in shards_of(parts, ranks).items()}

@@ -51,7 +51,7 @@ def put_together_on_ranks():
     ranks, found = Ranks(dist.group.WORLD), {}
     for dtype in (torch.float32, torch.float16):
         parts = {name: part_of(whole(dtype), held[ranks.rank]) for name, held in HELD.items()}
-        for name, shard in shards.shards(parts, ranks).items():
+        for name, shard in shards.shards_of(parts, ranks).items():
             found[name, dtype] = shard.bounds, shard.rows
     return found, most[0]
 
@@ -80,19 +80,19 @@ def test_blocks_that_do_not_cover_the_table(held, shown):
     table = torch.zeros(ROWS + 9, DIM)
     part = Part(part_of(table, held).blocks, ROWS, table[:0])
     with pytest.raises(ValueError, match=f"table 't': the ranks hold the {shown}.*each of 1003"):
-        shards.shards({"t": part}, ALONE)
+        shards.shards_of({"t": part}, ALONE)
 
 
 def test_rows_beyond_the_table():
     table = torch.zeros(ROWS + 9, DIM)
     part = Part(part_of(table, [(9, ROWS + 9, 0, DIM)]).blocks, ROWS, table[:0])
     with pytest.raises(ValueError, match=r"rows \[\(9, 1012\)\]"):
-        shards.shards({"t": part}, ALONE)
+        shards.shards_of({"t": part}, ALONE)
 
 
 def test_one_process_takes_all():
     table = whole()
     held = [(0, ROWS, 3, DIM), (0, ROWS, 0, 3)]
-    shard = shards.shards({"t": part_of(table, held)}, ALONE)["t"]
+    shard = shards.shards_of({"t": part_of(table, held)}, ALONE)["t"]
     assert shard.bounds == ((0, ROWS),)
     assert torch.equal(shard.rows.view(torch.uint8), table.view(torch.uint8))
