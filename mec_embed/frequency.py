@@ -220,8 +220,12 @@ class FrequencyStats:
         counter = IdCounter(model)
         for name, path in tables.items():
             for file in _parquet_files(path):
-                for part in parquet_columns(file, [id_column, count_column]):
-                    counter.add_by_name(name, part[id_column], part[count_column])
+                for batch in _record_batches(file, [id_column, count_column]):
+                    ids, counts = (
+                        _without_nulls(name, file, column, batch[column])
+                        for column in (id_column, count_column)
+                    )
+                    counter.add_by_name(name, ids, counts)
         return cls(counter.counts)
 
 
@@ -248,11 +252,20 @@ def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[s
         ValueError: a column is missing.
         RuntimeError: pyarrow is not installed.
     """
+    wanted = sorted(columns)
+    for batch in _record_batches(path, wanted):
+        yield {
+            column: _flattened(batch[column]).drop_null().to_numpy(zero_copy_only=False)
+            for column in wanted
+        }
+
+
+def _record_batches(path: str | Path, wanted: list[str]) -> Iterator[Any]:
+    """Record batches of some columns of a parquet file; raises as :func:`parquet_columns`."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise RuntimeError("reading parquet needs pyarrow: pip install pyarrow") from error
-    wanted = sorted(columns)
     # By default, all pages of the columns are read before the first batch.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         missing = sorted(set(wanted) - set(file.schema_arrow.names))
@@ -261,15 +274,26 @@ def parquet_columns(path: str | Path, columns: Iterable[str]) -> Iterator[dict[s
                 f"{path} has no column {', '.join(missing)}; "
                 f"it has {', '.join(file.schema_arrow.names)}"
             )
-        for batch in file.iter_batches(batch_size=1 << 16, columns=wanted):
-            yield {column: _flat_ids(batch[column]) for column in wanted}
+        yield from file.iter_batches(batch_size=1 << 16, columns=wanted)
 
 
-def _flat_ids(array: Any) -> np.ndarray:
-    """Ids of an arrow column: lists flattened, nulls dropped."""
+def _flattened(array: Any) -> Any:
+    """An arrow column whose lists, of any depth, follow each other."""
     while hasattr(array, "flatten") and hasattr(array.type, "value_type"):
         array = array.flatten()
-    return array.drop_null().to_numpy(zero_copy_only=False)
+    return array
+
+
+def _without_nulls(name: str, path: Path, column: str, array: Any) -> np.ndarray:
+    """The numbers of an arrow column; ValueError for a null: ids and counts would not pair."""
+    flat = _flattened(array)
+    if array.null_count or flat.null_count:
+        raise ValueError(
+            f"table {name!r}: column {column!r} of {path} holds a null, expected an id and a count "
+            "in each line; leave such lines out"
+        )
+    numbers: np.ndarray = flat.to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def _checked(name: str, values: Any) -> np.ndarray:
@@ -348,8 +372,8 @@ class IdCounter:
         else:
             if len(weights) != len(ids):
                 raise ValueError(
-                    f"table {name or qualified!r}: {len(ids)} ids and {len(weights)} counts; nulls "
-                    "are not allowed"
+                    f"table {name or qualified!r}: {len(ids)} ids and {len(weights)} counts, "
+                    "expected one for each; count each id in a line of its own"
                 )
             np.add.at(total, ids, _checked(name or qualified, weights))
         if module.padding_idx is not None:
