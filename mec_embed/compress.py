@@ -699,6 +699,7 @@ class Outcome:
                 rows = table.whole()
             books.append(CodebookSet(layout, table.weight.requires_grad))
             books[-1].store(rows[None].cpu())
+            _check_fits(table, books[-1].codebooks, layout.codebook_dtype)
         for field, field_layouts in zip(group.fields, layouts, strict=True):
             codes = CodeTable(field_layouts[0])
             for table, layout, book in zip(field.tables, field_layouts, books, strict=True):
@@ -731,13 +732,7 @@ class Outcome:
             return fit_codes(rows, code_shape, self.draft.config, tell, known)
 
         fitted = self.fit(group, shape, fit)
-        if not bool(fitted.codebooks.isfinite().all()):
-            dtype = layouts[0][0].codebook_dtype
-            raise ValueError(
-                f"table {group.first.table.name!r}: its codebooks do not fit into "
-                f"{dtype_name(dtype)}, whose largest value is {torch.finfo(dtype).max:g}; use "
-                "codebook_dtype='float32' or 'int8'"
-            )
+        _check_fits(group.first.table, fitted.codebooks, layouts[0][0].codebook_dtype)
         widths = list(_widths(group.first)) if group.first.partner else fitted.codebooks.shape[2]
         books = []
         for table, layout, values in zip(
@@ -865,6 +860,15 @@ def _metric(group: Group, shape: Shape) -> Tensor | None:
         return None
     # Only ratios matter within a group; the largest at 1 keeps float32 in range.
     return torch.from_numpy(group.metric / abs(group.metric).max()).float()
+
+
+def _check_fits(table: Table, codebooks: Tensor, dtype: torch.dtype) -> None:
+    """ValueError for codebooks that have become infinite in the dtype that they are stored in."""
+    if not bool(codebooks.isfinite().all()):
+        raise ValueError(
+            f"table {table.name!r}: its codebooks do not fit into {dtype_name(dtype)}, whose "
+            f"largest value is {torch.finfo(dtype).max:g}; use codebook_dtype='float32' or 'int8'"
+        )
 
 
 def _holding(layout: CodeLayout, packed: Tensor) -> CodeTable:

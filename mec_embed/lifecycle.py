@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .forward import full_precision
+from .layout import dtype_name
 from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
@@ -57,6 +58,7 @@ def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
             f"table {held[0].name!r}: rows of this tier are stored as one; use popular=True, or "
             "compress a retrained model"
         )
+    _check_fits(parts, given)
     codes = _encode(parts, given)
     for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
         _extend_map(tier_map, count, popular)
@@ -110,6 +112,7 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
                 f"table {held[0].name!r}: row {int(ids[inside][0])} is one of those that are "
                 "stored as one row; leave such rows out, or compress a retrained model"
             )
+        _check_fits(parts, new)
         todo.append((parts, places, new))
     encoded = [_encode(parts, new) for parts, _, new in todo]
     changed = 0
@@ -345,6 +348,22 @@ def _codewords(books: CodebookSet, rows: Tensor) -> tuple[Tensor, Tensor | None]
     if books.scales is None:
         return rows[None].to(books.codebooks.dtype), None
     return quantize_codebooks(rows[None])
+
+
+def _check_fits(parts: Sequence[Compressed], rows: Sequence[Tensor]) -> None:
+    """ValueError for rows that would become infinite in the dtype that they are stored in."""
+    if parts[0].layout.bits:
+        return
+    for part, one in zip(parts, rows, strict=True):
+        wrong = ~_codewords(part.codebook_set, one)[0][0].isfinite().all(1)
+        if bool(wrong.any()):
+            row, dtype = int(wrong.nonzero()[0]), part.codebooks.dtype
+            found, most = float(one[row].abs().max()), torch.finfo(dtype).max
+            raise ValueError(
+                f"table {part.name!r}: row {row} of those given holds {found:g}, expected at most "
+                f"{most:g}, as its rows are kept as {dtype_name(dtype)}; leave it out, or compress "
+                "a retrained model with codebook_dtype='float32' or 'int8'"
+            )
 
 
 def _append_codewords(books: CodebookSet, rows: Tensor) -> None:

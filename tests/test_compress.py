@@ -270,9 +270,21 @@ def test_small_ratio_may_keep_rows_in_a_narrow_dtype():
     weight = model[0].weight.detach().clone()
     report = run(model, config=CompressionConfig(ratio=1.9, codebook_dtype="float16", epochs=0))
     assert report.ratio >= 1.9 and report.bytes_after == table_bytes(model)
-    if report.tables[0].layout == "rows float16":
-        torch.testing.assert_close(model[0].dequantize(), weight.half().float())
+    assert report.tables[0].layout == "rows float16"
+    torch.testing.assert_close(model[0].dequantize(), weight.half().float())
     assert report.tables[0].weighted_error < 1e-3
+
+
+def test_rows_that_the_dtype_cannot_hold_are_an_error():
+    model = nn.Sequential(nn.Embedding(2000, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(1e5)
+    before = model[0]
+    config = CompressionConfig(ratio=1.9, codebook_dtype="float16", epochs=0)
+    assert plan(model, None, config).tables[0].layout == "rows float16"
+    with pytest.raises(ValueError, match="table '0': its codebooks do not fit into float16"):
+        run(model, config=config)
+    assert model[0] is before
 
 
 def naming(model, kind):

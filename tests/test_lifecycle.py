@@ -258,6 +258,16 @@ def test_bad_input_is_named_and_nothing_changes(name: str) -> None:
     assert pickle.dumps(table.state_dict()) == before
 
 
+def test_rows_that_the_dtype_cannot_hold_change_nothing() -> None:
+    table = _table(CodeLayout("rows", 50, 12, 1, 50, torch.float16), name="t")
+    before, rows = pickle.dumps(table.state_dict()), torch.zeros(2, 12)
+    rows[1, 3] = -1e5
+    for call in (extend, lambda t, given: update(t, torch.tensor([4, 5]), given)):
+        with pytest.raises(ValueError, match="'t': row 1 of those given holds 100000, expected at"):
+            call(table, rows)
+    assert pickle.dumps(table.state_dict()) == before
+
+
 def test_wide_rows_are_encoded_in_small_chunks(monkeypatch) -> None:
     """Several arrays of a chunk live together: bytes are bounded, not rows."""
     table = _table(CodeLayout("additive", 50, 512, 2, 4))
