@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import Forward, check_batches, eval_mode, prediction
+from .forward import Forward, check_batches, eval_mode, grad_mode, prediction
 from .measuring import asking_forward, exchanges, in_step, scale_of_bags
 from .tables import Table
 
@@ -47,7 +47,7 @@ def fisher_matrices(
         others: sharded tables to look up in as well, without a matrix.
 
     Raises:
-        ValueError: batches is empty, or a gradient is NaN or infinite.
+        ValueError: batches is empty, predictions have no gradient, or one is NaN or infinite.
         TypeError: batches cannot be gone through.
     """
     check_batches(batches)
@@ -58,11 +58,17 @@ def fisher_matrices(
     generator = torch.Generator().manual_seed(0)
     if exchanges(model, [*totals]):
         batches = in_step(batches, tables[0].ranks)
-    with eval_mode(model), _attributes_kept(model), torch.enable_grad(), _watched([*totals], seen):
+    with eval_mode(model), _attributes_kept(model), grad_mode(), _watched([*totals], seen):
         for batch in batches:
             seen.clear()
             logits = _fisher_logits(prediction(forward(model, batch)), generator)
             leaves = [leaf for _, leaf, _ in seen]
+            if leaves and not logits.requires_grad:
+                raise ValueError(
+                    f"predictions have no gradient by the rows of table {seen[0][0].name!r}, "
+                    "expected one; let the model, or forward=, run without torch.no_grad() and "
+                    "detach(), or compress without batches="
+                )
             grads = torch.autograd.grad(logits.sum(), leaves, allow_unused=True) if leaves else ()
             for (table, leaf, scale), grad in zip(seen, grads, strict=True):
                 lookups[table] += leaf.numel() // table.dim

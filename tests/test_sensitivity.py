@@ -140,6 +140,8 @@ def test_errors():
         matrices(model, [torch.arange(10)])
     with pytest.raises(TypeError, match="pass forward="):
         matrices(Linear(), [torch.arange(10)], lambda model, batch: (model(batch), 1))
+    with pytest.raises(ValueError, match="no gradient by the rows of table 'table'.*detach"):
+        matrices(Linear(), [torch.arange(10)], lambda model, batch: model(batch).detach())
 
 
 @pytest.mark.parametrize("batches", [3, object()])
@@ -208,11 +210,12 @@ def test_product_codes_use_it_for_bits_only():
     assert torch.equal(model.table.codes, twin.table.codes)
 
 
-def test_gradients_off_outside():
-    """compress() under no_grad measures all the same."""
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_off_outside(context):
+    """compress() measures all the same."""
     model = Linear(rows=3000)
     batches = torch.randint(3000, (5, 500)).unbind(0)
     config = CompressionConfig(num_subvectors=2, codebook_size=16, epochs=0)
-    with torch.no_grad():
+    with context():
         compress(model, None, config, batches=batches, progress=False)
     assert model.table.codebooks.requires_grad
