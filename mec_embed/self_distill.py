@@ -31,7 +31,7 @@ from .forward import Forward, check_batches, default_forward, eval_mode, grad_mo
 from .frequency import FrequencyStats, counts_for_tables
 from .modules import Compressed
 from .shards import is_dtensor
-from .tables import Table, find_modules, find_tables
+from .tables import EMBEDDINGS, Table, find_modules, find_tables
 
 
 def self_distill(
@@ -180,13 +180,14 @@ def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
             f"{', '.join(compressed)} are compressed already; call self_distill() before "
             "compress(), or train on with distill()"
         )
-    tables, skipped = find_tables(model, CompressionConfig(min_rows=1))
-    for table in tables:
-        if is_dtensor(table.weight):
+    for module, aliases in find_modules(model, EMBEDDINGS):
+        if type(module) in EMBEDDINGS and is_dtensor(getattr(module, "weight", None)):
+            # Before find_tables(), which would ask for a process_group that is none of ours.
             raise ValueError(
-                f"table {table.name!r} is sharded between ranks; self_distill() trains tables "
-                "that are whole in this process"
+                f"table {aliases[0].name!r} is sharded between ranks; self_distill() trains tables "
+                "that are whole in this process: gather it (full_tensor()) into a plain model"
             )
+    tables, skipped = find_tables(model, CompressionConfig(min_rows=1))
     trained = [table for table in tables if table.weight.requires_grad]
     frozen = [name for table in tables if not table.weight.requires_grad for name in table.names]
     return trained, [*frozen, *(name for t in skipped for name in t.names)]

@@ -79,9 +79,9 @@ class Shard:
     bounds: tuple[tuple[int, int], ...]
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(value: Any) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
-    return type(tensor).__name__ == "DTensor"
+    return type(value).__name__ == "DTensor"
 
 
 def part_of_dtensor(name: str, weight: Any, ranks: Ranks) -> Part:

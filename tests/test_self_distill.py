@@ -6,11 +6,13 @@ import copy
 import math
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
 from click_model import ClickModel
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from examples.ctr.data import counts
 from examples.ctr.generator import generate
@@ -253,3 +255,21 @@ def test_an_over_fitted_model_becomes_better_on_new_examples():
     self_distill(model, stats, batches, labels=lambda batch: batch[1], progress=False)
     after = evaluate(model, data, "valid")
     assert after.auc > before.auc + 0.001 and after.logloss < before.logloss - 0.001
+
+
+def sharded_on_ranks() -> str:
+    model, stats = _model(), FrequencyStats.from_batches(_model(), _batches())
+    table = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    mesh = init_device_mesh("cpu", (2,))
+    table.weight = nn.Parameter(distribute_tensor(table.weight.detach(), mesh, [Shard(0)]))
+    try:
+        _run(model, stats=stats)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.slow
+def test_sharded_tables_are_refused_without_asking_for_a_group(tmp_path):
+    for message in processes.run(sharded_on_ranks, 2, tmp_path):
+        assert "is sharded between ranks; self_distill() trains" in message
