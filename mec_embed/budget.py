@@ -224,6 +224,11 @@ def _place(table: Table) -> Hashable:
     return table.rows, table.device, table.shard and table.shard.bounds
 
 
+def total_count(counts: np.ndarray) -> float:
+    """The number of lookups; counts (rows,) in half precision would add up to infinity."""
+    return float(counts.sum(dtype=np.float64))
+
+
 def total_weight(weights: Tensor) -> float:
     """The sum of weights (n,), in float64."""
     return sum(float(part.double().sum()) for part in weights.split(_PART_ROWS))
@@ -380,7 +385,7 @@ def make_fields(
 
 def _partners(tables: Sequence[Table], counts: Sequence[np.ndarray | None]) -> dict[int, int]:
     """The first-order table (its place in ``tables``) of each vector table that has one."""
-    popularity = [None if c is None else (c.sum(), c[:1000].tobytes()) for c in counts]
+    popularity = [None if c is None else (total_count(c), c[:1000].tobytes()) for c in counts]
     vectors: dict[Hashable, list[int]] = defaultdict(list)
     for i, table in enumerate(tables):
         if table.dim > 1:

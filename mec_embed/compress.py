@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Assignment, Field, Group, Shape, assign, popular_rows, total_weight
+from .budget import Assignment, Field, Group, Shape, assign, popular_rows, total_count, total_weight
 from .config import POPULARITY, CompressionConfig
 from .forward import Forward, default_forward, full_precision, grad_mode
 from .frequency import FrequencyStats, counts_for_tables
@@ -449,7 +449,7 @@ def draft_tables(
     if ranks.size > 1:
         facts = _facts(config, tables, counts, keys, measure is not None)
         ranks.agree(facts | ({} if earlier is None else earlier.facts()), "comparing tables")
-    totals = [None if c is None else float(c.sum()) for c in counts]
+    totals = [None if c is None else total_count(c) for c in counts]
     popularity = config.popularity or ("sqrt" if measure is None else "linear")
     known = [max(total, 1.0) for total in totals if total is not None]
     # A table without counts is looked up as often as the others are on average.
@@ -555,7 +555,7 @@ def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor
         part = np.array(counts[start : start + _WEIGHT_ROWS], dtype=np.float64)
         popular = POPULARITY[popularity](torch.from_numpy(part).clamp(min=_UNSEEN))
         weights[start : start + _WEIGHT_ROWS] = popular
-    return weights.mul_(max(float(counts.sum()), 1.0) / total_weight(weights))
+    return weights.mul_(max(total_count(counts), 1.0) / total_weight(weights))
 
 
 def _share_key(table: Table, groups_of: Mapping[int, Hashable]) -> tuple[Hashable, ...]:

@@ -159,7 +159,7 @@ def _check_counts(values: np.ndarray, where: str) -> None:
     """ValueError unless all are finite and at least 0."""
     for start in range(0, len(values), _PART):
         part = values[start : start + _PART]
-        wrong = ~((part >= 0) & (part <= MOST_COUNT))
+        wrong = ~((part >= 0) & (part <= np.float64(MOST_COUNT)))
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
