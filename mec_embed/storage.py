@@ -96,7 +96,7 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
 
     Args:
         model: built as the saved model was before compression (its weights do not matter), on any
-            device; a model that is already compressed in the same way is fine too.
+            device but ``meta``; a model that is already compressed in the same way is fine too.
         path: a file that :func:`save` wrote.
         optimizer: over the model's parameters, as in :func:`mec_embed.compress`.
 
@@ -107,11 +107,13 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
         FormatError: not such a file, truncated or damaged, of a newer format version, or of
             another architecture; what differs is named.
         FileNotFoundError: no file.
+        ValueError: a model on the meta device.
 
     Example:
         >>> model = load(build_model(), "model.safetensors")  # doctest: +SKIP
     """
     check_model(model)
+    _check_values(model)
     all_optimizers(model, optimizer)
     manifest, tensors = _read(Path(path))
     # Files that were made of a compiled model's state_dict have its names.
@@ -126,6 +128,16 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
         state = tensors | manifest["extra"]
         replace_modules(inner, replacements, optimizer, lambda: inner.load_state_dict(state))
     return model
+
+
+def _check_values(model: nn.Module) -> None:
+    """ValueError for tensors on the meta device, into which values would vanish."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{name!r} of the model is on the meta device and can take no values; build the "
+                "model on the device that it is to be on, or call model.to_empty(device=...) first"
+            )
 
 
 @contextmanager

@@ -646,8 +646,18 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises((OSError, FormatError)):
+    with pytest.raises(FormatError, match="is a folder, expected a file"):
         load(Rich(), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["all", "one table"])
+def test_a_model_without_values_is_refused(part: str, saved: tuple[Rich, Path]) -> None:
+    model = Rich()
+    table = next(name for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    (model if part == "all" else model.get_submodule(table)).to("meta")
+    with pytest.raises(ValueError, match="of the model is on the meta device"):
+        load(model, saved[1])
+    load(model.to_empty(device="cpu"), saved[1])
 
 
 def test_truncated_files(saved: tuple[Rich, Path], tmp_path: Path) -> None:
