@@ -576,7 +576,7 @@ def _rows_mixed(batch: Any, part: float, predictions: int) -> int:
             f"the columns that mix shuffles have {rows} rows for {predictions} predictions, "
             "expected one for each: which labels hold is not known; pass mix=0, or no labels"
         )
-    return int(part * predictions) if rows else 0
+    return int(part * rows) * (predictions // rows) if rows else 0
 
 
 def _shuffled(
