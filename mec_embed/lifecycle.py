@@ -175,9 +175,12 @@ def drift(
     _check_expected(held[0], expected)
     decoded, x = _decoded_anew(held, given, ids).double(), given[0].double()
     share = torch.ones(len(x)) if weights is None else weights
-    if len(share) != len(x) or not bool((share >= 0).all()) or not float(share.sum()) > 0:
+    table._check_tensor("weights", share)
+    positive = bool((share >= 0).all()) and 0 < float(share.sum()) < math.inf
+    if share.shape != (len(x),) or not positive:
         raise ValueError(
-            f"table {table.name!r}: weights must be {len(x)} numbers of at least 0, and not all 0"
+            f"table {table.name!r}: weights must be {len(x)} finite numbers of at least 0, and not "
+            f"all 0, got the shape {tuple(share.shape)} and the sum {float(share.sum()):g}"
         )
     share = (share / share.sum()).double().to(x.device)
     error = float(share @ (x - decoded).square().sum(1))

@@ -237,7 +237,19 @@ BAD: dict[str, tuple[Any, str]] = {
     "float ids": (lambda t: update(t, torch.tensor([3.0]), torch.zeros(1, 12)), "int32 or int64"),
     "weights": (
         lambda t: drift(t, torch.randn(9, 12), 0.1, torch.zeros(9)),
-        "weights must be 9 numbers",
+        "weights must be 9 finite numbers.* sum 0",
+    ),
+    "infinite weights": (
+        lambda t: drift(t, torch.randn(2, 12), 0.1, torch.tensor([1.0, torch.inf])),
+        "weights must be 2 finite numbers.* sum inf",
+    ),
+    "matrix of weights": (
+        lambda t: drift(t, torch.randn(9, 12), 0.1, torch.ones(9, 1)),
+        r"weights must be 9 finite numbers.* shape \(9, 1\)",
+    ),
+    "list of weights": (
+        lambda t: drift(t, torch.randn(2, 12), 0.1, [1.0, 2.0]),
+        "'t': weights must be a tensor, got list",
     ),
     "one row": (lambda t: drift(t, torch.randn(1, 12), 0.1), "'t': the rows are all equal"),
     "no error": (lambda t: drift(t, torch.randn(9, 12), None), "'t': the expected error is None"),
