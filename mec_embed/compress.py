@@ -184,6 +184,9 @@ def plan(
 
     Args and errors as :func:`compress`. The bytes are exact; errors are predicted
     only: ``report.predicted_error``, and ``report.plot()`` for that of other ratios.
+
+    Example:
+        >>> print(plan(model, stats, CompressionConfig(ratio=50)))  # doctest: +SKIP
     """
     with Ranks(process_group).guard() as ranks, _unsharded(model, ranks, optimizer) as standing:
         draft = _draft(model, freq_stats, config, optimizer, batches, forward, standing, start_from)
@@ -252,6 +255,11 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     Raises:
         ValueError: the model holds no compressed table, or one with hooks of
             ``parallelize_module``, which give it ids that a dense table does not take.
+
+    Example:
+        >>> model = load(build_model(), "small.safetensors")  # doctest: +SKIP
+        >>> decompress(model)  # doctest: +SKIP
+        26
     """
     check_model(model)
     found = list(find_replacements(model))

@@ -268,7 +268,9 @@ class TieredEmbedding(DecodedRows, _Tiered):
 
 
 class TieredEmbeddingBag(DecodedBags, _Tiered):
-    """A drop-in for ``nn.EmbeddingBag``, see :class:`TieredEmbedding`.
+    """A drop-in for ``nn.EmbeddingBag``, with more bits for popular rows.
+
+    Other arguments as :class:`TieredEmbedding`.
 
     Args:
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
@@ -276,6 +278,17 @@ class TieredEmbeddingBag(DecodedBags, _Tiered):
 
     Shape:
         As :class:`~mec_embed.CompressedEmbeddingBag`.
+
+    Raises:
+        IndexError, TypeError: as :class:`TieredEmbedding`.
+        ValueError: tiers whose rows differ in length; offsets that do not fit.
+
+    Example:
+        >>> head = CompressedEmbedding(CodeLayout("additive", 10, 8, 4, 16))
+        >>> tail = CompressedEmbedding(CodeLayout("additive", 90, 8, 1, 16))
+        >>> tier_map = TierMap.of(torch.arange(100) < 10)
+        >>> TieredEmbeddingBag(tier_map, head, tail, mode="sum")(torch.tensor([[1, 99]])).shape
+        torch.Size([1, 8])
     """
 
     def __init__(
