@@ -254,7 +254,8 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
 
     Raises:
         ValueError: the model holds no compressed table, or one with hooks of
-            ``parallelize_module``, which give it ids that a dense table does not take.
+            ``parallelize_module``, which give it ids that a dense table does not take; an
+            optimizer of another model.
 
     Example:
         >>> model = load(build_model(), "small.safetensors")  # doctest: +SKIP
@@ -262,6 +263,7 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
         26
     """
     check_model(model)
+    check_held(model, optimizer)
     found = list(find_replacements(model))
     if not found:
         raise ValueError("the model holds no compressed table; nothing to decompress")

@@ -21,6 +21,7 @@ from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
 from .packing import empty_packed, pack, pack_into, unpack
+from .swap import Optimizers, listed, replace_parameters
 from .tiers import TierMap, _Tiered
 
 Tables = DecodedTable | Sequence[DecodedTable]
@@ -29,13 +30,17 @@ Rows = Tensor | Sequence[Tensor]
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
+def extend(
+    tables: Tables, rows: Rows, *, popular: bool = False, optimizer: Optimizers = None
+) -> range:
     """Append rows to a compressed table, in place, with the codebooks that it has.
 
     Args:
         tables: a compressed table, or all tables that share its codes.
         rows: new rows (n, embedding_dim), floating, for each of the tables.
         popular: put them into the tier of more bits, of tables in tiers.
+        optimizer: or several, that train the tables. A table kept as rows is one parameter; a
+            longer one takes its place in its group, and its state begins anew.
 
     Returns:
         The ids of the new rows.
@@ -43,12 +48,13 @@ def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
     Raises:
         ValueError: rows that do not fit or are not finite; a table that shares its codes with one
             that is not given; rows that would be stored as one. Nothing has changed then.
-        TypeError: a module that is no compressed table.
+        TypeError: a module that is no compressed table, an optimizer that is none.
 
     Example:
         >>> ids = extend(model.item, vectors_of_new_items)  # doctest: +SKIP
         >>> model.item(torch.tensor([ids[0]]))  # doctest: +SKIP
     """
+    listed(optimizer)
     held, given = _matched(tables, rows)
     first, count = held[0].num_embeddings, len(given[0])
     parts = _tier_of(held, popular)
@@ -63,8 +69,12 @@ def extend(tables: Tables, rows: Rows, *, popular: bool = False) -> range:
     for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
         _extend_map(tier_map, count, popular)
     if codes is None:
+        before = [part.codebooks for part in parts]
         for part, new in zip(parts, given, strict=True):
             _append_codewords(part.codebook_set, new)
+        replace_parameters(
+            optimizer, dict(zip(before, (part.codebooks for part in parts), strict=True))
+        )
     else:
         _append_codes(parts[0], codes)
     for part in parts:
@@ -174,7 +184,7 @@ def drift(
     held, given = _matched(table, rows)
     _check_expected(held[0], expected)
     decoded, x = _decoded_anew(held, given, ids).double(), given[0].double()
-    share = torch.ones(len(x)) if weights is None else weights
+    share = torch.ones(len(x), dtype=torch.float64) if weights is None else weights
     table._check_tensor("weights", share)
     positive = bool((share >= 0).all()) and 0 < float(share.sum()) < math.inf
     if share.shape != (len(x),) or not positive:

@@ -33,6 +33,41 @@ class SharedModule(nn.Module):
         """Itself, the first time that it is met, with ``remove_duplicate=False`` as well."""
         return super().named_modules(memo, prefix, True)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Casts are for the output: the format knows one dtype of each buffer."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, held in before.items():
+            now = self._buffers[name]
+            if held is not None and now is not None and now.dtype != held.dtype:
+                setattr(self, name, held.to(now.device))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Whole numbers that were cast on the way are refused: large ones have lost digits."""
+        for name, held in self._buffers.items():
+            given = state_dict.get(f"{prefix}{name}")
+            if held is None or not isinstance(given, Tensor) or held.is_floating_point():
+                continue
+            if given.dtype != held.dtype:
+                error_msgs.append(
+                    f"{prefix}{name} is {given.dtype}, expected {held.dtype}; cast floating "
+                    "tensors of a state_dict alone"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
 
 class CodeTable(SharedModule):
     """The packed codes of one or more tables: a module, so that sharing survives ``.to()``."""
@@ -73,7 +108,7 @@ class CodePart(CodeTable):
         del self.codes
         self.codes, self.rows_per_codeword = codes, rows_per_codeword
 
-    def _apply(self, fn: Any, recurse: bool = True) -> CodePart:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.codes, self.rows_per_codeword = fn(self.codes), fn(self.rows_per_codeword)
         return super()._apply(fn, recurse)
 
@@ -110,14 +145,6 @@ class CodebookSet(SharedModule):
         else:
             self.register_parameter("codebooks", nn.Parameter(codebooks, requires_grad))
             self.register_buffer("scales", None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CodebookSet:
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
-            # .float() and .half() are for the output; the format knows one dtype of scales.
-            self.scales = scales.to(self.scales.device)
-        return self
 
     def store(self, values: Tensor) -> None:
         """Put float codebooks (M, K, subvector_dim) in, rounded to the dtype of this set."""
@@ -177,6 +204,24 @@ def quantize_codebooks(values: Tensor) -> tuple[Tensor, Tensor]:
     scales = scales.to(SCALE_DTYPE)
     steps = values.float() / scales.float()[:, :, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def padding_row(padding_idx: int | None, rows: int, name: str) -> int | None:
+    """The padding row of a table; negative numbers count from the end, as in ``nn.Embedding``."""
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ValueError(
+            f"table {name!r}: padding_idx must be in {-rows}..{rows - 1} or None, got {padding_idx}"
+        )
+    return padding_idx % rows
+
+
+def known_mode(mode: str, name: str) -> str:
+    """The mode of bags; ValueError for none that there is."""
+    if mode not in ("sum", "mean", "max"):
+        raise ValueError(f"table {name!r}: mode must be 'sum', 'mean' or 'max', got {mode!r}")
+    return mode
 
 
 class DecodedTable(nn.Module, ABC):
@@ -368,10 +413,12 @@ class Compressed(DecodedTable):
         codebook_set: CodebookSet | None = None,
     ) -> None:
         super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"table {name!r}: dtype must be floating, got {dtype}")
         self.layout = layout
         self.num_embeddings = layout.num_embeddings
         self.embedding_dim = layout.embedding_dim
-        self.padding_idx = padding_idx
+        self.padding_idx = padding_row(padding_idx, layout.num_embeddings, name)
         self.zero_padding = zero_padding
         self.sparse = sparse
         #: Whether the table was trainable; int8 codebooks are not, but remember it.
@@ -479,7 +526,7 @@ class CompressedEmbedding(DecodedRows, Compressed):
 
     Args:
         layout: rows, dim and code shape, see :class:`mec_embed.layout.CodeLayout`.
-        padding_idx: row that passes no gradient.
+        padding_idx: row that passes no gradient; negative ones count from the end.
         zero_padding: whether that row decodes to exact zeros.
         sparse: give the codebooks a sparse gradient.
         dtype: of the output; later ``.to(dtype)`` moves it as it moves any module.
@@ -495,7 +542,8 @@ class CompressedEmbedding(DecodedRows, Compressed):
     Raises:
         IndexError: an id outside ``0..num_embeddings - 1`` (checked on the CPU).
         TypeError: ids of another dtype.
-        ValueError: a DTensor of which ranks hold parts.
+        ValueError: a DTensor of which ranks hold parts; a ``padding_idx`` that is no row, a
+            ``dtype`` that is not floating.
 
     Example:
         >>> layout = CodeLayout("additive", 1000, 8, num_subvectors=2, codebook_size=16)
@@ -520,7 +568,7 @@ class CompressedEmbeddingBag(DecodedBags, Compressed):
 
     Raises:
         IndexError, TypeError: as :class:`CompressedEmbedding`.
-        ValueError: offsets that do not fit, as ``nn.EmbeddingBag``.
+        ValueError: offsets that do not fit, as ``nn.EmbeddingBag``; an unknown mode.
 
     Example:
         >>> layout = CodeLayout("additive", 1000, 8, num_subvectors=2, codebook_size=16)
@@ -538,7 +586,7 @@ class CompressedEmbeddingBag(DecodedBags, Compressed):
     ) -> None:
         """See the class."""
         super().__init__(layout, **options)
-        self.mode = mode
+        self.mode = known_mode(mode, self.name)
         self.include_last_offset = include_last_offset
 
     def _reduce(

@@ -54,8 +54,8 @@ def count_rows(table: Compressed, first: int = 0, end: int | None = None) -> Ten
     shape = (layout.num_subvectors, layout.codebook_size)
     if not layout.bits:
         users = layout.num_embeddings if layout.kind == "shared" else 1
-        return torch.full(shape, float(users), device=codes.device)
-    total = torch.zeros(shape, device=codes.device)
+        return torch.full(shape, float(users), dtype=torch.float32, device=codes.device)
+    total = torch.zeros(shape, dtype=torch.float32, device=codes.device)
     for start in range(first, end, DECODE_ROWS):
         stop = min(start + DECODE_ROWS, end)
         ids = torch.arange(start, stop, device=codes.device)

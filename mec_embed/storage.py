@@ -31,7 +31,7 @@ from .modules import (
     DecodedBags,
     DecodedTable,
 )
-from .swap import Optimizers, Replacement, all_optimizers, replace_modules
+from .swap import Optimizers, Replacement, all_optimizers, check_held, replace_modules
 from .tables import EMBEDDINGS, Alias, check_model, find_modules, plain_model
 from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
 
@@ -96,7 +96,9 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
 
     Args:
         model: built as the saved model was before compression (its weights do not matter), on any
-            device but ``meta``; a model that is already compressed in the same way is fine too.
+            device; a model that is already compressed in the same way is fine too. Tables that the
+            file replaces may be on the meta device, where they take no memory: they come to the
+            device of the rest.
         path: a file that :func:`save` wrote.
         optimizer: over the model's parameters, as in :func:`mec_embed.compress`.
 
@@ -107,13 +109,13 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
         FormatError: not such a file, truncated or damaged, of a newer format version, or of
             another architecture; what differs is named.
         FileNotFoundError: no file.
-        ValueError: a model on the meta device.
+        ValueError: other tensors on the meta device; an optimizer of another model.
 
     Example:
         >>> model = load(build_model(), "model.safetensors")  # doctest: +SKIP
     """
     check_model(model)
-    _check_values(model)
+    check_held(model, optimizer)
     all_optimizers(model, optimizer)
     manifest, tensors = _read(Path(path))
     # Files that were made of a compiled model's state_dict have its names.
@@ -122,22 +124,13 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
     with _format_errors(path):
         replacements = _build_modules(inner, manifest, path)
     _check_fit(inner, replacements, tensors, manifest, path)
-    _fill(replacements, tensors)
+    _check_values(inner, replacements)
+    _fill(replacements, tensors, _device_of(inner))
     _check_maps(replacements, path)
     with _values_kept(inner, replacements):
         state = tensors | manifest["extra"]
         replace_modules(inner, replacements, optimizer, lambda: inner.load_state_dict(state))
     return model
-
-
-def _check_values(model: nn.Module) -> None:
-    """ValueError for tensors on the meta device, into which values would vanish."""
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.is_meta:
-            raise ValueError(
-                f"{name!r} of the model is on the meta device and can take no values; build the "
-                "model on the device that it is to be on, or call model.to_empty(device=...) first"
-            )
 
 
 @contextmanager
@@ -461,8 +454,8 @@ def _check_entry(entry: dict[str, Any]) -> dict[str, Any]:
     _check_types({"oov_row": None} | entry, _TABLE_TYPES)
     if issubclass(_KINDS[entry["module"]], DecodedBags):
         _check_types(entry, {"include_last_offset": (bool,)})
-        if entry["mode"] not in ("sum", "mean", "max"):
-            raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {entry['mode']!r}")
+    if (entry["padding_idx"] or 0) < 0:
+        raise ValueError(f"padding_idx {entry['padding_idx']} is no row")
     return entry
 
 
@@ -479,9 +472,6 @@ class _Builder:
     def table(self, entry: dict[str, Any]) -> DecodedTable:
         """The module of one table, its entry checked already but for its codes."""
         table = self._table(entry)
-        padding_idx = table.padding_idx
-        if padding_idx is not None and not 0 <= padding_idx < table.num_embeddings:
-            raise ValueError(f"padding_idx {padding_idx} is no row of {table.num_embeddings}")
         table.oov_row = entry.get("oov_row")
         return table
 
@@ -520,8 +510,6 @@ class _Builder:
     def _codes(self, kind: Any, entry: dict[str, Any], options: dict[str, Any]) -> Any:
         _check_types(entry, _CODES_TYPES)
         dtype = dtype_from_name(entry["dtype"])
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be floating, got {entry['dtype']!r}")
         layout = CodeLayout.from_dict(entry["layout"] | {"codebook_dtype": entry["codebook_dtype"]})
         number = len(self.coded)
         codes_of, books_of = entry["codes_of"], entry["codebooks_of"]
@@ -573,13 +561,7 @@ def _check_fit(
     path: str | Path,
 ) -> None:
     """FormatError unless the file holds exactly the tensors of the model to be."""
-    expected = {
-        key: value
-        for key, value in model.state_dict().items()
-        if not any(
-            key.startswith(f"{alias.name}.") for aliases, _, _ in replacements for alias in aliases
-        )
-    }
+    expected = _others(model, replacements)
     for aliases, _, new in replacements:
         for alias in aliases:
             expected |= {f"{alias.name}.{key}": v for key, v in new.state_dict().items()}
@@ -606,10 +588,42 @@ def _check_fit(
             )
 
 
-def _fill(replacements: list[Replacement], tensors: dict[str, Tensor]) -> None:
-    """Give the new modules the tensors of the file, on the device of the module they replace."""
+def _others(model: nn.Module, replacements: list[Replacement]) -> dict[str, Any]:
+    """The state of a model beside that of the modules that are replaced."""
+    replaced = tuple(f"{alias.name}." for aliases, _, _ in replacements for alias in aliases)
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(replaced)}
+
+
+def _check_values(model: nn.Module, replacements: list[Replacement]) -> None:
+    """ValueError for tensors that stay and are on the meta device, where values would vanish."""
+    for key, value in _others(model, replacements).items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{key!r} of the model is on the meta device and can take no value, expected there "
+                "are only tables that the file replaces; call to_empty(device=..., recurse=False) "
+                "of the module that holds it first"
+            )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """That of the first tensor which has one with values; else the CPU."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _fill(
+    replacements: list[Replacement],
+    tensors: dict[str, Tensor],
+    otherwise: torch.device = torch.device("cpu"),  # noqa: B008
+) -> None:
+    """Give the new modules the tensors of the file, on the device of the module they replace.
+
+    Where that is the meta device, ``otherwise``.
+    """
     for aliases, old, new in replacements:
         device = next(iter([*old.parameters(), *old.buffers()])).device
+        if device.type == "meta":
+            device = otherwise
         for key, value in new.state_dict(keep_vars=True).items():
             if value.is_meta:
                 loaded = tensors[f"{aliases[0].name}.{key}"].to(device)

@@ -102,27 +102,39 @@ def all_optimizers(model: nn.Module, optimizer: Optimizers) -> list[torch.optim.
     Raises:
         TypeError: something else. ValueError: see :func:`keep_row_steps`.
     """
-    both = [*_as_list(optimizer), *held_optimizers(model)]
+    both = [*listed(optimizer), *held_optimizers(model)]
     for one in both:
         check_optimizer(one)
     return list({id(one): one for one in both}.values())
 
 
 def check_held(model: nn.Module, optimizer: Optimizers) -> None:
-    """ValueError for an optimizer that was given but holds no parameter of the model.
+    """ValueError for an optimizer that was given but holds parameters of other models alone.
 
     Raises:
         TypeError: something that is no optimizer.
     """
     own = {id(parameter) for parameter in model.parameters()}
-    for one in _as_list(optimizer):
+    for one in listed(optimizer):
         held = [id(parameter) for group in one.param_groups for parameter in group["params"]]
-        if own.isdisjoint(held):
+        # One that held nothing but tables is empty while their codebooks are frozen.
+        if held and own.isdisjoint(held):
             raise ValueError(
                 f"optimizer {type(one).__name__} holds {len(held)} parameters, none of them of "
                 "the model, expected one that trains it; give the model's own optimizer, or leave "
                 "it out"
             )
+
+
+def replace_parameters(optimizer: Optimizers, successors: dict[Tensor, Tensor]) -> None:
+    """Let parameters take the place of others in optimizers; the state of these is dropped."""
+    for one in listed(optimizer):
+        for group in one.param_groups:
+            for place, param in enumerate(group["params"]):
+                if param in successors:
+                    group["params"][place] = successors[param]
+                    _start_state(one, group, successors[param])
+                    one.state.pop(param, None)
 
 
 def _lists(optimizer: torch.optim.Optimizer) -> list[dict[str, list[Any]]]:
@@ -133,7 +145,7 @@ def _lists(optimizer: torch.optim.Optimizer) -> list[dict[str, list[Any]]]:
     ]
 
 
-def _as_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+def listed(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     """The optimizers; TypeError for anything else."""
     if optimizer is None:
         return []
@@ -180,9 +192,7 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
             group["param_names"] = [name for name, _ in entries]
 
 
-def _start_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: nn.Parameter
-) -> None:
+def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor) -> None:
     """What Adagrad's constructor gives every parameter; others start theirs at the first step."""
     if type(optimizer) is torch.optim.Adagrad:
         total = torch.full_like(param, group["initial_accumulator_value"])

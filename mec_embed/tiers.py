@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .modules import CompressedEmbedding, DecodedBags, DecodedRows, DecodedTable, SharedModule
+from .modules import (
+    CompressedEmbedding,
+    DecodedBags,
+    DecodedRows,
+    DecodedTable,
+    SharedModule,
+    known_mode,
+    padding_row,
+)
 from .ops.reference import BLOCK_ROWS, count_ones
 from .tables import Alias, find_modules
 
@@ -150,7 +158,7 @@ class _Tiered(DecodedTable):
             )
         self.num_embeddings = tier_map.rows
         self.embedding_dim = head.embedding_dim
-        self.padding_idx = padding_idx
+        self.padding_idx = padding_row(padding_idx, tier_map.rows, name)
         self.zero_padding = zero_padding
         self.name = name
         self.tier_map = tier_map
@@ -303,7 +311,7 @@ class TieredEmbeddingBag(DecodedBags, _Tiered):
     ) -> None:
         """See the class."""
         super().__init__(tier_map, head, tail, **options)
-        self.mode = mode
+        self.mode = known_mode(mode, self.name)
         self.include_last_offset = include_last_offset
 
 

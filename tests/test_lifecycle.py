@@ -280,6 +280,41 @@ def test_rows_that_the_dtype_cannot_hold_change_nothing() -> None:
     assert pickle.dumps(table.state_dict()) == before
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adagrad, torch.optim.SGD])
+def test_longer_rows_stay_in_their_optimizer(kind: Any) -> None:
+    table, other = _table(CodeLayout("rows", 50, 12, 1, 50)), nn.Linear(12, 1)
+    optimizer = kind([*other.parameters(), *table.parameters()], lr=0.1)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        other(table(torch.arange(table.num_embeddings))).sum().backward()
+        optimizer.step()
+
+    train()
+    held = [id(one) for one in optimizer.param_groups[0]["params"]]
+    extend(table, torch.randn(3, 12), optimizer=optimizer)
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == [
+        *held[:-1],
+        id(table.codebooks),
+    ]
+    assert all(
+        one.shape in ((), (1,), (1, 12), (1, 53, 12))
+        for state in optimizer.state.values()
+        for one in state.values()
+        if isinstance(one, Tensor)
+    )
+    before = _whole(table).clone()
+    train()
+    assert (_whole(table) != before).all()
+
+
+def test_an_optimizer_that_is_none_changes_nothing() -> None:
+    table = _table(CodeLayout("rows", 50, 12, 1, 50))
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got str"):
+        extend(table, torch.randn(3, 12), optimizer="Adam")
+    assert table.num_embeddings == 50
+
+
 def test_wide_rows_are_encoded_in_small_chunks(monkeypatch) -> None:
     """Several arrays of a chunk live together: bytes are bounded, not rows."""
     table = _table(CodeLayout("additive", 50, 512, 2, 4))

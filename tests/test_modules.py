@@ -60,6 +60,27 @@ def check_gradient(module, dense, run):
     torch.testing.assert_close(module.codebooks.grad.to_dense(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [CompressedEmbedding, CompressedEmbeddingBag])
+def test_a_padding_row_may_be_counted_from_the_end(kind):
+    module = filled(kind, padding_idx=-1)
+    assert module.padding_idx == nn.Embedding(ROWS, DIM, padding_idx=-1).padding_idx == ROWS - 1
+    assert not module.weight[-1].any() and module.weight[0].any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"padding_idx": ROWS}, f"'t': padding_idx must be in {-ROWS}..{ROWS - 1} or None, got"),
+        ({"padding_idx": -ROWS - 1}, "'t': padding_idx must be in"),
+        ({"mode": "prod"}, "'t': mode must be 'sum', 'mean' or 'max', got 'prod'"),
+        ({"dtype": torch.int32}, "'t': dtype must be floating, got torch.int32"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        filled(CompressedEmbeddingBag, name="t", **options)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 0, 7])
 @pytest.mark.parametrize("kind", KINDS)

@@ -650,14 +650,28 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         load(Rich(), tmp_path)
 
 
-@pytest.mark.parametrize("part", ["all", "one table"])
-def test_a_model_without_values_is_refused(part: str, saved: tuple[Rich, Path]) -> None:
-    model = Rich()
-    table = next(name for name, m in model.named_modules() if isinstance(m, nn.Embedding))
-    (model if part == "all" else model.get_submodule(table)).to("meta")
-    with pytest.raises(ValueError, match="of the model is on the meta device"):
+def test_tables_need_no_memory_before_they_are_loaded(saved: tuple[Rich, Path]) -> None:
+    with torch.device("meta"):
+        model = Rich()
+    with pytest.raises(ValueError, match="is on the meta device and can take no value"):
         load(model, saved[1])
-    load(model.to_empty(device="cpu"), saved[1])
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    for module in model.modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module is model.tiny:
+            module.to_empty(device="cpu", recurse=False)
+    load(model, saved[1])
+    loaded, expected = model.state_dict(), saved[0].state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in loaded if key != "_extra_state")
+
+
+@pytest.mark.parametrize("call", [decompress, load])
+def test_an_optimizer_of_another_model_is_refused(call: Any, saved: tuple[Rich, Path]) -> None:
+    model = saved[0] if call is decompress else Rich()
+    before, other = _Untouched(model), torch.optim.Adam(Rich().parameters())
+    with pytest.raises(ValueError, match="Adam holds .* parameters, none of them of the model"):
+        call(model, *([] if call is decompress else [saved[1]]), optimizer=other)
+    before.check()
 
 
 def test_truncated_files(saved: tuple[Rich, Path], tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def weighted_sample(
         level, before = total / max(1, size - certain), level
     chosen, first = [], 0
     for part in parts:
-        chance = torch.rand(len(part), generator=generator).to(part.device)
+        chance = torch.rand(len(part), generator=generator, dtype=torch.float32).to(part.device)
         chosen.append((chance < (part / level).clamp(max=1)).nonzero()[:, 0] + first)
         first += len(part)
     ids = torch.cat(chosen)

@@ -81,7 +81,8 @@ def table_fields(
     tensors = [codes, codebooks] if scales is None else [codes, codebooks, scales]
     subvectors, size, width = codebooks.shape
     takes = (
-        codebooks.dtype in _KINDS
+        codes.dtype is torch.uint8
+        and codebooks.dtype in _KINDS
         and (codebooks.dtype is torch.int8) == (scales is not None)
         and (scales is None or scales.dtype is SCALE_DTYPE)
         and subvectors <= MOST_CODEBOOKS
@@ -279,7 +280,9 @@ def lookup_backward(
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
     fields = None
-    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    # Of what the kernel writes, whatever torch's default is.
+    shape = num_subvectors, codebook_size, subvector_dim
+    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
     if kernel is not None and torch.float64 not in (dtype, grad.dtype):
         fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
     if fields is None or input.dtype not in ID_DTYPES:
@@ -468,7 +471,9 @@ def bag_backward(
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim)."""
     fields = bags = None
-    total = torch.zeros(num_subvectors, codebook_size, subvector_dim)
+    # Of what the kernel writes, whatever torch's default is.
+    shape = num_subvectors, codebook_size, subvector_dim
+    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
     if kernel is not None and torch.float64 not in (dtype, grad.dtype):
         fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
         bags = _bags_of(input, offsets, per_sample_weights, mode, include_last_offset)
