@@ -52,6 +52,10 @@ class Adapter(ABC):
         """Optimizers that ``module`` holds."""
         return []
 
+    def beside(self, module: nn.Module) -> list[object]:
+        """What ``module`` holds of tables beside its submodules, and :meth:`follow` sees to."""
+        return []
+
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
         """After a swap: let what ``module`` holds beside follow; returns how to undo that."""
         return do_nothing

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +35,10 @@ _STATE_HOOKS = (
 )
 #: Where hooks of ``fully_shard`` are defined.
 _FSDP = "torch.distributed.fsdp."
+#: What holds no table, or is told of a swap in another way.
+_NO_HOLDERS = (str, bytes, int, float, type, ModuleType, FunctionType, torch.optim.Optimizer)
+#: Values that an attribute is searched through, at most.
+_MOST_VALUES = 100_000
 #: What a module holds of its own: tensors, submodules and hooks.
 _MODULE_DICTS = frozenset(vars(nn.Module()))
 _WRAPPERS = (
@@ -362,28 +369,55 @@ def _storage_holders(model: nn.Module) -> dict[int, set[tuple[int, str]]]:
 def _held_elsewhere(model: nn.Module) -> dict[int, str]:
     """``id(module)`` -> why it stays, for those that an attribute holds beside the modules.
 
-    A forward that reads them from there would go on with the dense tables.
+    A forward that reads them, or their weights, from there would go on with the dense tables.
     """
+    tables = {id(table): table for table, _ in find_modules(model, EMBEDDINGS)}
+    by_weight = {id(getattr(table, "weight", None)): key for key, table in tables.items()}
+    known = [one for adapter, module, _ in adapted(model) for one in adapter.beside(module)]
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in _MODULE_DICTS:
                 continue
-            for item in _items(value):
-                if isinstance(item, EMBEDDINGS):
-                    where = f"{name}.{attribute}" if name else attribute
-                    found[id(item)] = (
+            where = f"{name}.{attribute}" if name else attribute
+            for item in _reachable(value, known):
+                key = by_weight.get(id(item), id(item))
+                if key in tables:
+                    found[key] = (
                         f"the attribute {where!r} holds it too, where a forward may read it; hold "
                         "it in an nn.ModuleList or nn.ModuleDict"
                     )
     return found
 
 
-def _items(value: Any) -> Iterable[Any]:
-    """What a plain container holds; any other value is one item."""
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple, set)) else (value,)
+def _reachable(value: Any, known: Sequence[object]) -> Iterator[Any]:
+    """Modules and tensors that containers and plain objects hold, at any depth.
+
+    Not those inside modules and optimizers, nor in ``known``, nor beyond many other values.
+    """
+    met, todo = {id(one) for one in known}, [value]
+    while todo and len(met) < _MOST_VALUES:
+        one = todo.pop()
+        if id(one) in met or isinstance(one, _NO_HOLDERS):
+            continue
+        met.add(id(one))
+        if isinstance(one, (nn.Module, Tensor)):
+            yield one
+        elif isinstance(one, Mapping):
+            todo += islice(one.values(), _MOST_VALUES)
+        elif isinstance(one, (list, tuple, set, frozenset, deque)):
+            todo += islice(one, _MOST_VALUES)
+        else:
+            todo += _held_by(one)
+
+
+def _held_by(one: Any) -> list[Any]:
+    """What a bound method, a partial function or a plain object holds."""
+    if isinstance(one, MethodType):
+        return [one.__self__]
+    if isinstance(one, partial):
+        return [one.func, *one.args, *one.keywords.values()]
+    return [*vars(one).values()] if hasattr(one, "__dict__") else []
 
 
 def _storage(tensor: Tensor) -> int:

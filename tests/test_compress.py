@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -1006,10 +1007,43 @@ def test_tables_that_an_attribute_holds_too_stay():
     assert "the attribute 'listed' holds it too" in stayed["embeddings.f0"]
     assert isinstance(model.embeddings["f1"], nn.Embedding)
     assert isinstance(model.first_order["f0"], CompressedEmbedding)
+
+
+class _Reader:
+    """A plain object that looks up in a table."""
+
+    def __init__(self, table):
+        self.table = table
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda tables: {str(i): table for i, table in enumerate(tables)},
+        lambda tables: [(i, table) for i, table in enumerate(tables)],
+        lambda tables: {"all": {"vectors": tuple(tables)}},
+        lambda tables: [table.weight for table in tables],
+        lambda tables: [table.forward for table in tables],
+        lambda tables: [partial(torch.add, table.weight) for table in tables],
+        lambda tables: {_Reader(table) for table in tables},
+    ],
+    ids=["dict", "pairs", "nested", "weights", "methods", "partial", "objects"],
+)
+def test_tables_that_are_held_in_any_other_way_stay(held):
     model = small()
-    model.mlp.by_name = dict(model.embeddings.items())
-    stayed = [t.name for t in run(model).tables if t.reason]
-    assert stayed == ["embeddings.f0", "embeddings.f1"]
+    model.mlp.held = held([*model.embeddings.values()])
+    stayed = {t.name: t.reason for t in run(model).tables if t.reason}
+    assert sorted(stayed) == ["embeddings.f0", "embeddings.f1"]
+    assert "'mlp.held' holds it too" in stayed["embeddings.f1"]
+
+
+def test_what_holds_no_table_is_no_matter():
+    model = small()
+    model.optimizer = torch.optim.Adam(model.parameters())
+    model.itself, model.numbers = _Reader(model), list(range(200_000))
+    model.loop = loop = []
+    loop.append(loop)
+    assert not [table.name for table in run(model).tables if table.reason]
 
 
 def test_tables_that_no_given_optimizer_trains_are_told():

@@ -156,6 +156,9 @@ class _Adapter(Adapter):
         one = getattr(module, "optim", None)
         return [one] if isinstance(one, torch.optim.Optimizer) else []
 
+    def beside(self, module: nn.Module) -> list[object]:
+        return [module.regularization_weight, vars(module).get("get_regularization_loss")]
+
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
         held = getattr(module, "get_regularization_loss", None)
         terms = list(held.terms) if isinstance(held, _RegularizationLoss) else []

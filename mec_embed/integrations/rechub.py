@@ -153,6 +153,9 @@ class _Adapter(Adapter):
     def matches(self, module: nn.Module) -> bool:
         return has_base(module, "torch_rechub", "EmbeddingLayer")
 
+    def beside(self, module: nn.Module) -> list[object]:
+        return [*module.features]  # type: ignore[misc]
+
     def follow(self, module: nn.Module, swapped: Swapped) -> Undo:
         replaced = {old for old, _ in swapped}
         features: Any = module.features
