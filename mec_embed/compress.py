@@ -486,7 +486,7 @@ def draft_tables(
         weights,
         totals,
         assignment,
-        _notes(freq_stats, missing, unused),
+        _notes(freq_stats, missing, unused) + _note_patterns(config, tables, skipped),
         ranks,
         earlier,
     )
@@ -545,6 +545,19 @@ def _notes(freq_stats: Counts, missing: list[str], unused: list[str]) -> list[st
             "together as much as those of another table; exclude what the model reads as a whole"
         )
     return notes
+
+
+def _note_patterns(
+    config: CompressionConfig, tables: Sequence[Table], skipped: Sequence[SkippedTable]
+) -> list[str]:
+    """A note on patterns that name nothing: a misspelt one would pass unseen."""
+    names = [name for found in (tables, skipped) for table in found for name in table.names]
+    wrong = config.unmatched(names)
+    if not wrong:
+        return []
+    return [
+        f"include and exclude name no table by {', '.join(wrong)}; there are {', '.join(names)}"
+    ]
 
 
 def row_weights(rows: int, counts: Any, popularity: str, usual: float) -> Tensor:

@@ -33,7 +33,8 @@ class CompressionConfig:
 
     Args:
         ratio: bytes of all embedding tables of the model before, divided by their bytes after;
-            codes, codebooks, padding and the tables left alone all count. The planner spends the
+            codes, codebooks, padding and the tables left alone all count (not those that an
+            earlier call has compressed). The planner spends the
             budget as far as that lowers the error. 50 where no target is given.
         max_bytes: the target as bytes after, instead of ``ratio``.
         num_subvectors: number of codebooks M of every compressed table, instead of a target;
@@ -149,6 +150,11 @@ class CompressionConfig:
         """Whether one of a table's qualified names is included and none excluded."""
         return _matches(names, self.include) and not _matches(names, self.exclude)
 
+    def unmatched(self, names: Sequence[str]) -> list[str]:
+        """The patterns of ``include`` and ``exclude`` that no name matches."""
+        patterns = [*self.include, *self.exclude]
+        return [pattern for pattern in patterns if not _matches(names, (pattern,))]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` reverses it."""
         return {**asdict(self), "include": list(self.include), "exclude": list(self.exclude)}
@@ -175,7 +181,9 @@ class CompressionConfig:
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    pairs = [(name, pattern) for name in names for pattern in patterns]
+    # A name may hold what is special in a pattern, as "cat[0]" does.
+    return any(name == pattern or fnmatchcase(name, pattern) for name, pattern in pairs)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

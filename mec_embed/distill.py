@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -149,7 +149,7 @@ def distill(
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         _check_teacher(teacher, trained)
         best = BestState(model, trained, score, list(zip(codebooks, dtypes, strict=True)))
-        counts = count_ids(batches) if counting else {}
+        counts = count_ids(batches, labels) if counting else {}
         loss_of = Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
 
         def take_step(batch: Any, done: float) -> float:
@@ -210,7 +210,10 @@ def run_epochs(
 
     ``take_step`` gets a batch and the part of all training that is done; it returns its loss.
     """
-    steps = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    try:
+        steps = len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader has the method, and its dataset perhaps no length
+        steps = None
     for epoch in range(epochs):
         bar = tqdm(batches, desc=f"{what} {epoch + 1}/{epochs}", disable=not progress)
         total, seen = 0.0, 0
@@ -308,12 +311,16 @@ class Loss:
         self.counts, self.rare = counts, rare
         self.labels, self.label_weight, self.temperature = labels, label_weight, temperature
         self.probabilities: bool | None = None
+        #: Entries that hold the labels; None before the first batch.
+        self.beside: frozenset[Any] | None = None
 
     def __call__(self, batch: Any, mix: float, generator: torch.Generator) -> Tensor:
         """Mean loss of a batch, whose columns are shuffled as asked for."""
-        inputs = mixed(batch, mix, generator)
+        if self.beside is None:
+            self.beside = _label_entries(batch, self.labels)
+        inputs = mixed(batch, mix, generator, self.beside)
         if self.counts:
-            inputs = without_rare(inputs, self.counts, self.rare, mix, generator)
+            inputs = without_rare(inputs, self.counts, self.rare, mix, generator, self.beside)
         with torch.no_grad():
             target = prediction(self.forward(self.teacher, inputs))
         output = prediction(self.forward(self.model, inputs))
@@ -322,7 +329,7 @@ class Loss:
         target = self._softened(target)
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
-            changed = _rows_mixed(batch, mix, len(target))
+            changed = _rows_mixed(batch, mix, len(target), self.beside)
             own = _labels_of(self.labels(batch), target)
             target = torch.cat(
                 [target[:changed], target[changed:].lerp(own[changed:], self.label_weight)]
@@ -453,18 +460,39 @@ def _reset(name: str, module: nn.Module, kept: set[int]) -> None:
             tensor.copy_(value)
 
 
-def mixed(batch: Any, part: float, generator: torch.Generator) -> Any:
-    """``batch`` with some columns shuffled between the rows of its first ``part``."""
+def _label_entries(batch: Any, labels: Labels | None) -> frozenset[Any]:
+    """Entries of a mapping that hold the labels: whole numbers, perhaps, but no ids."""
+    entries = _first(batch)
+    own = labels(batch) if labels is not None and isinstance(entries, Mapping) else None
+    if not isinstance(own, Tensor):
+        return frozenset()
+    return frozenset(
+        name
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+        and value.numel() == own.numel()
+        and torch.equal(value.reshape(-1).to(own), own.reshape(-1))
+    )
+
+
+def mixed(batch: Any, part: float, generator: torch.Generator, beside: Collection[Any] = ()) -> Any:
+    """``batch`` with some columns shuffled between the rows of its first ``part``.
+
+    Entries ``beside`` are none.
+    """
     if part <= 0:
         return batch
-    return _with_columns(batch, lambda columns: _shuffled(columns, part, generator))
+    return _with_columns(batch, lambda columns: _shuffled(columns, part, generator), beside)
 
 
-def count_ids(batches: Iterable[Any]) -> dict[Any, Tensor]:
+def count_ids(batches: Iterable[Any], labels: Labels | None = None) -> dict[Any, Tensor]:
     """How often each id occurs in each integer column: ``found[column][id % len]``."""
     found: dict[Any, Tensor] = {}
+    beside: frozenset[Any] | None = None
     for batch in batches:
-        for name, column in _columns(_first(batch)).items():
+        if beside is None:
+            beside = _label_entries(batch, labels)
+        for name, column in _columns(_first(batch), beside).items():
             if not _holds_ids(column):
                 continue
             ids = column.flatten().long() % _MOST_IDS
@@ -477,7 +505,12 @@ def count_ids(batches: Iterable[Any]) -> dict[Any, Tensor]:
 
 
 def without_rare(
-    batch: Any, counts: Mapping[Any, Tensor], least: int, part: float, generator: torch.Generator
+    batch: Any,
+    counts: Mapping[Any, Tensor],
+    least: int,
+    part: float,
+    generator: torch.Generator,
+    beside: Collection[Any] = (),
 ) -> Any:
     """``batch`` with ids that occur less than ``least`` times shuffled, but in its first ``part``.
 
@@ -490,33 +523,51 @@ def without_rare(
             if name not in counts or not _holds_ids(column):
                 continue
             start = int(part * len(column))
-            ids = column[start:].flatten()
-            known = counts[name].to(ids.device)
-            rare = (known[ids.long() % _MOST_IDS % len(known)] < least).nonzero()[:, 0]
-            order = torch.randperm(len(rare), generator=generator).to(rare.device)
-            ids = ids.index_copy(0, rare, ids[rare[order]])
-            changed[name] = torch.cat([column[:start], ids.view_as(column[start:])])
+            ids, known = column[start:], counts[name].to(column.device)
+            rare = known[ids.long() % _MOST_IDS % len(known)] < least
+            changed[name] = torch.cat([column[:start], _permuted(ids, rare, generator)])
         return changed
 
-    return _with_columns(batch, change)
+    return _with_columns(batch, change, beside)
 
 
-def _with_columns(batch: Any, change: Callable[[dict[Any, Tensor]], dict[Any, Tensor]]) -> Any:
+def _permuted(ids: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """``ids`` (n, ...), those that are ``chosen`` (bool) permuted between rows, in their places.
+
+    What stands beside each other in an entry may be a sequence, or ids of several fields.
+    """
+    wide, places = ids.reshape(len(ids), -1).clone(), chosen.reshape(len(ids), -1)
+    for column, here in zip(wide.unbind(1), places.unbind(1), strict=True):
+        rows = here.nonzero()[:, 0]
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        column[rows] = column[rows[order]]
+    return wide.view_as(ids)
+
+
+def _with_columns(
+    batch: Any,
+    change: Callable[[dict[Any, Tensor]], dict[Any, Tensor]],
+    beside: Collection[Any],
+) -> Any:
     """``batch`` with other columns."""
     if isinstance(batch, (tuple, list)) and batch:
-        items = [_with_columns(batch[0], change), *batch[1:]]
+        items = [_with_columns(batch[0], change, beside), *batch[1:]]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    columns = _columns(batch)
+    columns = _columns(batch, beside)
     if not columns:
         return batch
     changed = change(columns)
     if isinstance(batch, Tensor):
         return torch.stack(list(changed.values()), 1)
     fields = [name for name in changed if isinstance(name, _Field)]
-    if not fields:
-        return {**batch, **changed}
-    matrix = torch.stack([changed.pop(name) for name in fields], 1)
-    return {**batch, **changed, fields[0].entry: matrix}
+    if fields:
+        matrix = torch.stack([changed.pop(name) for name in fields], 1)
+        changed[fields[0].entry] = matrix
+    entries = {**batch, **changed}
+    try:
+        return type(batch)(entries)  # a model may read entries as attributes
+    except TypeError:
+        return entries
 
 
 def _first(batch: Any) -> Any:
@@ -530,13 +581,17 @@ def _holds_ids(column: Tensor) -> bool:
     return column.dtype in (torch.int32, torch.int64)
 
 
-def _columns(batch: Any) -> dict[Any, Tensor]:
-    """The columns of a tensor or mapping that can be shuffled between rows: none, or several."""
+def _columns(batch: Any, beside: Collection[Any]) -> dict[Any, Tensor]:
+    """The columns of a tensor or mapping that can be shuffled between rows: none, or several.
+
+    Entries ``beside`` are none.
+    """
     columns: dict[Any, Tensor] = {}
     if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
         columns = dict(enumerate(batch.unbind(1)))
     elif isinstance(batch, Mapping):
-        columns = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.dim()}
+        tensors = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.dim()}
+        columns = {name: value for name, value in tensors.items() if name not in beside}
         # Entries of another length, such as offsets of bags, are no columns.
         rows = len(next(iter(columns.values()), ()))
         columns = {name: value for name, value in columns.items() if len(value) == rows}
@@ -564,9 +619,9 @@ def _with_fields(columns: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return others | {_Field(with_ids[0], i): one for i, one in enumerate(matrix.unbind(1))}
 
 
-def _rows_mixed(batch: Any, part: float, predictions: int) -> int:
+def _rows_mixed(batch: Any, part: float, predictions: int, beside: Collection[Any]) -> int:
     """How many of the predictions for ``batch``, the first ones, are not of its own rows."""
-    columns = _columns(_first(batch))
+    columns = _columns(_first(batch), beside)
     if not columns or part <= 0:
         return 0
     rows = len(next(iter(columns.values())))
@@ -620,12 +675,18 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> No
 
 
 def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
-    """Codebooks of the tables that were trainable, each once."""
+    """Codebooks of the tables that are trainable, each once."""
     check_gathered(model)
     found = list(find_modules(model, (Compressed,)))
     if not found:
         raise ValueError("the model holds no compressed table; call compress() first")
-    return list({id(m.codebook_set): m.codebook_set for m, _ in found if m.trainable}.values())
+    trained = [m for m, _ in found if m.trainable and (_is_int8(m) or m.codebooks.requires_grad)]
+    return list({id(m.codebook_set): m.codebook_set for m in trained}.values())
+
+
+def _is_int8(table: Compressed) -> bool:
+    """Whether its codebooks are no parameter, so that only the table says whether it is trained."""
+    return table.codebooks.dtype is torch.int8
 
 
 @contextmanager

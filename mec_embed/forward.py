@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ def full_precision() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def eager() -> AbstractContextManager[Any]:
+    """What was compiled runs eagerly: compiled code does not see hooks that are set afterwards."""
+    stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager

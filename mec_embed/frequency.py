@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import Forward, check_batches, default_forward, eval_mode
+from .forward import Forward, check_batches, default_forward, eager, eval_mode
 from .ranks import Ranks
 from .shards import is_dtensor
 from .tables import EMBEDDINGS, find_modules
@@ -394,7 +394,7 @@ def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
     if not handles:
         raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
     try:
-        with eval_mode(model):
+        with eager(), eval_mode(model):
             yield
     finally:
         for handle in handles:

@@ -18,9 +18,10 @@ loses what compressing had kept.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 from .adapters import Undo
 from .modules import Compressed
 from .regularization import rows_per_codeword
+
+logger = logging.getLogger("mec_embed")
 
 #: Optimizers whose weight decay is a penalty, unlike AdamW's.
 _PENALISING = (
@@ -89,6 +92,7 @@ def keep_row_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
         tables = [m for m in model.modules() if isinstance(m, Compressed)]
         tables += _taken_away(optimizer, hooks)
         if tables:
+            _warn_of_decay(optimizer, tables)
             steps = _RowSteps(list(dict.fromkeys(tables)))
             optimizer.register_step_pre_hook(steps.before)
             optimizer.register_step_post_hook(steps.after)
@@ -114,9 +118,7 @@ def _taken_away(optimizer: torch.optim.Optimizer, hooks: list[Any]) -> list[Comp
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """ValueError for optimizers whose steps cannot be kept."""
     kind = type(optimizer).__name__
-    inside = [getattr(optimizer, name, None) for name in ("_optimizer", "_optims", "optimizer")]
-    hooked = hasattr(optimizer, "_optimizer_step_pre_hooks")
-    if any(one is not None for one in inside) or not hooked:
+    if _holds_optimizers(optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise ValueError(
             f"optimizer is a {kind}, which keeps parameters of the optimizers inside it; pass "
             "those, and wrap them anew afterwards"
@@ -126,6 +128,34 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"optimizer is a {kind}, whose steps cannot be divided among rows; leave it out, and "
             "make a new one over the parameters of the compressed model"
         )
+
+
+def _holds_optimizers(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it wraps others, whose steps would go past its hooks."""
+    for name, value in vars(optimizer).items():
+        items = value.values() if isinstance(value, dict) else value
+        several = items if isinstance(items, (list, tuple, ValuesView)) else (value,)
+        wraps = name in ("_optimizer", "_optims", "optimizer") and value is not None
+        if wraps or any(isinstance(one, torch.optim.Optimizer) for one in several):
+            return True
+    return False
+
+
+def _warn_of_decay(optimizer: torch.optim.Optimizer, tables: list[Compressed]) -> None:
+    """Say that weight decay of tables is not kept where it is not known what it does."""
+    if isinstance(optimizer, (*_PENALISING, *_DECOUPLED)):
+        return
+    held = {id(table.codebooks) for table in tables}
+    for group in optimizer.param_groups:
+        if group.get("weight_decay") and any(id(param) in held for param in group["params"]):
+            logger.warning(
+                "optimizer %s is none of torch's: its weight_decay=%g hardly reaches the rows of "
+                "compressed tables; put these into a group without, and add "
+                "mec_embed.regularization.embedding_penalty(model) to the loss",
+                type(optimizer).__name__,
+                group["weight_decay"],
+            )
+            return
 
 
 @dataclass

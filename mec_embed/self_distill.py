@@ -59,8 +59,9 @@ def self_distill(
     the probability by the model as it was. A second call, taught by the result of the first, gains
     more; one that gains nothing, by ``score``, changes nothing.
 
-    Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move. Popular rows are
-    trained by SparseAdam, all else by Adam, in eval mode; the learning rate warms up and falls to
+    Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move, and tables that
+    :func:`compress` would leave as they are do not at all. Popular rows are trained by
+    SparseAdam, the network by Adam, in eval mode; the learning rate warms up and falls to
     zero by a cosine. It takes the memory of a copy of the model, and three times the popular rows.
 
     An error or an interruption puts the best state back: without a score, the first.
@@ -122,10 +123,10 @@ def self_distill(
         gradients_of(_able_of_sparse(tables), sparse=True),
     ):
         popular = _popular_rows(tables, counts, max(rare, 1))
-        optimizers = _optimizers(model, tables, popular, lr)
+        optimizers = _optimizers(model, popular, lr)
         trained = [p for one in optimizers for group in one.param_groups for p in group["params"]]
         best = BestState(model, trained, score, [])
-        ids = count_ids(batches) if rare else {}
+        ids = count_ids(batches, labels) if rare else {}
         teacher = copy.deepcopy(model)
         loss_of = Loss(model, teacher, forward, labels, label_weight, 1.0, ids, rare)
         generator = torch.Generator().manual_seed(seed)
@@ -173,7 +174,7 @@ def _popular_rows(tables: list[Table], counts: list[Any], least: int) -> list[_P
 
 
 def _tables_of(model: nn.Module) -> tuple[list[Table], list[str]]:
-    """The tables that are trained by rows, and the names of those left to Adam or alone."""
+    """The tables that are trained by rows, and the names of those left alone."""
     compressed = [aliases[0].name for _, aliases in find_modules(model, (Compressed,))]
     if compressed:
         raise ValueError(
@@ -243,10 +244,12 @@ class _PopularRows:
 
 
 def _optimizers(
-    model: nn.Module, tables: list[Table], popular: list[_PopularRows], lr: float
+    model: nn.Module, popular: list[_PopularRows], lr: float
 ) -> list[torch.optim.Optimizer]:
     """SparseAdam of popular rows, and Adam of what is trainable outside the tables."""
-    held = {id(table.weight) for table in tables}
+    # Rows of tables that are skipped, rare ones among them, would move with the network.
+    others = [module for module, _ in find_modules(model, EMBEDDINGS)]
+    held = {id(param) for module in others for param in module.parameters()}
     network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
     found: list[torch.optim.Optimizer] = []
     if popular:

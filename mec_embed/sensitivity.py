@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import Forward, check_batches, eval_mode, grad_mode, prediction
+from .forward import Forward, check_batches, eager, eval_mode, grad_mode, prediction
 from .measuring import asking_forward, exchanges, in_step, scale_of_bags
 from .tables import Table
 
@@ -58,7 +58,7 @@ def fisher_matrices(
     generator = torch.Generator().manual_seed(0)
     if exchanges(model, [*totals]):
         batches = in_step(batches, tables[0].ranks)
-    with eval_mode(model), _attributes_kept(model), grad_mode(), _watched([*totals], seen):
+    with eager(), eval_mode(model), _attributes_kept(model), grad_mode(), _watched([*totals], seen):
         for batch in batches:
             seen.clear()
             logits = _fisher_logits(prediction(forward(model, batch)), generator)
@@ -69,8 +69,9 @@ def fisher_matrices(
                     "expected one; let the model, or forward=, run without torch.no_grad() and "
                     "detach(), or compress without batches="
                 )
+            looked_up = [*seen]  # what checkpoints compute again looks up again
             grads = torch.autograd.grad(logits.sum(), leaves, allow_unused=True) if leaves else ()
-            for (table, leaf, scale), grad in zip(seen, grads, strict=True):
+            for (table, leaf, scale), grad in zip(looked_up, grads, strict=True):
                 lookups[table] += leaf.numel() // table.dim
                 if grad is not None:
                     flat = grad.reshape(-1, table.dim).double() * scale

@@ -127,7 +127,10 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
     _check_values(inner, replacements)
     _fill(replacements, tensors, _device_of(inner))
     _check_maps(replacements, path)
-    with _values_kept(inner, replacements):
+    # Inference tensors can be written to in that mode only, all others in it as well.
+    written = [*inner.parameters(), *inner.buffers()]
+    mode = torch.inference_mode(any(tensor.is_inference() for tensor in written))
+    with mode, _values_kept(inner, replacements):
         state = tensors | manifest["extra"]
         replace_modules(inner, replacements, optimizer, lambda: inner.load_state_dict(state))
     return model

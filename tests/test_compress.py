@@ -1046,6 +1046,13 @@ def test_what_holds_no_table_is_no_matter():
     assert not [table.name for table in run(model).tables if table.reason]
 
 
+def test_patterns_that_name_no_table_are_told():
+    config = dataclasses.replace(FAST, exclude=("embedings.*", "*.f1"))
+    [note] = [note for note in plan(small(), None, config).notes if "include and exclude" in note]
+    assert "name no table by embedings.*; there are embeddings.f0, " in note
+    assert not any("name no table" in note for note in plan(small(), None, FAST).notes)
+
+
 def test_tables_that_no_given_optimizer_trains_are_told():
     model = small()
     vectors = torch.optim.SGD(model.embeddings.parameters(), 0.1)

@@ -211,6 +211,17 @@ def test_patterns_select_by_qualified_name(include, exclude, selected):
     assert CompressionConfig(include=include, exclude=exclude).selects(["emb.user"]) is selected
 
 
+def test_a_name_is_a_pattern_for_itself():
+    config = CompressionConfig(include=["cat[0]", "cat[12]"], exclude=["cat[*]x"])
+    assert [config.selects([name]) for name in ("cat[0]", "cat0", "cat1", "cat[1]")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert config.unmatched(["cat[0]", "cat1"]) == ["cat[*]x"]
+
+
 def test_codebook_dtype_follows_the_table_by_default():
     assert CompressionConfig().codebook_dtype_for(torch.bfloat16) is torch.bfloat16
     assert CompressionConfig(codebook_dtype="int8").codebook_dtype_for(torch.float32) is torch.int8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 from typing import Any
 
@@ -650,6 +650,81 @@ def test_a_matrix_of_ids_in_a_mapping_is_shuffled_by_its_columns() -> None:
     # Beside others with ids it is a sequence, of one kind.
     history = {"history": ids, "item": torch.arange(8)}
     assert sorted(map(len, count_ids([history]).values())) == [8, 256]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_ids_of_a_matrix_stay_in_their_field_beside_labels(dtype: torch.dtype) -> None:
+    model, teacher = _pair()
+    ids = _batches(1)[0]
+    batch = {"ids": ids, "clicked": (ids[:, 0] % 2).to(dtype)}
+    seen: list[Tensor] = []
+    teacher.embeddings["f1"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    def labels(one: Any) -> Tensor:
+        return one["clicked"]
+
+    _distill(
+        model, teacher, [batch], forward=lambda some, one: some(one["ids"]), labels=labels, epochs=1
+    )
+    [found] = seen
+    assert torch.equal(found.sort().values, ids[:, 1].sort().values)  # of field 1, as it was
+    assert not torch.equal(found, ids[:, 1])
+    # Labels that are whole numbers are no ids, so that the matrix has one column a field.
+    assert len(count_ids([batch], labels)) == 2
+
+
+@pytest.mark.parametrize("beside", ["mask", "length"])
+def test_ids_stay_in_their_column_whatever_is_beside(beside: str) -> None:
+    ids = torch.stack([torch.arange(8), torch.arange(100, 108)], 1)
+    others = {"mask": torch.ones_like(ids), "length": torch.arange(8)}
+    batch = {"ids": ids, beside: others[beside]}
+    found = without_rare(batch, count_ids([batch]), 5, 0.0, torch.Generator().manual_seed(0))["ids"]
+    assert torch.equal(found.sort(0).values, ids) and not torch.equal(found, ids)
+
+
+class _Batch(dict):
+    """Entries as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_mappings_keep_their_class() -> None:
+    batch = _Batch(a=torch.arange(8), b=torch.arange(8))
+    for changed in (
+        mixed(batch, 1.0, torch.Generator().manual_seed(0)),
+        without_rare(batch, count_ids([batch]), 5, 0.0, torch.Generator().manual_seed(0)),
+    ):
+        assert isinstance(changed, _Batch) and changed.keys() == batch.keys()
+    keyed: Any = defaultdict(list, batch)
+    assert mixed(keyed, 1.0, torch.Generator().manual_seed(0)).keys() == batch.keys()
+
+
+def test_a_loader_without_a_length() -> None:
+    class Log(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.cat(_batches(2)))
+
+    model, teacher = _pair()
+    again = copy.deepcopy(model)
+    losses = _distill(model, teacher, torch.utils.data.DataLoader(Log(), batch_size=128), epochs=2)
+    assert losses[1] < losses[0]
+    assert len(_distill(again, teacher, _batches(2), epochs=2)) == 2
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_tables_that_were_frozen_since_stay(dtype: str | None) -> None:
+    model, teacher = _pair(dtype)
+    model.embeddings.requires_grad_(False)
+    frozen = [table.codebooks.clone() for table in model.embeddings.values()]
+    trained = [table.codebooks.clone() for table in model.first_order.values()]
+    _distill(model, teacher, epochs=1)
+    for table, before in zip(model.embeddings.values(), frozen, strict=True):
+        assert torch.equal(table.codebooks, before) and not table.codebooks.requires_grad
+    for table, before in zip(model.first_order.values(), trained, strict=True):
+        assert not torch.equal(table.codebooks, before)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        _distill(model, teacher)
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])

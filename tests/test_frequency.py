@@ -104,6 +104,17 @@ def test_own_hooks_of_the_model_stay():
     assert len(hooks_of(model)) == 1 and len(seen) == 2
 
 
+@pytest.mark.parametrize("compiled", ["all", "a part"])
+def test_lookups_of_a_model_that_was_compiled_and_has_run_are_counted(compiled):
+    model = nn.Sequential(nn.Sequential(nn.Embedding(10, 2)), nn.Linear(2, 1)).eval()
+    (model if compiled == "all" else model[0]).compile(backend="eager")
+    ids = torch.tensor([1, 1, 3])
+    with torch.no_grad():
+        model(ids)
+    stats = FrequencyStats.from_batches(model, [ids])
+    assert stats["0.0"].tolist() == [0, 2, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("batches", [[], [{k: v[:0] for k, v in BATCH.items()}]])
 def test_no_ids_is_an_error(batches):
     with pytest.raises(ValueError, match="no ids"):

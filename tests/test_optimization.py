@@ -307,6 +307,30 @@ def test_wrappers_are_refused():
         compress(model, None, PLAIN, optimizer=optimizer, progress=False)
 
 
+def test_wrappers_under_any_name_are_refused():
+    class Sharpness(torch.optim.Optimizer):
+        """As sharpness-aware minimisation is commonly written."""
+
+        def __init__(self, params):
+            super().__init__(params, {})
+            self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    with pytest.raises(ValueError, match="Sharpness, which keeps parameters of the optimizers in"):
+        keep_row_steps(Sharpness(model.parameters()), model)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_weight_decay_of_an_unknown_optimizer_is_told(decay, caplog):
+    class Lion(torch.optim.Optimizer):
+        """Of another package."""
+
+    model, _ = compressed(torch.optim.SGD, lr=0.1)
+    keep_row_steps(Lion(model.parameters(), {"lr": 0.1, "weight_decay": decay}), model)
+    told = "optimizer Lion is none of torch's: its weight_decay=0.1" in caplog.text
+    assert told is bool(decay)
+
+
 def test_penalty_in_inference_mode_does_not_spoil_training():
     model, _ = compressed(torch.optim.SGD)
     with torch.inference_mode():

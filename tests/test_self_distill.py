@@ -257,6 +257,19 @@ def test_an_over_fitted_model_becomes_better_on_new_examples():
     assert after.auc > before.auc + 0.001 and after.logloss < before.logloss - 0.001
 
 
+def test_tables_that_compress_leaves_alone_stay():
+    class Table(nn.Embedding):
+        """Of the user's own."""
+
+    model = _model()
+    model.embeddings["f0"] = own = Table(ROWS[0], 8)
+    before = copy.deepcopy(model)
+    _run(model, l2=0.1)
+    assert torch.equal(own.weight, before.embeddings["f0"].weight)
+    assert not torch.equal(model.embeddings["f1"].weight, before.embeddings["f1"].weight)
+    assert not torch.equal(model.mlp[0].weight, before.mlp[0].weight)
+
+
 def sharded_on_ranks() -> str:
     model, stats = _model(), FrequencyStats.from_batches(_model(), _batches())
     table = next(module for module in model.modules() if isinstance(module, nn.Embedding))

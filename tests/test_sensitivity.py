@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mec_embed import CompressionConfig, FrequencyStats, compress, distill, plan
 from mec_embed.forward import default_forward
@@ -142,6 +143,21 @@ def test_errors():
         matrices(Linear(), [torch.arange(10)], lambda model, batch: (model(batch), 1))
     with pytest.raises(ValueError, match="no gradient by the rows of table 'table'.*detach"):
         matrices(Linear(), [torch.arange(10)], lambda model, batch: model(batch).detach())
+
+
+def test_a_forward_that_is_computed_again_for_gradients():
+    model, batches = Linear(), [torch.arange(10)]
+    again = matrices(
+        model, batches, lambda some, batch: checkpoint(some, batch, use_reentrant=False)
+    )
+    assert np.allclose(again["table"], matrices(model, batches)["table"])
+
+
+def test_a_model_that_was_compiled_and_has_run_is_measured():
+    model, batches = Linear(), [torch.arange(10)]
+    model.compile(backend="eager")
+    model.eval()(batches[0])
+    assert np.allclose(matrices(model, batches)["table"], matrices(Linear(), batches)["table"])
 
 
 @pytest.mark.parametrize("batches", [3, object()])

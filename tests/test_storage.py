@@ -665,6 +665,14 @@ def test_tables_need_no_memory_before_they_are_loaded(saved: tuple[Rich, Path]) 
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded if key != "_extra_state")
 
 
+def test_a_model_that_was_built_in_inference_mode(saved: tuple[Rich, Path]) -> None:
+    with torch.inference_mode():
+        model = load(Rich(), saved[1])
+        rows = model.item(torch.arange(500))
+    assert torch.equal(rows, saved[0].item.weight)
+    assert torch.equal(model.norm.running_mean, saved[0].norm.running_mean)
+
+
 @pytest.mark.parametrize("call", [decompress, load])
 def test_an_optimizer_of_another_model_is_refused(call: Any, saved: tuple[Rich, Path]) -> None:
     model = saved[0] if call is decompress else Rich()
