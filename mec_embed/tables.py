@@ -285,7 +285,7 @@ def find_tables(
                 f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
                 "trained weights before compressing"
             )
-        reason = elsewhere.get(id(module)) or _reason_to_skip(module, aliases, holders, config)
+        reason = _reason_to_skip(module, aliases, holders, config) or elsewhere.get(id(module))
         if reason:
             table = untouched(module, aliases, reason)
             # Tied tables are one tensor: its bytes count with the first.
