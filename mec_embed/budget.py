@@ -87,6 +87,11 @@ class Field:
     cut: int = 0
     earlier: tuple[Compressed, ...] = ()
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each of its tables."""
+        return tuple(table.dim for table in self.tables)
+
     @cached_property
     def rows(self) -> int:
         """Rows of the table, or of its tier."""

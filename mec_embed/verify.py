@@ -18,13 +18,14 @@ from .checkpoints import (
     same_values,
     tie,
 )
-from .compress import row_weights, weighted_error
+from .compress import row_weights
 from .config import POPULARITY
 from .counts import read_counts
 from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import DecodedTable
 from .offline import ORIGIN, keys_of_tables, tables_of
+from .outcome import weighted_error
 from .skeleton import FLOATS, Progress, Roles, Skeleton, StreamedTable
 from .storage import read_manifest
 

@@ -22,13 +22,12 @@ from mec_embed import (
     FrequencyStats,
     compress,
     load,
+    outcome,
     plan,
     save,
 )
 from mec_embed.reader import Reader
 
-#: The module; the package has a function of that name.
-COMPRESS = importlib.import_module("mec_embed.compress")
 FAST = CompressionConfig(num_subvectors=2, codebook_size=4, min_rows=8, epochs=0)
 PLANNED = CompressionConfig(ratio=6, epochs=0)
 TABLE_KINDS = (nn.Embedding, nn.EmbeddingBag, CompressedEmbedding, CompressedEmbeddingBag)
@@ -474,8 +473,8 @@ def test_interruption_while_learning_changes_nothing(monkeypatch, error):
             raise error
         return fit(*args, **kwargs)
 
-    fit = COMPRESS.fit_codes
-    monkeypatch.setattr(COMPRESS, "fit_codes", interrupted)
+    fit = outcome.fit_codes
+    monkeypatch.setattr(outcome, "fit_codes", interrupted)
     model = small()
     optimizer = torch.optim.Adam(model.parameters())
     model(ids_for(model)).sum().backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from mec_embed import (
     distill,
     keep_row_steps,
     ops,
+    outcome,
     plan,
 )
 from mec_embed.packing import pack
@@ -578,7 +578,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch) -> None:
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr(importlib.import_module("mec_embed.compress"), "weighted_error", broken)
+    monkeypatch.setattr(outcome, "weighted_error", broken)
     with pytest.raises(KeyboardInterrupt):
         compress(model, counts(), config(), optimizer=optimizer, progress=False)
     assert TieredEmbedding in seen
