@@ -35,7 +35,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import mec_embed
-from mec_embed import CompressionConfig, FrequencyStats, decompress, outcome
+from mec_embed import CompressionConfig, FrequencyStats, decompress
+from mec_embed import outcome as outcomes
 from mec_embed.learning import fit
 from mec_embed.ranks import ALONE, Ranks
 
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 COMPRESS = sys.modules["mec_embed.compress"]
 #: Where functions are called from that tests let fail.
-HOMES = {"fit_codes": outcome, "replace_modules": COMPRESS}
+HOMES = {"fit_codes": outcomes, "replace_modules": COMPRESS}
 CONFIG = CompressionConfig(ratio=40, epochs=0)
 FAST = CompressionConfig(num_subvectors=2, codebook_size=8, epochs=0)
 #: In tiers and parts that begin within a byte.
@@ -748,7 +749,7 @@ def lost_on_ranks(told):
     """Rank 1 of a first pair keeps the other waiting; then rank 2 dies while it learns."""
     rank, found = dist.get_rank(), {}
     pair = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    learn = outcome.fit_codes
+    learn = outcomes.fit_codes
 
     def stall(*args, **options):
         while rank == 1 and not told.exists():
@@ -763,7 +764,7 @@ def lost_on_ranks(told):
     for name, stand_in, group in (("stalls", stall, pair), ("dies", die, dist.group.WORLD)):
         if rank == 2 and group is pair:
             continue
-        outcome.fit_codes = stand_in
+        outcomes.fit_codes = stand_in
         model = small()
         message = raised(lambda m=model, g=group: run(m, FAST, stats={}, process_group=g))
         found[name] = message, all(type(module) is nn.Embedding for module in model.values())
