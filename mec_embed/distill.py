@@ -311,16 +311,17 @@ class Loss:
         self.counts, self.rare = counts, rare
         self.labels, self.label_weight, self.temperature = labels, label_weight, temperature
         self.probabilities: bool | None = None
-        #: Entries that hold the labels; None before the first batch.
+        #: Entries that hold the labels; None while that is not known.
         self.beside: frozenset[Any] | None = None
 
     def __call__(self, batch: Any, mix: float, generator: torch.Generator) -> Tensor:
         """Mean loss of a batch, whose columns are shuffled as asked for."""
         if self.beside is None:
             self.beside = _label_entries(batch, self.labels)
-        inputs = mixed(batch, mix, generator, self.beside)
+        beside = self.beside or frozenset()
+        inputs = mixed(batch, mix, generator, beside)
         if self.counts:
-            inputs = without_rare(inputs, self.counts, self.rare, mix, generator, self.beside)
+            inputs = without_rare(inputs, self.counts, self.rare, mix, generator, beside)
         with torch.no_grad():
             target = prediction(self.forward(self.teacher, inputs))
         output = prediction(self.forward(self.model, inputs))
@@ -329,7 +330,7 @@ class Loss:
         target = self._softened(target)
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
-            changed = _rows_mixed(batch, mix, len(target), self.beside)
+            changed = _rows_mixed(batch, mix, len(target), beside)
             own = _labels_of(self.labels(batch), target)
             target = torch.cat(
                 [target[:changed], target[changed:].lerp(own[changed:], self.label_weight)]
@@ -460,12 +461,17 @@ def _reset(name: str, module: nn.Module, kept: set[int]) -> None:
             tensor.copy_(value)
 
 
-def _label_entries(batch: Any, labels: Labels | None) -> frozenset[Any]:
-    """Entries of a mapping that hold the labels: whole numbers, perhaps, but no ids."""
+def _label_entries(batch: Any, labels: Labels | None) -> frozenset[Any] | None:
+    """Entries of a mapping that hold the labels: whole numbers, perhaps, but no ids.
+
+    None for a batch whose labels are all the same, as other entries may be, too.
+    """
     entries = _first(batch)
     own = labels(batch) if labels is not None and isinstance(entries, Mapping) else None
     if not isinstance(own, Tensor):
         return frozenset()
+    if not own.numel() or bool((own == own.flatten()[0]).all()):
+        return None
     return frozenset(
         name
         for name, value in entries.items()
@@ -492,7 +498,7 @@ def count_ids(batches: Iterable[Any], labels: Labels | None = None) -> dict[Any,
     for batch in batches:
         if beside is None:
             beside = _label_entries(batch, labels)
-        for name, column in _columns(_first(batch), beside).items():
+        for name, column in _columns(_first(batch), beside or ()).items():
             if not _holds_ids(column):
                 continue
             ids = column.flatten().long() % _MOST_IDS
@@ -564,10 +570,12 @@ def _with_columns(
         matrix = torch.stack([changed.pop(name) for name in fields], 1)
         changed[fields[0].entry] = matrix
     entries = {**batch, **changed}
-    try:
-        return type(batch)(entries)  # a model may read entries as attributes
-    except TypeError:
+    try:  # a model may read entries as attributes
+        made = type(batch)(entries)
+        same = made.keys() == entries.keys() and all(made[n] is v for n, v in entries.items())
+    except Exception:  # its constructor takes something else
         return entries
+    return made if same else entries
 
 
 def _first(batch: Any) -> Any:

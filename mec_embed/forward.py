@@ -63,7 +63,10 @@ def full_precision() -> Iterator[None]:
 def eager() -> AbstractContextManager[Any]:
     """What was compiled runs eagerly: compiled code does not see hooks that are set afterwards."""
     stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    return nullcontext() if stance is None else stance("force_eager")
+    if stance is None or torch.compiler.is_compiling():
+        return nullcontext()
+    held: AbstractContextManager[Any] = stance("force_eager")
+    return held
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .layout import dtype_name
 from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
+from .optimization import check_optimizer
 from .packing import empty_packed, pack, pack_into, unpack
 from .swap import Optimizers, listed, replace_parameters
 from .tiers import TierMap, _Tiered
@@ -47,14 +48,14 @@ def extend(
 
     Raises:
         ValueError: rows that do not fit or are not finite; a table that shares its codes with one
-            that is not given; rows that would be stored as one. Nothing has changed then.
+            that is not given; rows that would be stored as one; an optimizer that does not hold
+            the table. Nothing has changed then.
         TypeError: a module that is no compressed table, an optimizer that is none.
 
     Example:
         >>> ids = extend(model.item, vectors_of_new_items)  # doctest: +SKIP
         >>> model.item(torch.tensor([ids[0]]))  # doctest: +SKIP
     """
-    listed(optimizer)
     held, given = _matched(tables, rows)
     first, count = held[0].num_embeddings, len(given[0])
     parts = _tier_of(held, popular)
@@ -65,6 +66,7 @@ def extend(
             "compress a retrained model"
         )
     _check_fits(parts, given)
+    _check_optimizers(parts, optimizer)
     codes = _encode(parts, given)
     for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
         _extend_map(tier_map, count, popular)
@@ -377,6 +379,21 @@ def _check_fits(parts: Sequence[Compressed], rows: Sequence[Tensor]) -> None:
                 f"{most:g}, as its rows are kept as {dtype_name(dtype)}; leave it out, or compress "
                 "a retrained model with codebook_dtype='float32' or 'int8'"
             )
+
+
+def _check_optimizers(parts: Sequence[Compressed], optimizer: Optimizers) -> None:
+    """ValueError for optimizers that wrap others, or of which none trains rows kept as rows."""
+    found = listed(optimizer)
+    for one in found:
+        check_optimizer(one)
+    params = {id(p) for one in found for group in one.param_groups for p in group["params"]}
+    wanted = [part for part in parts if not part.layout.bits and part.codebooks.requires_grad]
+    missing = [part.name for part in wanted if id(part.codebooks) not in params]
+    if found and missing:
+        raise ValueError(
+            f"no optimizer that was given holds the rows of table {missing[0]!r}, expected one "
+            "that trains them; give that, or leave optimizer out"
+        )
 
 
 def _append_codewords(books: CodebookSet, rows: Tensor) -> None:

@@ -61,7 +61,7 @@ class SharedModule(nn.Module):
             if given.dtype != held.dtype:
                 error_msgs.append(
                     f"{prefix}{name} is {given.dtype}, expected {held.dtype}; cast floating "
-                    "tensors of a state_dict alone"
+                    "tensors of a state_dict alone, and take none while distill() runs"
                 )
                 return
         super()._load_from_state_dict(

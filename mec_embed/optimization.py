@@ -21,8 +21,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, ValuesView
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def _taken_away(optimizer: torch.optim.Optimizer, hooks: list[Any]) -> list[Comp
             if isinstance(steps, _RowSteps):
                 del held[key]
                 found += steps.tables()
-    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trained = _trained(optimizer)
     return [table for table in found if id(table.codebooks) in trained]
 
 
@@ -131,21 +132,30 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _holds_optimizers(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it wraps others, whose steps would go past its hooks."""
-    for name, value in vars(optimizer).items():
-        items = value.values() if isinstance(value, dict) else value
-        several = items if isinstance(items, (list, tuple, ValuesView)) else (value,)
-        wraps = name in ("_optimizer", "_optims", "optimizer") and value is not None
-        if wraps or any(isinstance(one, torch.optim.Optimizer) for one in several):
+    """Whether it wraps others, that train its parameters in steps that go past its hooks."""
+    for name in ("_optimizer", "_optims", "optimizer"):
+        if not isinstance(getattr(optimizer, name, None), (str, NoneType)):
             return True
+    own = _trained(optimizer)
+    for value in vars(optimizer).values():
+        items = [*value.values()] if isinstance(value, dict) else value
+        for one in items if isinstance(items, (list, tuple)) else (items,):
+            inside = isinstance(one, torch.optim.Optimizer) and one is not optimizer
+            if inside and not own.isdisjoint(_trained(one)):
+                return True
     return False
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> set[int]:
+    """``id`` of the parameters in its groups."""
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
 def _warn_of_decay(optimizer: torch.optim.Optimizer, tables: list[Compressed]) -> None:
     """Say that weight decay of tables is not kept where it is not known what it does."""
     if isinstance(optimizer, (*_PENALISING, *_DECOUPLED)):
         return
-    held = {id(table.codebooks) for table in tables}
+    held = {id(table.codebooks) for table in tables if table.layout.kind != "rows"}
     for group in optimizer.param_groups:
         if group.get("weight_decay") and any(id(param) in held for param in group["params"]):
             logger.warning(

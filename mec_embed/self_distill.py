@@ -60,9 +60,10 @@ def self_distill(
     more; one that gains nothing, by ``score``, changes nothing.
 
     Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move, and tables that
-    :func:`compress` would leave as they are do not at all. Popular rows are trained by
-    SparseAdam, the network by Adam, in eval mode; the learning rate warms up and falls to
-    zero by a cosine. It takes the memory of a copy of the model, and three times the popular rows.
+    :func:`compress` would leave as they are, with what is tied to them, do not at all. Popular rows
+    are trained by SparseAdam, the network by Adam, in eval mode; the learning rate warms up and
+    falls to zero by a cosine. It takes the memory of a copy of the model, and three times the
+    popular rows.
 
     An error or an interruption puts the best state back: without a score, the first.
 
@@ -249,7 +250,7 @@ def _optimizers(
     """SparseAdam of popular rows, and Adam of what is trainable outside the tables."""
     # Rows of tables that are skipped, rare ones among them, would move with the network.
     others = [module for module, _ in find_modules(model, EMBEDDINGS)]
-    held = {id(param) for module in others for param in module.parameters()}
+    held = {id(param) for module in others for param in module.parameters(recurse=False)}
     network = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
     found: list[torch.optim.Optimizer] = []
     if popular:

@@ -591,20 +591,25 @@ def _check_fit(
             )
 
 
-def _others(model: nn.Module, replacements: list[Replacement]) -> dict[str, Any]:
-    """The state of a model beside that of the modules that are replaced."""
+def _others(
+    model: nn.Module, replacements: list[Replacement], buffers: bool = False
+) -> dict[str, Any]:
+    """The state of a model, or its buffers, beside that of the modules that are replaced."""
     replaced = tuple(f"{alias.name}." for aliases, _, _ in replacements for alias in aliases)
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(replaced)}
+    found = dict(model.named_buffers()) if buffers else model.state_dict()
+    return {key: value for key, value in found.items() if not key.startswith(replaced)}
 
 
 def _check_values(model: nn.Module, replacements: list[Replacement]) -> None:
     """ValueError for tensors that stay and are on the meta device, where values would vanish."""
-    for key, value in _others(model, replacements).items():
+    state, buffers = _others(model, replacements), _others(model, replacements, buffers=True)
+    for key, value in {**buffers, **state}.items():
         if isinstance(value, Tensor) and value.is_meta:
+            unsaved = "" if key in state else ", and set it: it is no part of the file"
             raise ValueError(
                 f"{key!r} of the model is on the meta device and can take no value, expected there "
                 "are only tables that the file replaces; call to_empty(device=..., recurse=False) "
-                "of the module that holds it first"
+                f"of the module that holds it first{unsaved}"
             )
 
 
@@ -634,7 +639,7 @@ def _fill(
                 _put(owner, key.rpartition(".")[2], loaded, value)
         for module in new.modules():
             if isinstance(module, _CODED):
-                module.output_dtype = module.output_dtype.to(device)
+                module.output_dtype = torch.empty_like(module.output_dtype, device=device)
 
 
 def _check_maps(replacements: list[Replacement], path: str | Path) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,10 @@ _STATE_HOOKS = (
 #: Where hooks of ``fully_shard`` are defined.
 _FSDP = "torch.distributed.fsdp."
 #: What holds no table, or is told of a swap in another way.
-_NO_HOLDERS = (str, bytes, int, float, type, ModuleType, FunctionType, torch.optim.Optimizer)
+_NO_HOLDERS = (
+    *ProxyTypes,
+    *(str, bytes, int, float, type, ModuleType, FunctionType, torch.optim.Optimizer),
+)
 #: Values that an attribute is searched through, at most.
 _MOST_VALUES = 100_000
 #: What a module holds of its own: tensors, submodules and hooks.
@@ -373,51 +377,69 @@ def _held_elsewhere(model: nn.Module) -> dict[int, str]:
     """
     tables = {id(table): table for table, _ in find_modules(model, EMBEDDINGS)}
     by_weight = {id(getattr(table, "weight", None)): key for key, table in tables.items()}
+    network = {id(param) for param in model.parameters()} - by_weight.keys()
     known = [one for adapter, module, _ in adapted(model) for one in adapter.beside(module)]
+    met = {id(one): one for one in known}
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in _MODULE_DICTS:
                 continue
+            reached = {id(item) for item in _reachable(value, met)}
             where = f"{name}.{attribute}" if name else attribute
-            for item in _reachable(value, known):
-                key = by_weight.get(id(item), id(item))
-                if key in tables:
-                    found[key] = (
-                        f"the attribute {where!r} holds it too, where a forward may read it; hold "
-                        "it in an nn.ModuleList or nn.ModuleDict"
-                    )
+            for key in reached & tables.keys():
+                found[key] = (
+                    f"the attribute {where!r} holds it too, where a forward may read it; hold it "
+                    "in an nn.ModuleList or nn.ModuleDict"
+                )
+            if network and network <= reached:
+                continue  # of all parameters: for an average, clipping or the like, not to look up
+            for weight in reached & by_weight.keys():
+                found[by_weight[weight]] = (
+                    f"the attribute {where!r} holds its weight too, where a forward may read it; "
+                    "delete it before compressing, and make it anew afterwards"
+                )
     return found
 
 
-def _reachable(value: Any, known: Sequence[object]) -> Iterator[Any]:
+def _reachable(value: Any, met: dict[int, Any]) -> Iterator[Any]:
     """Modules and tensors that containers and plain objects hold, at any depth.
 
-    Not those inside modules and optimizers, nor in ``known``, nor beyond many other values.
+    Not those inside modules and optimizers, nor in what was ``met`` before, nor beyond many other
+    values.
     """
-    met, todo = {id(one) for one in known}, [value]
-    while todo and len(met) < _MOST_VALUES:
-        one = todo.pop()
-        if id(one) in met or isinstance(one, _NO_HOLDERS):
+    todo, left = [value], _MOST_VALUES
+    while todo and left:
+        one, left = todo.pop(), left - 1
+        if isinstance(one, _NO_HOLDERS):
             continue
-        met.add(id(one))
         if isinstance(one, (nn.Module, Tensor)):
             yield one
-        elif isinstance(one, Mapping):
-            todo += islice(one.values(), _MOST_VALUES)
-        elif isinstance(one, (list, tuple, set, frozenset, deque)):
-            todo += islice(one, _MOST_VALUES)
-        else:
+        elif id(one) not in met:
+            met[id(one)] = one  # kept, so that no other object gets its id
             todo += _held_by(one)
 
 
 def _held_by(one: Any) -> list[Any]:
-    """What a bound method, a partial function or a plain object holds."""
+    """What a container, a bound method, a partial function or a plain object holds."""
+    if isinstance(one, (list, tuple, set, frozenset, deque)):
+        return [*islice(one, _MOST_VALUES)]
     if isinstance(one, MethodType):
         return [one.__self__]
     if isinstance(one, partial):
         return [one.func, *one.args, *one.keywords.values()]
-    return [*vars(one).values()] if hasattr(one, "__dict__") else []
+    # Other mappings may read a file, or fail, when asked for values; what they hold is in here.
+    values = one if isinstance(one, dict) else _attributes(one)
+    return [*islice(values.values(), _MOST_VALUES)]
+
+
+def _attributes(one: Any) -> dict[str, Any]:
+    """The attributes of an object, by none of its own methods."""
+    try:
+        held = object.__getattribute__(one, "__dict__")
+    except Exception:  # its class has another notion of them
+        return {}
+    return held if isinstance(held, dict) else {}
 
 
 def _storage(tensor: Tensor) -> int:

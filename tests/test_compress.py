@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib
 import weakref
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -25,6 +26,7 @@ from mec_embed import (
     outcome,
     plan,
     save,
+    tables,
 )
 from mec_embed.reader import Reader
 
@@ -1033,7 +1035,7 @@ def test_tables_that_are_held_in_any_other_way_stay(held):
     model.mlp.held = held([*model.embeddings.values()])
     stayed = {t.name: t.reason for t in run(model).tables if t.reason}
     assert sorted(stayed) == ["embeddings.f0", "embeddings.f1"]
-    assert "'mlp.held' holds it too" in stayed["embeddings.f1"]
+    assert "the attribute 'mlp.held' holds it" in stayed["embeddings.f1"]
 
 
 def test_what_holds_no_table_is_no_matter():
@@ -1042,7 +1044,42 @@ def test_what_holds_no_table_is_no_matter():
     model.itself, model.numbers = _Reader(model), list(range(200_000))
     model.loop = loop = []
     loop.append(loop)
+    model.average = _Reader({name: param for name, param in model.named_parameters()})
+    model.mlp.odd = [_Odd(), _Files(), weakref.proxy(_Reader(None))]
     assert not [table.name for table in run(model).tables if table.reason]
+
+
+class _Odd:
+    """Has no attributes, and fails when asked for any."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class _Files(Mapping):
+    """Reads a file for each value."""
+
+    def __getitem__(self, name):
+        raise OSError(name)
+
+    def __iter__(self):
+        return iter("ab")
+
+    def __len__(self):
+        return 2
+
+
+def test_parts_that_share_much_are_searched_once(monkeypatch):
+    model, shared = small(), [(number,) for number in range(2000)]
+    for module in model.modules():
+        module.log = shared
+    asked = []
+    held_by = tables._held_by
+    monkeypatch.setattr(tables, "_held_by", lambda one: asked.append(one) or held_by(one))
+    tables.find_tables(model, FAST)
+    assert 2000 <= len(asked) < 2100
 
 
 def test_patterns_that_name_no_table_are_told():

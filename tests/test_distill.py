@@ -697,6 +697,26 @@ def test_mappings_keep_their_class() -> None:
         assert isinstance(changed, _Batch) and changed.keys() == batch.keys()
     keyed: Any = defaultdict(list, batch)
     assert mixed(keyed, 1.0, torch.Generator().manual_seed(0)).keys() == batch.keys()
+    # Those that are made from something else become plain mappings.
+    by_hand = _ByHand(torch.arange(8), torch.arange(8))
+    assert type(mixed(by_hand, 1.0, torch.Generator().manual_seed(0))) is dict
+
+
+class _ByHand(dict):
+    """Is made from columns."""
+
+    def __init__(self, a: Any, b: Any = None) -> None:
+        super().__init__(a=a, b=b)
+
+
+def test_labels_are_told_by_a_batch_in_which_they_differ() -> None:
+    ids = torch.stack([torch.arange(8), torch.arange(8)], 1)
+    none = {"ids": ids, "new": torch.zeros(8).long(), "clicked": torch.zeros(8).long()}
+    some = none | {"clicked": torch.tensor([0, 1] * 4)}
+    found = count_ids([none, some], lambda batch: batch["clicked"])
+    # The first batch has all entries, as none is known to be the labels; then these are left out.
+    assert {"ids", "new", "clicked"} <= found.keys() and found["clicked"].sum() == 8
+    assert found["new"].sum() == 16
 
 
 def test_a_loader_without_a_length() -> None:

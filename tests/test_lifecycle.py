@@ -309,9 +309,11 @@ def test_longer_rows_stay_in_their_optimizer(kind: Any) -> None:
 
 
 def test_an_optimizer_that_is_none_changes_nothing() -> None:
-    table = _table(CodeLayout("rows", 50, 12, 1, 50))
+    table = _table(CodeLayout("rows", 50, 12, 1, 50), name="t")
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got str"):
         extend(table, torch.randn(3, 12), optimizer="Adam")
+    with pytest.raises(ValueError, match="holds the rows of table 't', expected one that trains"):
+        extend(table, torch.randn(3, 12), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()))
     assert table.num_embeddings == 50
 
 

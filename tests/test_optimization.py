@@ -320,6 +320,14 @@ def test_wrappers_under_any_name_are_refused():
         keep_row_steps(Sharpness(model.parameters()), model)
 
 
+def test_an_optimizer_beside_another_is_no_wrapper():
+    model, _ = compressed(torch.optim.SGD, lr=0.1)
+    one = torch.optim.SGD(model.parameters(), lr=0.1)
+    one.itself, one.partner = one, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    one.optimizer = "sgd"
+    keep_row_steps(one, model)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_of_an_unknown_optimizer_is_told(decay, caplog):
     class Lion(torch.optim.Optimizer):

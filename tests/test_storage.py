@@ -659,6 +659,11 @@ def test_tables_need_no_memory_before_they_are_loaded(saved: tuple[Rich, Path]) 
     for module in model.modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module is model.tiny:
             module.to_empty(device="cpu", recurse=False)
+    with torch.device("meta"):
+        model.norm.register_buffer("unsaved", torch.zeros(3), persistent=False)
+    with pytest.raises(ValueError, match="'norm.unsaved' of .* and set it: it is no part of the f"):
+        load(model, saved[1])
+    del model.norm.unsaved
     load(model, saved[1])
     loaded, expected = model.state_dict(), saved[0].state_dict()
     assert loaded.keys() == expected.keys()

@@ -90,9 +90,9 @@ def by_dimension(rows: list[dict[str, str]], what: str, ids: str) -> str:
         large = int(row["rows"]) >= LEAST_ROWS and int(row["batch"]) >= LEAST_BATCH
         ours = row["method"].startswith("mec_embed")
         if ours and large and (row["what"], row["ids"]) == (what, ids):
-            [group] = [name for name, dims in DIMS.items() if int(row["dim"]) in dims]
             key = row["processor"], row["threads"], row["method"]
-            speeds[key][group].append(float(row["speed"]))
+            for name in (name for name, dims in DIMS.items() if int(row["dim"]) in dims):
+                speeds[key][name].append(float(row["speed"]))
     text = ["| processor | threads | method | " + " | ".join(f"d = {name}" for name in DIMS) + " |"]
     text.append("|" + " --- |" * (3 + len(DIMS)))
     for key, found in sorted(speeds.items()):

@@ -52,5 +52,5 @@ def whole_numbers(feature: str, values: Any) -> np.ndarray:
     # Objects may be floats, and unsigned numbers may be larger than any of int64.
     if array.dtype.kind in "fuO" and not np.array_equal(ids, array):
         wrong = array[ids != array].flat[0]
-        raise ValueError(f"feature {feature!r}: ids must be whole numbers, got {wrong}")
+        raise ValueError(f"feature {feature!r}: ids must be whole numbers, got {wrong!r}")
     return ids
