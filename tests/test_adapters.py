@@ -35,6 +35,9 @@ class FrameworkAdapter(Adapter):
     def optimizers(self, module):
         return [module.optimizer]
 
+    def beside(self, module):
+        return [module.held]
+
     def follow(self, module, swapped):
         if self.fails:
             raise KeyboardInterrupt
@@ -69,6 +72,12 @@ def test_optimizer_that_is_given_and_held_is_rebound_once(adapter):
     model = Framework()
     compress(model, None, CONFIG, optimizer=model.optimizer, progress=False)
     assert len(model.optimizer.param_groups[0]["params"]) == 1
+
+
+def test_what_no_adapter_sees_to_is_no_table_to_replace(monkeypatch):
+    monkeypatch.setattr("mec_embed.adapters.ADAPTERS", [])
+    with pytest.raises(ValueError, match="the attribute 'held' holds its weight too"):
+        compress(Framework(), None, CONFIG, progress=False)
 
 
 def test_check_is_asked_before_anything(adapter):

@@ -51,6 +51,6 @@ def whole_numbers(feature: str, values: Any) -> np.ndarray:
     ids = array.astype(np.int64)
     # Objects may be floats, and unsigned numbers may be larger than any of int64.
     if array.dtype.kind in "fuO" and not np.array_equal(ids, array):
-        wrong = array[ids != array].flat[0]
+        wrong = array[ids != array].tolist()[0]
         raise ValueError(f"feature {feature!r}: ids must be whole numbers, got {wrong!r}")
     return ids
