@@ -34,8 +34,8 @@ class CompressionConfig:
     Args:
         ratio: bytes of all embedding tables of the model before, divided by their bytes after;
             codes, codebooks, padding and the tables left alone all count (not those that an
-            earlier call has compressed). The planner spends the
-            budget as far as that lowers the error. 50 where no target is given.
+            earlier call has compressed). The planner spends the budget as far as that lowers the
+            error. 50 where no target is given.
         max_bytes: the target as bytes after, instead of ``ratio``.
         num_subvectors: number of codebooks M of every compressed table, instead of a target;
             goes with ``codebook_size``.

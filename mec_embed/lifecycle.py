@@ -20,7 +20,7 @@ from .layout import dtype_name
 from .learning.fit import FINAL_BEAM, chunk_rows
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
-from .optimization import check_optimizer
+from .optimization import check_optimizer, trained_by
 from .packing import empty_packed, pack, pack_into, unpack
 from .swap import Optimizers, listed, replace_parameters
 from .tiers import TierMap, _Tiered
@@ -386,7 +386,7 @@ def _check_optimizers(parts: Sequence[Compressed], optimizer: Optimizers) -> Non
     found = listed(optimizer)
     for one in found:
         check_optimizer(one)
-    params = {id(p) for one in found for group in one.param_groups for p in group["params"]}
+    params = {key for one in found for key in trained_by(one)}
     wanted = [part for part in parts if not part.layout.bits and part.codebooks.requires_grad]
     missing = [part.name for part in wanted if id(part.codebooks) not in params]
     if found and missing:

@@ -112,7 +112,7 @@ def _taken_away(optimizer: torch.optim.Optimizer, hooks: list[Any]) -> list[Comp
             if isinstance(steps, _RowSteps):
                 del held[key]
                 found += steps.tables()
-    trained = _trained(optimizer)
+    trained = trained_by(optimizer)
     return [table for table in found if id(table.codebooks) in trained]
 
 
@@ -136,17 +136,17 @@ def _holds_optimizers(optimizer: torch.optim.Optimizer) -> bool:
     for name in ("_optimizer", "_optims", "optimizer"):
         if not isinstance(getattr(optimizer, name, None), (str, NoneType)):
             return True
-    own = _trained(optimizer)
+    own = trained_by(optimizer)
     for value in vars(optimizer).values():
         items = [*value.values()] if isinstance(value, dict) else value
         for one in items if isinstance(items, (list, tuple)) else (items,):
             inside = isinstance(one, torch.optim.Optimizer) and one is not optimizer
-            if inside and not own.isdisjoint(_trained(one)):
+            if inside and not own.isdisjoint(trained_by(one)):
                 return True
     return False
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> set[int]:
+def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
     """``id`` of the parameters in its groups."""
     return {id(param) for group in optimizer.param_groups for param in group["params"]}
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,7 +187,7 @@ def build_tables(
         for entry, table in zip(manifest["tables"], tables, strict=True)
     ]
     _check_fit(nn.Module(), replacements, tensors, {"extra": {}}, path)
-    _fill(replacements, tensors)
+    _fill(replacements, tensors, torch.device("cpu"))
     _check_maps(replacements, path)
     return tables
 
@@ -564,7 +564,7 @@ def _check_fit(
     path: str | Path,
 ) -> None:
     """FormatError unless the file holds exactly the tensors of the model to be."""
-    expected = _others(model, replacements)
+    expected = _others(model.state_dict(), replacements)
     for aliases, _, new in replacements:
         for alias in aliases:
             expected |= {f"{alias.name}.{key}": v for key, v in new.state_dict().items()}
@@ -591,19 +591,16 @@ def _check_fit(
             )
 
 
-def _others(
-    model: nn.Module, replacements: list[Replacement], buffers: bool = False
-) -> dict[str, Any]:
-    """The state of a model, or its buffers, beside that of the modules that are replaced."""
+def _others(values: Mapping[str, Any], replacements: list[Replacement]) -> dict[str, Any]:
+    """What of a model's values, by their names, is not of the modules that are replaced."""
     replaced = tuple(f"{alias.name}." for aliases, _, _ in replacements for alias in aliases)
-    found = dict(model.named_buffers()) if buffers else model.state_dict()
-    return {key: value for key, value in found.items() if not key.startswith(replaced)}
+    return {key: value for key, value in values.items() if not key.startswith(replaced)}
 
 
 def _check_values(model: nn.Module, replacements: list[Replacement]) -> None:
     """ValueError for tensors that stay and are on the meta device, where values would vanish."""
-    state, buffers = _others(model, replacements), _others(model, replacements, buffers=True)
-    for key, value in {**buffers, **state}.items():
+    state = model.state_dict()
+    for key, value in _others({**dict(model.named_buffers()), **state}, replacements).items():
         if isinstance(value, Tensor) and value.is_meta:
             unsaved = "" if key in state else ", and set it: it is no part of the file"
             raise ValueError(
@@ -620,9 +617,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _fill(
-    replacements: list[Replacement],
-    tensors: dict[str, Tensor],
-    otherwise: torch.device = torch.device("cpu"),  # noqa: B008
+    replacements: list[Replacement], tensors: dict[str, Tensor], otherwise: torch.device
 ) -> None:
     """Give the new modules the tensors of the file, on the device of the module they replace.
 

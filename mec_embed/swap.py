@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Undo, adapted, do_nothing, held_optimizers
-from .optimization import check_optimizer, keep_row_steps
+from .optimization import check_optimizer, keep_row_steps, trained_by
 from .tables import Alias
 
 #: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
@@ -116,7 +116,7 @@ def check_held(model: nn.Module, optimizer: Optimizers) -> None:
     """
     own = {id(parameter) for parameter in model.parameters()}
     for one in listed(optimizer):
-        held = [id(parameter) for group in one.param_groups for parameter in group["params"]]
+        held = trained_by(one)
         # One that held nothing but tables is empty while their codebooks are frozen.
         if held and own.isdisjoint(held):
             raise ValueError(

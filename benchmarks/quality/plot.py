@@ -135,16 +135,8 @@ def labels_table(results: dict[Panel, dict[str, dict[float, Any]]]) -> str:
         for ratio, name, cell in sorted(cells, key=lambda one: (one[0], _place(one[1]), one[1])):
             found = [_mean(cell[stage]) if cell.get(stage) else "-" for stage in WITH_LABELS]
             if set(found) != {"-"}:
-                text.append(
-                    _line(
-                        [
-                            ", ".join(panel),
-                            f"{ratio or round(mean(cell['ratio']), 1):g}x",
-                            name,
-                            *found,
-                        ]
-                    )
-                )
+                size = ratio or round(mean(cell["ratio"]), 1)  # of one size
+                text.append(_line([", ".join(panel), f"{size:g}x", name, *found]))
     return "\n".join(text)
 
 

@@ -265,6 +265,11 @@ def tiered(
     return out.to(dtype)
 
 
+def _zero_gradient(*shape: int) -> Tensor:
+    """Zeros to add to, of what the kernel writes, whatever torch's defaults are."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
 def lookup_backward(
     grad: Tensor,
     input: Tensor,
@@ -280,9 +285,7 @@ def lookup_backward(
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (*input.shape, dim)."""
     fields = None
-    # Of what the kernel writes, whatever torch's default is.
-    shape = num_subvectors, codebook_size, subvector_dim
-    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    total = _zero_gradient(num_subvectors, codebook_size, subvector_dim)
     if kernel is not None and torch.float64 not in (dtype, grad.dtype):
         fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
     if fields is None or input.dtype not in ID_DTYPES:
@@ -471,9 +474,7 @@ def bag_backward(
 ) -> Tensor:
     """Gradient (M, K, subvector_dim) of the codebooks from ``grad`` (bags, embedding_dim)."""
     fields = bags = None
-    # Of what the kernel writes, whatever torch's default is.
-    shape = num_subvectors, codebook_size, subvector_dim
-    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    total = _zero_gradient(num_subvectors, codebook_size, subvector_dim)
     if kernel is not None and torch.float64 not in (dtype, grad.dtype):
         fields = table_fields(codes, total, None, num_embeddings, embedding_dim, bits)
         bags = _bags_of(input, offsets, per_sample_weights, mode, include_last_offset)
