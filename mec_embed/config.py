@@ -24,6 +24,8 @@ POPULARITY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": torch.ones_like,
 }
 
+#: Codewords of additive codes: the least squares over all of them take 8 bytes a pair, twice.
+_MOST_WORDS = 1 << 15
 _CODEBOOK_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -39,7 +41,8 @@ class CompressionConfig:
         max_bytes: the target as bytes after, instead of ``ratio``.
         num_subvectors: number of codebooks M of every compressed table, instead of a target;
             goes with ``codebook_size``.
-        codebook_size: codewords K in each codebook, 2 to 65,536.
+        codebook_size: codewords K in each codebook, 2 to 65,536; M * K is at most 32,768 for
+            additive codes.
         codes: ``"additive"`` (a row is the sum of M codewords; better at equal bytes) or
             ``"product"`` (their concatenation, as in the MEC paper).
         codebook_dtype: ``None`` for the dtype of the table, so that codebooks train as the table
@@ -122,6 +125,13 @@ class CompressionConfig:
                 )
             _integer("num_subvectors", self.num_subvectors, low=1, high=256)
             _integer("codebook_size", self.codebook_size, low=2, high=1 << 16)
+            words = self.num_subvectors * self.codebook_size
+            if self.codes == "additive" and words > _MOST_WORDS:
+                raise ValueError(
+                    "additive codes may have num_subvectors * codebook_size of at most "
+                    f"{_MOST_WORDS:,}, got {self.num_subvectors} * {self.codebook_size} = {words:,}: "
+                    "all codewords are solved for at once; give fewer, or codes='product'"
+                )
         targets = [self.ratio is not None, self.max_bytes is not None, explicit != (None, None)]
         if sum(targets) > 1:
             raise ValueError(
