@@ -128,9 +128,10 @@ class CompressionConfig:
             words = self.num_subvectors * self.codebook_size
             if self.codes == "additive" and words > _MOST_WORDS:
                 raise ValueError(
-                    "additive codes may have num_subvectors * codebook_size of at most "
-                    f"{_MOST_WORDS:,}, got {self.num_subvectors} * {self.codebook_size} = {words:,}: "
-                    "all codewords are solved for at once; give fewer, or codes='product'"
+                    f"num_subvectors * codebook_size of additive codes must be at most "
+                    f"{_MOST_WORDS:,}, got {self.num_subvectors} * {self.codebook_size} = "
+                    f"{words:,}: all codewords are solved for at once; give fewer, or "
+                    "codes='product'"
                 )
         targets = [self.ratio is not None, self.max_bytes is not None, explicit != (None, None)]
         if sum(targets) > 1:

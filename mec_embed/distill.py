@@ -43,7 +43,7 @@ _WARM_UP = 0.05
 
 def distill(
     model: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     batches: Iterable[Any],
     *,
     epochs: int = 4,
@@ -70,7 +70,11 @@ def distill(
 
     Args:
         model: the compressed model.
-        teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing).
+        teacher: the uncompressed model (a ``copy.deepcopy`` made before compressing), or several
+            models: the mean of what they return is the target then. Models that were trained from
+            other starts err in other places, so that their mean is better than each of them, and a
+            model that is taught by it than one taught by its base alone (docs/measured.md). All
+            return logits, or all probabilities.
         batches: iterated once an epoch: a DataLoader, a list.
         epochs: passes over ``batches``; a fresh network needs some.
         lr: Adam's learning rate for the network; that of the codebooks follows from it and from
@@ -114,11 +118,12 @@ def distill(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: the model holds no compressed table or nothing to train, the teacher shares
-            what is trained, there are no batches or they can be read once only, a loss is NaN or
-            infinite, an argument is out of range, labels are of another length than predictions or
-            outside 0 to 1, or a module cannot be drawn anew.
-        TypeError: a forward that returns no tensor, or labels that are none.
+        ValueError: the model holds no compressed table or nothing to train, there is no teacher or
+            it shares what is trained, there are no batches or they can be read once only, a loss is
+            NaN or infinite, an argument is out of range, labels are of another length than
+            predictions or outside 0 to 1, or a module cannot be drawn anew.
+        TypeError: a teacher that is no module, a forward that returns no tensor, or labels that
+            are none.
 
     Example:
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
@@ -134,6 +139,7 @@ def distill(
     counting = labels is not None and bool(rare) and epochs > 0
     check_batches(batches, epochs + counting)
     check_options(epochs, mix, labels, label_weight, rare, temperature, network)
+    teachers = check_teachers(teacher)
     books = _codebook_sets(model)
     dtypes = [book.codebooks.dtype for book in books]
     generator = torch.Generator().manual_seed(seed)
@@ -141,16 +147,16 @@ def distill(
     with (
         grad_mode(),
         eval_mode(model),
-        eval_mode(teacher),
+        eval_mode(teachers),
         dense_gradients(model),
         _trainable(books) as codebooks,
     ):
         optimizer = torch.optim.Adam(_groups(model, codebooks, network), lr=lr)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        _check_teacher(teacher, trained)
+        check_apart(teachers, trained)
         best = BestState(model, trained, score, list(zip(codebooks, dtypes, strict=True)))
         counts = count_ids(batches, labels) if counting else {}
-        loss_of = Loss(model, teacher, forward, labels, label_weight, temperature, counts, rare)
+        loss_of = Loss(model, teachers, forward, labels, label_weight, temperature, counts, rare)
 
         def take_step(batch: Any, done: float) -> float:
             set_rate(optimizer, lr, done)
@@ -172,16 +178,32 @@ def distill(
     return history
 
 
-def _check_teacher(teacher: nn.Module, trained: list[nn.Parameter]) -> None:
+def check_teachers(given: Any) -> nn.ModuleList:
+    """One teacher, or several, as a list."""
+    several = isinstance(given, Sequence | nn.ModuleList)
+    teachers = list(given) if several else [given]
+    for teacher in teachers:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(
+                f"a teacher must be a model (nn.Module), got {type(teacher).__name__}; pass the "
+                "copy.deepcopy(model) that was made before compress(), or a list of such models"
+            )
+    if not teachers:
+        raise ValueError("teacher is an empty list, expected at least one model")
+    return nn.ModuleList(teachers)
+
+
+def check_apart(teachers: nn.ModuleList, trained: list[nn.Parameter]) -> None:
     """ValueError for a teacher that would be trained as well."""
     own = {id(parameter) for parameter in trained}
-    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
-    if shared:
-        raise ValueError(
-            f"the teacher holds {len(shared)} parameters that are trained, {shared[0]!r} among "
-            "them, expected a model of its own; pass a copy.deepcopy(model) that was made before "
-            "compress()"
-        )
+    for teacher in teachers:
+        shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+        if shared:
+            raise ValueError(
+                f"the teacher holds {len(shared)} parameters that are trained, {shared[0]!r} among "
+                "them, expected a model of its own; pass a copy.deepcopy(model) that was made "
+                "before"
+            )
 
 
 def _groups(model: nn.Module, codebooks: list[nn.Parameter], network: str) -> list[dict[str, Any]]:
@@ -294,12 +316,12 @@ class BestState:
 
 
 class Loss:
-    """Cross entropy of the student against the teacher and labels, in logits or probabilities."""
+    """Cross entropy of the student against teachers and labels, in logits or probabilities."""
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module,
+        teachers: Collection[nn.Module],
         forward: Forward,
         labels: Labels | None,
         label_weight: float,
@@ -307,7 +329,7 @@ class Loss:
         counts: Mapping[Any, Tensor],
         rare: int,
     ) -> None:
-        self.model, self.teacher, self.forward = model, teacher, forward
+        self.model, self.teachers, self.forward = model, teachers, forward
         self.counts, self.rare = counts, rare
         self.labels, self.label_weight, self.temperature = labels, label_weight, temperature
         self.probabilities: bool | None = None
@@ -323,7 +345,8 @@ class Loss:
         if self.counts:
             inputs = without_rare(inputs, self.counts, self.rare, mix, generator, beside)
         with torch.no_grad():
-            target = prediction(self.forward(self.teacher, inputs))
+            found = [prediction(self.forward(teacher, inputs)) for teacher in self.teachers]
+            target = sum(found[1:], start=found[0]) / len(found)
         output = prediction(self.forward(self.model, inputs))
         if self.probabilities is not False:
             self._tell_logits(target)

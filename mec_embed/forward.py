@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -70,12 +71,12 @@ def eager() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: Model) -> Iterator[Model]:
     """Eval mode for a while; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        yield model
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from .distill import (
     BestState,
     Labels,
     Loss,
+    check_apart,
     check_options,
+    check_teachers,
     count_ids,
     dense_gradients,
     gradients_of,
@@ -39,7 +41,8 @@ def self_distill(
     freq_stats: FrequencyStats | Mapping[str, Any],
     batches: Iterable[Any],
     *,
-    labels: Labels,
+    labels: Labels | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
     epochs: int = 3,
     lr: float = 1e-3,
     label_weight: float = 0.5,
@@ -50,7 +53,7 @@ def self_distill(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Train an uncompressed model against labels and itself, in place, before ``compress()``.
+    """Train an uncompressed model against labels, itself or better teachers, before ``compress()``.
 
     A step that one may leave out. Models of click logs are stopped early, as the rows of rare ids
     over-fit; what this gains over the model as it was, :func:`compress` keeps, and
@@ -59,24 +62,33 @@ def self_distill(
     the probability by the model as it was. A second call, taught by the result of the first, gains
     more; one that gains nothing, by ``score``, changes nothing.
 
-    Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move, and tables that
-    :func:`compress` would leave as they are, with what is tied to them, do not at all. Popular rows
-    are trained by SparseAdam, the network by Adam, in eval mode; the learning rate warms up and
-    falls to zero by a cosine. It takes the memory of a copy of the model, and three times the
-    popular rows.
+    Where most ids are rare, labels bring nothing. A second model does, that was trained as this one
+    was but from another start: both learnt other things by heart, the mean of their predictions
+    mostly what they have in common. With it as the ``teacher``, and no labels, the model becomes
+    nearly as good as that mean (Hinton et al., 2015, arXiv 1503.02531), at its own size.
+
+    With labels, rows of ids that ``freq_stats`` counts less than ``rare`` times do not move; tables
+    that :func:`compress` would leave as they are, with what is tied to them, do not at all. The
+    rows that move are trained by SparseAdam, the network by Adam, in eval mode; the learning rate
+    warms up and falls to zero by a cosine. It takes the memory of a copy of the model, and three
+    times these rows.
 
     An error or an interruption puts the best state back: without a score, the first.
 
     Args:
         model: the trained model, with its tables in this process.
         freq_stats: how often each row occurs in ``batches``, as :func:`compress` takes it.
-        batches: training batches, iterated once to count and once an epoch: a DataLoader, a list.
-        labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch.
+        batches: training batches, iterated once an epoch and, with labels, once to count: a
+            DataLoader, a list.
+        labels: gives the labels (batch,) or (batch, 1), 0 to 1, of a batch. None: the teacher
+            alone.
+        teacher: one model or several, whose mean is the target, as in :func:`distill`; ``model``
+            itself among them stands for the model as it was. None: that alone.
         epochs: passes over ``batches``.
         lr: learning rate of both optimizers.
         label_weight: part of the label in a target, 0 to 1.
-        rare: ids of a column that occur less often than this in ``batches`` are shuffled between
-            the rows of a batch, as in :func:`distill`. 0: none is rare.
+        rare: with labels, ids of a column that occur less often than this in ``batches`` are
+            shuffled between the rows of a batch, as in :func:`distill`. 0: none is rare.
         l2: L2 penalty; ``l2`` times a row is added to its gradient whenever a batch holds it. A
             model that was trained with a small one, or none, is worth a trial with 0.
         forward: how to call the model on a batch, see :meth:`FrequencyStats.from_batches`. It
@@ -92,9 +104,11 @@ def self_distill(
 
     Raises:
         ValueError: the model holds compressed, sharded or no tables, counts do not fit them, there
-            are no batches or they can be read once only, a loss is NaN or infinite, an argument is
-            out of range, or labels are of another length than predictions or outside 0 to 1.
-        TypeError: a forward that returns no tensor, or labels that are none.
+            are no batches or they can be read once only, a teacher holds what is trained, a loss is
+            NaN or infinite, an argument is out of range, or labels are of another length than
+            predictions or outside 0 to 1.
+        TypeError: a forward that returns no tensor, labels that are none, a teacher that is no
+            module, or neither labels nor a teacher.
 
     Example:
         >>> self_distill(  # doctest: +SKIP
@@ -102,11 +116,21 @@ def self_distill(
         ... )
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
         >>> compress(model, stats, batches=train_batches)  # doctest: +SKIP
+
+        With a second model, trained from another seed:
+
+        >>> self_distill(model, stats, train_batches, teacher=[model, second])  # doctest: +SKIP
     """
-    check_batches(batches, epochs + (rare > 0))
     if labels is None:
-        raise TypeError("labels must be a function that gives the labels of a batch, got None")
+        rare = 0
+    check_batches(batches, epochs + (rare > 0))
+    if labels is None and teacher is None:
+        raise TypeError(
+            "labels must be a function that gives the labels of a batch, such as lambda batch: "
+            "batch[1], got None, and no teacher either"
+        )
     check_options(epochs, 0.0, labels, label_weight, rare, 1.0, "trained")
+    given = check_teachers(model if teacher is None else teacher)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be above 0 and finite, got {lr}")
     if not 0 <= l2 < math.inf:
@@ -119,6 +143,7 @@ def self_distill(
         return []
     with (
         grad_mode(),
+        eval_mode(_apart(given, model)) as teachers,
         eval_mode(model),
         dense_gradients(model),
         gradients_of(_able_of_sparse(tables), sparse=True),
@@ -126,10 +151,10 @@ def self_distill(
         popular = _popular_rows(tables, counts, max(rare, 1))
         optimizers = _optimizers(model, popular, lr)
         trained = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        check_apart(teachers, [*trained, *(rows.weight for rows in popular)])
         best = BestState(model, trained, score, [])
         ids = count_ids(batches, labels) if rare else {}
-        teacher = copy.deepcopy(model)
-        loss_of = Loss(model, teacher, forward, labels, label_weight, 1.0, ids, rare)
+        loss_of = Loss(model, teachers, forward, labels, label_weight, 1.0, ids, rare)
         generator = torch.Generator().manual_seed(seed)
 
         def take_step(batch: Any, done: float) -> float:
@@ -158,6 +183,11 @@ def self_distill(
                 rows.put_back()
             model.zero_grad()
     return history
+
+
+def _apart(teachers: nn.ModuleList, model: nn.Module) -> nn.ModuleList:
+    """The teachers, and for the model itself a copy of what it is now."""
+    return nn.ModuleList(copy.deepcopy(model) if one is model else one for one in teachers)
 
 
 def _able_of_sparse(tables: list[Table]) -> list[nn.Embedding | nn.EmbeddingBag]:

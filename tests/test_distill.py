@@ -124,6 +124,50 @@ def test_logits_are_recognised(caplog: pytest.LogCaptureFixture) -> None:
     assert history == [pytest.approx(first, rel=1e-4)]
 
 
+class _Mean(nn.Module):
+    """The mean of what models return."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.stack([model(ids) for model in self.models]).mean(0)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("of", [list, tuple, nn.ModuleList])
+def test_the_mean_of_several_teachers_is_the_target(of: Any, probabilities: bool) -> None:
+    model, teacher = _pair(probabilities=probabilities)
+    other = Clicks(probabilities=probabilities)
+    student, alone = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"labels": lambda ids: (ids[:, 0] % 2).float(), "temperature": 1.5, "epochs": 2}
+    found = _distill(model, of([teacher, other]), **options)
+    assert found == pytest.approx(_distill(student, _Mean(teacher, other), **options), rel=1e-6)
+    for key, value in student.state_dict().items():
+        assert torch.allclose(model.state_dict()[key], value, atol=1e-6), key
+    assert _distill(alone, of([teacher]), **options) != pytest.approx(found)
+    assert not teacher.training and other.training
+    assert all(p.grad is None for p in (*teacher.parameters(), *other.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("of", "error", "message"),
+    [
+        (lambda model, teacher: [], ValueError, "empty list, expected at least one"),
+        (lambda model, teacher: [teacher, teacher.forward], TypeError, "got method; pass the copy"),
+        (lambda model, teacher: teacher.forward, TypeError, "nn.Module.*got method"),
+        (lambda model, teacher: [teacher, model], ValueError, "parameters that are trained"),
+    ],
+)
+def test_teachers_are_checked(of: Any, error: type[Exception], message: str) -> None:
+    model, teacher = _pair()
+    before = _state(model)
+    with pytest.raises(error, match=message):
+        _distill(model, of(model, teacher))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("network", ["trained", "fresh", "fixed"])
 def test_only_codebooks_and_network_move(dtype: str | None, network: str) -> None:

@@ -24,8 +24,8 @@ ROWS = (600, 60)
 RARE = 8
 
 
-def _model() -> ClickModel:
-    torch.manual_seed(0)
+def _model(seed: int = 0) -> ClickModel:
+    torch.manual_seed(seed)
     return ClickModel(rows=ROWS, dim=8)
 
 
@@ -203,7 +203,9 @@ def test_no_epochs_change_nothing_and_seeds_repeat():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"labels": None}, TypeError, "labels must be a function"),
+        ({"labels": None}, TypeError, "labels must be a function.* and no teacher either"),
+        ({"teacher": []}, ValueError, "empty list"),
+        ({"teacher": [lambda batch: batch]}, TypeError, "a teacher must be a model"),
         ({"labels": 3}, TypeError, "labels must be a function"),
         ({"labels": lambda batch: batch[1][:5]}, ValueError, r"labels returned \(5,\)"),
         ({"labels": lambda batch: batch[1] + 1}, ValueError, "expected 0 to 1"),
@@ -227,6 +229,43 @@ def test_bad_input_is_refused_before_anything_moves(options, error, words):
         _run(model, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and not model.embeddings["f0"].sparse
+
+
+def test_teachers_take_the_place_of_labels():
+    model, second = _model(), _model(seed=1)
+    ids, _ = _batches(1)[0]
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(ids)
+        target = (logits + copy.deepcopy(second).eval()(ids)).div(2).sigmoid()
+        first = F.binary_cross_entropy_with_logits(logits, target)
+    before = copy.deepcopy(second.state_dict())
+    rare = model.embeddings["f0"].weight[_counts(0) < RARE].clone()
+    history = _run(model, [(ids, None)], labels=None, teacher=[model, second], epochs=40, lr=1e-2)
+    assert history[0] == pytest.approx(float(first), rel=1e-5) and history[-1] < history[0] - 0.01
+    assert second.training and model.training
+    assert all(torch.equal(value, before[name]) for name, value in second.state_dict().items())
+    # Without labels no row can learn one by heart.
+    assert not torch.equal(model.embeddings["f0"].weight[_counts(0) < RARE], rare)
+
+
+def test_a_teacher_goes_with_labels():
+    model, second = _model(), _model(seed=1)
+    ids, labels = _batches(1)[0]
+    with torch.no_grad():
+        target = copy.deepcopy(second).eval()(ids).sigmoid().lerp(labels, 0.25)
+        first = F.binary_cross_entropy_with_logits(copy.deepcopy(model).eval()(ids), target)
+    options = {"teacher": second, "label_weight": 0.25, "rare": 0, "epochs": 1}
+    assert _run(model, [(ids, labels)], **options) == [pytest.approx(float(first), rel=1e-5)]
+
+
+def test_teachers_that_would_be_trained_are_refused():
+    model, second = _model(), _model(seed=1)
+    second.embeddings["f0"].weight = model.embeddings["f0"].weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="parameters that are trained, 'embeddings.f0.weight'"):
+        _run(model, teacher=second)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and second.training
 
 
 def test_models_without_dense_tables_are_refused():

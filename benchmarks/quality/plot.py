@@ -24,12 +24,14 @@ COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_descri
 #: Stages: what a method gives, and that distilled alike for all methods.
 RIGHT_AFTER, TUNED = "right after", "tuned"
 #: Stages that see labels once more: distilled with them, from a base that was self-distilled with
-#: them before, and both.
+#: them before, both, and distilled from the base and a second model that was trained as it was.
 LABELS, ALONE, SELF_DISTILLED = "labels", "self-distilled alone", "self-distilled"
+TWO_TEACHERS = "two teachers"
 WITH_LABELS = {
     LABELS: "distilled with labels",
     ALONE: "self-distilled before",
     SELF_DISTILLED: "both",
+    TWO_TEACHERS: "two teachers",
 }
 OURS = "mec_embed"
 #: Columns and lines of the short table.

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 pytest.importorskip("matplotlib")
 
@@ -88,7 +89,7 @@ def test_tuning_with_labels_is_a_stage_of_its_own(run, monkeypatch, tmp_path, ca
         ["8x", "mec_embed"],
         ["8x", "hashing"],
     ]
-    assert all(row.endswith(" | - | - |") for row in rows)  # with labels alone
+    assert all(row.endswith(" | - | - | - |") for row in rows)  # with labels alone
 
 
 def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path, capsys):
@@ -103,12 +104,23 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     [line] = lines[len(with_labels) :]
     assert line["stage"] == "self-distilled alone"
     assert run(*methods, "--self-distilled-alone") == lines
-    assert run(*methods, "--no-tuning")[: len(lines)] == lines
+    more = run(*methods, "--two-teachers")
+    assert more[: len(lines)] == lines
+    assert [line["stage"] for line in more[len(lines) :]] == ["two teachers"]
+    assert len(list((tmp_path / "bases").iterdir())) == 2
+    assert run(*methods, "--two-teachers") == more
+    assert run(*methods, "--no-tuning")[: len(more)] == more
 
     monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "quality.csv"), "--labels"])
     plot.main()
     [ours] = capsys.readouterr().out.splitlines()[2:]
     assert ours.startswith("| generator, DeepFM, 8 | 8x | mec_embed | ") and "-" not in ours.split()
+
+
+def test_two_teachers_are_the_mean_of_their_logits():
+    first, second = nn.Linear(3, 1), nn.Linear(3, 1)
+    x = torch.randn(5, 3)
+    assert torch.allclose(tuning.Mean(first, second)(x), (first(x) + second(x)) / 2)
 
 
 def test_a_method_that_only_has_a_self_distilled_base_is_no_curve(run, monkeypatch, tmp_path):
