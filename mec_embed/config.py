@@ -125,7 +125,7 @@ class CompressionConfig:
                 )
             _integer("num_subvectors", self.num_subvectors, low=1, high=256)
             _integer("codebook_size", self.codebook_size, low=2, high=1 << 16)
-            words = self.num_subvectors * self.codebook_size
+            words = self.num_subvectors * self.codebook_size  # type: ignore[operator]
             if self.codes == "additive" and words > _MOST_WORDS:
                 raise ValueError(
                     f"num_subvectors * codebook_size of additive codes must be at most "

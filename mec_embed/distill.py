@@ -193,7 +193,7 @@ def check_teachers(given: Any) -> nn.ModuleList:
     return nn.ModuleList(teachers)
 
 
-def check_apart(teachers: nn.ModuleList, trained: list[nn.Parameter]) -> None:
+def check_apart(teachers: nn.ModuleList, trained: Iterable[Tensor]) -> None:
     """ValueError for a teacher that would be trained as well."""
     own = {id(parameter) for parameter in trained}
     for teacher in teachers:
@@ -321,7 +321,7 @@ class Loss:
     def __init__(
         self,
         model: nn.Module,
-        teachers: Collection[nn.Module],
+        teachers: nn.ModuleList,
         forward: Forward,
         labels: Labels | None,
         label_weight: float,

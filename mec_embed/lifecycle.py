@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .forward import full_precision
 from .layout import dtype_name
-from .learning.fit import FINAL_BEAM, chunk_rows
+from .learning.fit import FINAL_BEAM, chunk_rows, kept_codes
 from .learning.quantizers import quantizer_for
 from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quantize_codebooks
 from .optimization import check_optimizer, trained_by
@@ -68,8 +68,6 @@ def extend(
     _check_fits(parts, given)
     _check_optimizers(parts, optimizer)
     codes = _encode(parts, given)
-    for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
-        _extend_map(tier_map, count, popular)
     if codes is None:
         before = [part.codebooks for part in parts]
         for part, new in zip(parts, given, strict=True):
@@ -86,6 +84,9 @@ def extend(
             codebook_size=part.layout.codebook_size + (count if codes is None else 0),
         )
         part.num_embeddings += count
+    # After the codes, which it leads to.
+    for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
+        _extend_map(tier_map, count, popular)
     for table in held:
         if isinstance(table, _Tiered):
             table.num_embeddings += count
@@ -104,7 +105,7 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
         rows: what they are to be (n, embedding_dim), for each of the tables.
 
     Returns:
-        How many of them got other codes.
+        How many of them got other codes; a row keeps those it has where none better are found.
 
     Raises:
         ValueError, TypeError: as :func:`extend`; ids that are no rows, or twice the same.
@@ -126,7 +127,7 @@ def update(tables: Tables, ids: Tensor, rows: Rows) -> int:
             )
         _check_fits(parts, new)
         todo.append((parts, places, new))
-    encoded = [_encode(parts, new) for parts, _, new in todo]
+    encoded = [_encode(parts, new, places) for parts, places, new in todo]
     changed = 0
     for (parts, places, new), codes in zip(todo, encoded, strict=True):
         if codes is not None:
@@ -305,17 +306,42 @@ def _codebooks(parts: Sequence[Compressed]) -> Tensor:
 
 
 @full_precision()
-def _encode(parts: Sequence[Compressed], rows: Sequence[Tensor]) -> Tensor | None:
-    """Codes (n, M) of the rows of all parts; None where rows are stored as they are."""
-    if not parts[0].layout.bits:
+def _encode(
+    parts: Sequence[Compressed], rows: Sequence[Tensor], places: Tensor | None = None
+) -> Tensor | None:
+    """Codes (n, M) of the rows of all parts; None where rows are stored as they are.
+
+    Of rows that are in some ``places`` (n,) already, the codes there where those found are no
+    better: the search does not find the best ones always.
+    """
+    layout = parts[0].layout
+    if not layout.bits:
         return None
-    quantizer, books = quantizer_for(parts[0].layout.kind), _codebooks(parts)
+    quantizer, (books, offset, scale) = quantizer_for(layout.kind), _centred(parts)
     codes = torch.empty(len(rows[0]), len(books), dtype=torch.int64, device=books.device)
     step = chunk_rows(sum(one.shape[1] for one in rows), books.device)
     for start in range(0, len(codes), step):
-        x = torch.cat([one[start : start + step] for one in rows], dim=1)
-        codes[start : start + step] = quantizer.encode(x, books, FINAL_BEAM)
+        part = slice(start, start + step)
+        x = (torch.cat([one[part] for one in rows], dim=1) - offset) / scale
+        found = quantizer.encode(x, books, FINAL_BEAM)
+        if places is not None:
+            held = unpack(parts[0].codes, layout.num_subvectors, layout.bits, places[part])
+            found = kept_codes(x, held, found, books, quantizer, 0.0)
+        codes[part] = found
     return codes
+
+
+def _centred(parts: Sequence[Compressed]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codebooks to search in, what to take off rows, and what to divide them by then.
+
+    Squares of a large common mean would leave nothing of the differences in float32.
+    """
+    books = _codebooks(parts)
+    means = books.mean(1, keepdim=True)
+    offset = means.flatten() if parts[0].layout.kind == "product" else means.sum((0, 1))
+    books = books - means
+    scale = books.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return books / scale, offset, scale
 
 
 def _decode(parts: Sequence[Compressed], codes: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.schema import owners
 from .ranks import Ranks
 from .replicas import any_dtensor, on_replicas
 from .shards import is_dtensor
@@ -44,13 +45,50 @@ def in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
         yield batch
 
 
-def asking_forward(table: Table, watch: Callable[[Tensor, float], Tensor]) -> Callable[..., Any]:
+class Lookups(NamedTuple):
+    """What the rows (n, dim) of an output are made of.
+
+    Attributes:
+        squares: (n,) float64; for each, the sum over its ids of the square of their share in it.
+        number: of all ids. Padding is none: it looks nothing up.
+    """
+
+    squares: Tensor
+    number: int
+
+
+@torch.no_grad()
+def lookups_of(
+    module: nn.Module,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Lookups:
+    """What ``nn.Embedding`` or ``nn.EmbeddingBag`` looks up for these arguments."""
+    flat = input.reshape(-1)
+    real = torch.ones_like(flat, dtype=torch.float64)
+    if module.padding_idx is not None:
+        real[flat == module.padding_idx] = 0
+    if not isinstance(module, nn.EmbeddingBag):
+        return Lookups(real, int(real.sum()))
+    of = owners(input, offsets, module.include_last_offset)
+    bags = input.shape[0] if offsets is None else len(offsets) - module.include_last_offset
+    numbers = real.new_zeros(bags).index_add_(0, of, real)
+    if per_sample_weights is not None:
+        squared = per_sample_weights.detach().reshape(-1).double().square()
+        return Lookups(torch.zeros_like(numbers).index_add_(0, of, real * squared), int(real.sum()))
+    # Of a sum each id moves the whole, of a mean its share; each column of a maximum is of one id.
+    squares = {"sum": numbers, "mean": 1 / numbers, "max": torch.ones_like(numbers)}[module.mode]
+    return Lookups(squares.where(numbers > 0, 0.0), int(real.sum()))
+
+
+def asking_forward(table: Table, watch: Callable[[Tensor, Lookups], Tensor]) -> Callable[..., Any]:
     """What ``table.module.forward`` is to be: rows come from the ranks that hold them.
 
     Args:
         table: a sharded one.
-        watch: is given the output (..., dim), without gradient, and the scale of its gradients, and
-            gives the output that the model goes on with.
+        watch: is given the output (..., dim), without gradient, and what it is made of, and gives
+            the output that the model goes on with.
     """
     module = table.module
     name = table.name
@@ -61,7 +99,8 @@ def asking_forward(table: Table, watch: Callable[[Tensor, float], Tensor]) -> Ca
             return on_replicas(rows_forward, name, input)
         rows, places = _rows(table, input)
         # The rows are a copy, whose length max_norm may change.
-        return watch(F.embedding(places, rows, **norm), 1.0)  # type: ignore[arg-type]
+        found = F.embedding(places, rows, **norm)  # type: ignore[arg-type]
+        return watch(found, lookups_of(module, input))
 
     def bags_forward(
         input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -85,14 +124,9 @@ def asking_forward(table: Table, watch: Callable[[Tensor, float], Tensor]) -> Ca
             padding_idx=padding,
             **norm,  # type: ignore[arg-type]
         )
-        return watch(bags, scale_of_bags(module, bags, input))
+        return watch(bags, lookups_of(module, input, offsets, per_sample_weights))
 
     return bags_forward if isinstance(module, nn.EmbeddingBag) else rows_forward
-
-
-def scale_of_bags(module: Any, bags: Tensor, ids: Tensor) -> float:
-    """Of gradients of ``bags`` (n, dim) as one id sees them: it moves a mean by its share."""
-    return len(bags) / max(1, ids.numel()) if module.mode == "mean" else 1.0
 
 
 def _rows(table: Table, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import Forward, check_batches, eager, eval_mode, grad_mode, prediction
-from .measuring import asking_forward, exchanges, in_step, scale_of_bags
+from .measuring import Lookups, asking_forward, exchanges, in_step, lookups_of
 from .tables import Table
 
 #: Batches read, at most: the mean over these is precise enough.
@@ -37,6 +37,8 @@ def fisher_matrices(
 ) -> list[np.ndarray | None]:
     """The Fisher matrix (dim, dim) float64 of one lookup of each table; None where none was seen.
 
+    Of padding there are no lookups, as none are counted (:class:`mec_embed.FrequencyStats`).
+
     Args:
         model: returns logits or probabilities (batch,) or (batch, tasks); it runs in eval mode,
             its weights, gradients, modes and attributes are left as they were.
@@ -53,15 +55,21 @@ def fisher_matrices(
     check_batches(batches)
     totals = {table: np.zeros((table.dim, table.dim)) for table in [*tables, *others]}
     lookups = dict.fromkeys(totals, 0)
-    seen: list[tuple[Table, Tensor, float]] = []
-    read = 0
+    seen: list[tuple[Table, Tensor, Lookups]] = []
+    read, probabilities = 0, True
     generator = torch.Generator().manual_seed(0)
     if exchanges(model, [*totals]):
         batches = in_step(batches, tables[0].ranks)
     with eager(), eval_mode(model), _attributes_kept(model), grad_mode(), _watched([*totals], seen):
         for batch in batches:
             seen.clear()
-            logits = _fisher_logits(prediction(forward(model, batch)), generator)
+            output = prediction(forward(model, batch))
+            if probabilities and not _within(output):
+                # So were those before, which by chance all lay between 0 and 1.
+                probabilities = False
+                totals = {table: np.zeros_like(total) for table, total in totals.items()}
+                lookups = dict.fromkeys(totals, 0)
+            logits = _fisher_logits(output, probabilities, generator)
             leaves = [leaf for _, leaf, _ in seen]
             if leaves and not logits.requires_grad:
                 raise ValueError(
@@ -71,11 +79,12 @@ def fisher_matrices(
                 )
             looked_up = [*seen]  # what checkpoints compute again looks up again
             grads = torch.autograd.grad(logits.sum(), leaves, allow_unused=True) if leaves else ()
-            for (table, leaf, scale), grad in zip(looked_up, grads, strict=True):
-                lookups[table] += leaf.numel() // table.dim
+            for (table, _, made_of), grad in zip(looked_up, grads, strict=True):
+                lookups[table] += made_of.number
                 if grad is not None:
-                    flat = grad.reshape(-1, table.dim).double() * scale
-                    totals[table] += (flat.T @ flat).cpu().numpy()
+                    flat = grad.reshape(-1, table.dim).double()
+                    scaled = flat * made_of.squares[:, None]
+                    totals[table] += (flat.T @ scaled).cpu().numpy()
             read += 1
             if read == MOST_BATCHES:
                 break
@@ -117,14 +126,19 @@ def _mean(table: Table, total: np.ndarray, lookups: int) -> np.ndarray | None:
     return mean
 
 
-def _fisher_logits(output: Tensor, generator: torch.Generator) -> Tensor:
+def _within(output: Tensor) -> bool:
+    """Whether all may be probabilities."""
+    return bool(((output >= 0) & (output <= 1)).all())
+
+
+def _fisher_logits(output: Tensor, probabilities: bool, generator: torch.Generator) -> Tensor:
     """Scalars whose sum has a gradient g with E[g g^T] equal to the Fisher matrix.
 
     Random signs let the products between different outputs cancel out on average: of several
     tasks, and of examples that a layer mixes.
     """
     values = output.detach()
-    if bool(((values >= 0) & (values <= 1)).all()):
+    if probabilities:
         scale = (values * (1 - values)).clamp(min=1e-8).rsqrt()
     else:
         chance = values.sigmoid()
@@ -146,8 +160,8 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, float]]) -> Iterator[None]:
-    """While open, every lookup adds (table, its output as a leaf, scale of gradients)."""
+def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, Lookups]]) -> Iterator[None]:
+    """While open, every lookup adds (table, its output as a leaf, what that is made of)."""
     handles = []
     for table in tables:
         if table.shard is None:
@@ -167,20 +181,17 @@ def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, float]]) -
 
 
 def _leaf(
-    table: Table, seen: list[tuple[Table, Tensor, float]], output: Tensor, scale: float
+    table: Table, seen: list[tuple[Table, Tensor, Lookups]], output: Tensor, made_of: Lookups
 ) -> Tensor:
     """``output`` for the model to go on with; its gradient is noted."""
     leaf = table.repaired(output.detach().float()).requires_grad_()
-    seen.append((table, leaf, scale))
+    seen.append((table, leaf, made_of))
     # A copy: what comes next may work in place, which a leaf refuses.
     return leaf.to(output.dtype, copy=True)
 
 
-def _watcher(table: Table, seen: list[tuple[Table, Tensor, float]]) -> Any:
+def _watcher(table: Table, seen: list[tuple[Table, Tensor, Lookups]]) -> Any:
     def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        scale = 1.0
-        if isinstance(module, nn.EmbeddingBag):
-            scale = scale_of_bags(module, output, args[0] if args else kwargs["input"])
-        return _leaf(table, seen, output, scale)
+        return _leaf(table, seen, output, lookups_of(module, *args, **kwargs))
 
     return watch

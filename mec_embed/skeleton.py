@@ -125,6 +125,8 @@ class StreamedTable(Table):
 
     def stored_read(self, ids: Tensor) -> Tensor:
         """See :class:`Table`."""
+        if not len(ids):
+            return torch.empty(0, self.dim, dtype=self.weight.dtype)
         wanted, back = ids.cpu().unique(return_inverse=True)
         near = max(1, _GAP_BYTES * self.rows // self.nbytes)
         breaks = ((wanted[1:] - wanted[:-1]) > near).nonzero()[:, 0] + 1

@@ -70,6 +70,76 @@ def test_one_id_of_a_bag_moves_a_mean_less(bag, part):
     np.testing.assert_allclose(found, whole * part**2, rtol=1e-4, atol=1e-7)
 
 
+class Padded(nn.Module):
+    """A mean of ids, padded in three ways."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        if kind == "masked":
+            self.table = nn.Embedding(200, DIM, padding_idx=0)
+        else:
+            self.table = nn.EmbeddingBag(200, DIM, mode="mean", padding_idx=0)
+        self.weight = nn.Parameter(torch.tensor([3.0, 1.0, 0.1, 0.0]))
+
+    def forward(self, ids):
+        real = ids != 0
+        if self.kind == "masked":
+            rows = self.table(ids) * real[:, :, None]
+            vectors = rows.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        elif self.kind == "padded":
+            vectors = self.table(ids)
+        else:
+            starts = real.sum(1).cumsum(0)
+            vectors = self.table(ids[real], torch.cat([starts.new_zeros(1), starts[:-1]]))
+        return vectors @ self.weight - 1
+
+
+def test_padding_is_no_lookup():
+    ids = torch.randint(1, 200, (300, 12))
+    ids[torch.arange(12) >= torch.randint(0, 6, (300, 1))] = 0  # some bags are empty
+    found = [matrices(Padded(kind), [ids])["table"] for kind in ("offsets", "padded", "masked")]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-4)
+
+
+def test_weights_of_ids_are_part_of_what_they_move():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.EmbeddingBag(200, DIM, mode="sum")
+            self.weight = nn.Parameter(torch.tensor([3.0, 1.0, 0.1, 0.0]))
+
+        def forward(self, batch):
+            return self.table(batch["ids"], per_sample_weights=batch["weights"]) @ self.weight
+
+    model = Weighted()
+    ids = torch.randint(200, (300, 3))
+    weights = torch.tensor([0.5, 0.0, 0.25]).expand(300, 3)
+    batch = {"ids": ids, "weights": weights}
+    with torch.no_grad():
+        chance = model(batch).sigmoid()
+    vector = model.weight.detach().double().numpy()
+    matrix = float((chance * (1 - chance)).mean()) * np.outer(vector, vector)
+    matrix += 0.05 * matrix.trace() / DIM * np.eye(DIM)
+    found = matrices(model, [batch])["table"]
+    np.testing.assert_allclose(found, matrix * (0.5**2 + 0.25**2) / 3, rtol=1e-3, atol=1e-8)
+
+
+def test_logits_that_once_lie_between_0_and_1_stay_logits():
+    model = Linear()
+    ids = torch.arange(200)
+    with torch.no_grad():
+        inside = ((model(ids) > 0) & (model(ids) < 1)).nonzero()[:, 0]
+    outside = ids[~torch.isin(ids, inside)]
+    found = matrices(model, [inside, outside])["table"]
+    np.testing.assert_allclose(found, expected(model, outside), rtol=1e-4, atol=1e-7)
+    found = matrices(model, [outside, inside])["table"]
+    np.testing.assert_allclose(found, expected(model, ids), rtol=1e-4, atol=1e-7)
+
+
 def test_model_is_left_as_it_was():
     model = Linear().train()
     model.table.weight.grad = torch.ones_like(model.table.weight)

@@ -421,7 +421,7 @@ class _Learner:
         if self.earlier is None:
             return codes, error
         margin = KEEP_MARGIN * error
-        codes = _kept(self.x, self.earlier, codes, stored, self.quantizer, margin)
+        codes = kept_codes(self.x, self.earlier, codes, stored, self.quantizer, margin)
         return codes, float(weighted_error(self.x, self.weights, codes, stored, self.quantizer))
 
     def _refine(
@@ -499,7 +499,7 @@ class _Learner:
         return refined
 
 
-def _kept(
+def kept_codes(
     x: Tensor,
     earlier: Tensor,
     fresh: Tensor,
@@ -579,7 +579,7 @@ def _encode_all(rows: Rows, learned: Learned, refit: _Refit | None) -> EncodedRo
         codes = quantizer.encode(x, codebooks, FINAL_BEAM)
         if rows.codes is not None:
             earlier = rows.codes(ids).to(codes.device)
-            codes = _kept(x, earlier, codes, codebooks, quantizer, margin)
+            codes = kept_codes(x, earlier, codes, codebooks, quantizer, margin)
             changed += (codes != earlier).any(1).sum()
         if refit is not None:
             drawn, weights = _drawn(rows, start, stop, step)

@@ -153,13 +153,18 @@ class _TrainedRows(torch.autograd.Function):
 _train: Any = super(torch.autograd.Function, _TrainedRows).apply
 
 
+#: A plan, the places of what it reads, the codebooks, and the dtype of rows that are not float32.
+_Packed = tuple[bytes | None, Places, tuple[Tensor, ...], torch.dtype | None]
+_NOTHING_PACKED: _Packed = None, (), (), None
+
+
 class FastPath:
     """The plan of one module, packed anew where its tensors are others than before.
 
     A copy, or what was unpickled, starts without one.
     """
 
-    __slots__ = ("_codebooks", "_dtype", "_places", "_plan", "_rows")
+    __slots__ = ("_packed", "_rows")
 
     def __init__(self) -> None:
         """Without a plan."""
@@ -170,11 +175,10 @@ class FastPath:
 
     def forget(self) -> None:
         """Drop the plan, as dtypes may have changed."""
-        self._plan: bytes | None = None
+        # Each is set, and read, at once: another thread may do so meanwhile, and what belongs to
+        # the places holds the tensors that a kernel reads.
+        self._packed: _Packed = _NOTHING_PACKED
         self._rows: Any = None
-        self._places: Places = ()
-        self._codebooks: tuple[Tensor, ...] = ()
-        self._dtype: torch.dtype | None = None
 
     def rows(self, module: Any, ids: Tensor) -> Tensor | None:
         """Rows (*ids.shape, dim), or None where the operators must serve."""
@@ -184,18 +188,18 @@ class FastPath:
         zero_id = -1 if padding_idx is None or not module.zero_padding else padding_idx
         # Tensors on the CPU may have taken the places of those on a GPU.
         if self._rows is None or getattr(ids, "is_cpu", False):
-            out = cpu.kernel.fast_rows(self._plan, self._places, self._codebooks, ids, zero_id)
+            plan, places, codebooks, dtype = self._packed
+            out = cpu.kernel.fast_rows(plan, places, codebooks, ids, zero_id)
             if out is False:
                 return self.rows(module, ids) if self._renew(module) else None
             if out is not None:
-                return out if self._dtype is None else out.to(self._dtype)
+                return out if dtype is None else out.to(dtype)
         return self._rows_on_gpu(module, ids, zero_id)
 
     def _rows_on_gpu(self, module: Any, ids: Tensor, zero_id: int) -> Tensor | None:
         """Rows of a table on a GPU, where ids are not checked; or None."""
         if on_gpu is None or module._oov_row is not None:
             return None
-        # Read once: another thread may forget it meanwhile.
         rows, places, codebooks = self._rows or (None, (), ())
         ready = None if rows is None else rows.ready
         state = cpu.kernel.rows_on_gpu(places, codebooks, ready, ids, zero_id)
@@ -230,13 +234,14 @@ class FastPath:
             is_virtual(weights) or (weights.requires_grad and torch.is_grad_enabled())
         ):
             return None
-        ready = cpu.kernel.check(self._plan, self._places, self._codebooks, input)
+        plan, places, codebooks, dtype = self._packed
+        ready = cpu.kernel.check(plan, places, codebooks, input)
         if ready is False:
             return self.bags(module, input, offsets, weights) if self._renew(module) else None
-        if ready is None or self._plan is None:
+        if ready is None or plan is None:
             return None
         out = cpu.reduce_bags(
-            self._plan,
+            plan,
             input,
             offsets,
             weights,
@@ -245,7 +250,7 @@ class FastPath:
             module.mode,
             module.include_last_offset,
         )
-        return out if out is None or self._dtype is None else out.to(self._dtype)
+        return out if out is None or dtype is None else out.to(dtype)
 
     def _renew(self, module: Any) -> bool:
         """Pack the plan; False where the kernel cannot read the tables."""
@@ -253,14 +258,13 @@ class FastPath:
         dtype = module._like().dtype
         if dtype is torch.float64:
             return False
+        # First: tensors that are replaced meanwhile are not in these places, whatever is packed.
+        places = module._places()
         plan = module._pack_plan()
         if plan is None:
             return False
-        self._places = module._places()
-        self._codebooks = tuple(table.codebooks for table in module._tables())
-        self._dtype = None if dtype is torch.float32 else dtype
-        # Last, as another thread may read it: without places, any plan would serve.
-        self._plan = plan
+        codebooks = tuple(table.codebooks for table in module._tables())
+        self._packed = plan, places, codebooks, None if dtype is torch.float32 else dtype
         return True
 
 
