@@ -359,6 +359,8 @@ def test_a_streamed_table_reads_as_one_in_memory(kind: str, dtype, tmp_path: Pat
     ):
         assert torch.equal(table.read(ids), dense.read(ids))
     assert torch.equal(table.piece(4990, 5000), dense.piece(4990, 5000))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(table.read(none), dense.read(none))
     for name in ("rows", "dim", "nbytes", "zero_padding", "name", "names", "device"):
         assert getattr(table, name) == getattr(dense, name)
     assert isinstance(table, StreamedTable) and isinstance(dense, Table) and sum(told) > 0

@@ -101,9 +101,59 @@ def test_an_update_changes_its_rows_only(layout: CodeLayout, data: st.DataObject
     other = copy.deepcopy(table)
     with torch.no_grad():
         assert torch.equal(other(ids), after[ids])
-    # The same rows appended get the same codes.
+    # The same rows appended have no better codes, and none where those before were no better.
     new = extend(other, wanted)
-    assert torch.equal(_whole(other)[new.start :], after[ids])
+    errors = (_whole(other)[new.start :] - wanted).square().sum(1)
+    assert ((after[ids] - wanted).square().sum(1) <= errors * (1 + 1e-5) + 1e-6).all()
+
+
+def test_an_update_makes_no_row_worse() -> None:
+    table = _table(CodeLayout("additive", 500, 12, 8, 8, torch.float32))
+    before, ids = _whole(table), torch.arange(500)
+    assert update(table, ids, before) == 0 and torch.equal(_whole(table), before)
+    wanted = before + 2 * torch.randn_like(before)
+    assert update(table, ids, wanted) > 0
+    errors = [(rows - wanted).square().sum(1) for rows in (before, _whole(table))]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind", ["additive", "product"])
+def test_rows_with_a_large_common_mean_are_encoded_as_well(kind: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3000, 4)
+    errors = []
+    for mean in (0.0, 2000.0):
+        model = nn.Sequential(nn.Embedding.from_pretrained(rows + mean, freeze=False))
+        config = CompressionConfig(num_subvectors=2, codebook_size=16, codes=kind, epochs=0)
+        report = compress(model, None, config, progress=False)
+        learned = report.tables[0].weighted_error
+        table = model[0]
+        assert drift(table, rows + mean, learned).error == pytest.approx(learned, rel=0.05)
+        new = extend(table, rows + mean)
+        found = _whole(table)[new.start :] - (rows + mean)
+        errors.append(float(found.square().mean()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_a_plan_of_codes_that_were_replaced_meanwhile_is_not_read(monkeypatch: Any) -> None:
+    """As another thread may extend the table while its plan is packed."""
+    table = _table(CodeLayout("additive", 400, 12, 3, 16, torch.float32))
+    ids, before = torch.arange(400), _whole(table)
+    pack_plan, old = CompressedEmbedding._pack_plan, table.codes
+
+    def pack_slowly(module: Any) -> Any:
+        plan = pack_plan(module)
+        if module.codes is old:
+            module.code_table.codes = old.clone()
+            old.fill_(0)  # what a plan of them would read
+        return plan
+
+    monkeypatch.setattr(CompressedEmbedding, "_pack_plan", pack_slowly)
+    table._fast.forget()
+    table.codebooks.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(table(ids), before) and torch.equal(table(ids), before)
+    assert table.codes is not old and not old.any()
 
 
 class Pair(nn.Module):

@@ -52,6 +52,23 @@ def self_distilled(base: Base, *, calls: int = 2, **options: Any) -> Base:
     return replace(base, model=model)
 
 
+def taught(base: Base, second: Base) -> Base:
+    """A base whose model has been taught by itself and a second one, without labels."""
+    model = base.copy()
+    self_distill(
+        model,
+        _counts(base),
+        list(base.batches(base.seed + 1)),
+        teacher=[model, second.model],
+        epochs=4,
+        score=lambda one: evaluate(one, base.data, "valid").auc,
+        seed=base.seed,
+        progress=False,
+        l2=base.settings.self_distill_l2,
+    )
+    return replace(base, model=model)
+
+
 def _counts(base: Base) -> dict[str, np.ndarray]:
     """Qualified name -> training occurrences of each row (rows,)."""
     first = base.model.embeddings

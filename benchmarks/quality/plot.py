@@ -24,7 +24,7 @@ COLOURS = {"mec_embed": "#c22", "mec_embed without batches": "#e90", "mec_descri
 #: Stages: what a method gives, and that distilled alike for all methods.
 RIGHT_AFTER, TUNED = "right after", "tuned"
 #: Stages that see labels once more: distilled with them, from a base that was self-distilled with
-#: them before, both, and distilled from the base and a second model that was trained as it was.
+#: them before, both, and from a base taught by itself and a second model that was trained alike.
 LABELS, ALONE, SELF_DISTILLED = "labels", "self-distilled alone", "self-distilled"
 TWO_TEACHERS = "two teachers"
 WITH_LABELS = {

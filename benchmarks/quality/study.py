@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from benchmarks.quality.big_generator import TOTAL_IDS, generate_named, train_sp
 from benchmarks.quality.common import Base, Method, embedding_bytes
 from benchmarks.quality.fuxictr_data import FIELDS, load_folder
 from benchmarks.quality.models import ALL_IDS, MODELS, STUDY_SETTINGS, build, settings_for
-from benchmarks.quality.ours import ABLATION, OURS, self_distilled
+from benchmarks.quality.ours import ABLATION, OURS, self_distilled, taught
 from benchmarks.quality.plot import ALONE, LABELS, SELF_DISTILLED, TUNED, TWO_TEACHERS
 from benchmarks.quality.posthoc import POSTHOC
 from benchmarks.quality.trained import TRAINED
-from benchmarks.quality.tuning import Mean, tune
+from benchmarks.quality.tuning import tune
 from examples.ctr.data import ClickData, counts, load_parquet
 from examples.ctr.generator import generate
 from examples.ctr.training import evaluate, train_with
@@ -70,13 +70,11 @@ def main() -> None:
             _record_base(options.out, base, label)
             if options.stage in (SELF_DISTILLED, ALONE):
                 base = self_distilled(base)
-            teacher = base
             if options.stage == TWO_TEACHERS:
-                second = _base(name, model, options, seed + _SECOND_SEED)
-                teacher = replace(base, model=Mean(base.model, second.model))
+                base = taught(base, _base(name, model, options, seed + _SECOND_SEED))
             for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
-                _run(options, base, teacher, label, method, ratio)
+                _run(options, base, label, method, ratio)
                 bar.update()
 
 
@@ -94,7 +92,7 @@ def _parse() -> argparse.Namespace:
         LABELS: "only tuning with labels, a stage of its own",
         SELF_DISTILLED: "the same, of a base that was self-distilled with labels before",
         ALONE: "of such a base, tuning without labels, a stage of its own",
-        TWO_TEACHERS: "only tuning from the base and a second model, a stage of its own",
+        TWO_TEACHERS: "of a base taught by itself and a second model, tuning without labels",
         CALIBRATED: "only tuning from a softened teacher, a stage of its own",
     }
     for stage, text in helps.items():
@@ -194,12 +192,7 @@ def _record_base(file: Path, base: Base, label: dict[str, Any]) -> None:
 
 
 def _run(
-    options: argparse.Namespace,
-    base: Base,
-    teacher: Base,
-    label: dict[str, Any],
-    method: str,
-    ratio: float,
+    options: argparse.Namespace, base: Base, label: dict[str, Any], method: str, ratio: float
 ) -> None:
     """One method at one ratio: right after compressing and tuned, or tuned in another way."""
     torch.manual_seed(base.seed)
@@ -219,7 +212,7 @@ def _run(
         return
     started = time.perf_counter()
     labels = options.stage in (LABELS, SELF_DISTILLED)
-    tuned = tune(model, teacher, labels=labels, calibrated=options.stage == CALIBRATED)
+    tuned = tune(model, base, labels=labels, calibrated=options.stage == CALIBRATED)
     seconds = time.perf_counter() - started
     record(options.out, base, label, method, ratio, options.stage, tuned, seconds)
 

@@ -24,18 +24,6 @@ Batches = list[tuple[Tensor, Tensor]]
 RATES = (3e-4, 2e-3)
 
 
-class Mean(nn.Module):
-    """The mean of the logits of several models: what these teach together."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Map int64 ids (B, F) to logits (B,)."""
-        return torch.stack([model(ids) for model in self.models]).mean(0)
-
-
 class Targets(NamedTuple):
     """What is learnt, and for how many epochs; see :func:`mec_embed.distill`."""
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 pytest.importorskip("matplotlib")
 
@@ -115,12 +114,6 @@ def test_a_self_distilled_base_is_a_stage_of_its_own(run, monkeypatch, tmp_path,
     plot.main()
     [ours] = capsys.readouterr().out.splitlines()[2:]
     assert ours.startswith("| generator, DeepFM, 8 | 8x | mec_embed | ") and "-" not in ours.split()
-
-
-def test_two_teachers_are_the_mean_of_their_logits():
-    first, second = nn.Linear(3, 1), nn.Linear(3, 1)
-    x = torch.randn(5, 3)
-    assert torch.allclose(tuning.Mean(first, second)(x), (first(x) + second(x)) / 2)
 
 
 def test_a_method_that_only_has_a_self_distilled_base_is_no_curve(run, monkeypatch, tmp_path):
