@@ -29,7 +29,7 @@ from .ranks import ALONE, Ranks
 from .replicas import takes_dtensors
 from .report import CompressionReport
 from .sensitivity import comparable, fisher_matrices
-from .shards import check_sum
+from .shards import check_sum, is_dtensor
 from .swap import Optimizers, all_optimizers, check_held, optimizer_groups, replace_modules
 from .tables import (
     EMBEDDINGS,
@@ -253,6 +253,12 @@ def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
                 f"table {aliases[0].name!r} has a hook of parallelize_module that makes ids "
                 "DTensors; a dense table is to be a plain one: load() or compress() a model that "
                 "parallelize_module has not changed, decompress that, and parallelize it then"
+            )
+        if any(is_dtensor(parameter) for parameter in old.parameters()):
+            raise ValueError(
+                f"table {aliases[0].name!r}: its codebooks are DTensors, of which this process "
+                "holds a part, expected whole tensors; load the full_tensor() of each into a plain "
+                "model, and decompress that"
             )
     replace_modules(model, [(aliases, old, _dense(old)) for old, aliases in found], optimizer)
     return len(found)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from .adapters import Undo
 from .modules import Compressed
 from .regularization import rows_per_codeword
+from .shards import like_sharded
 
 logger = logging.getLogger("mec_embed")
 
@@ -53,7 +54,7 @@ _DECOUPLED = tuple(
     getattr(torch.optim, name) for name in ("AdamW", "Adafactor") if hasattr(torch.optim, name)
 )
 #: Optimizers that keep more of their parameters than a step, or want matrices.
-_REFUSED = ("LBFGS", "Muon")
+_REFUSED = ("LBFGS", "Muon", "RowWiseAdagrad")
 
 
 def keep_row_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
@@ -73,8 +74,8 @@ def keep_row_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
         A function that takes the hooks away again.
 
     Raises:
-        ValueError: an optimizer whose steps cannot be divided among rows (LBFGS, Muon), or that
-            wraps another.
+        ValueError: an optimizer whose steps cannot be divided among rows (LBFGS, Muon,
+            TorchRec's RowWiseAdagrad), or that wraps another.
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())  # doctest: +SKIP
@@ -94,9 +95,12 @@ def keep_row_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Undo:
         tables += _taken_away(optimizer, hooks)
         if tables:
             _warn_of_decay(optimizer, tables)
+            _warn_of_eps(optimizer, tables)
             steps = _RowSteps(list(dict.fromkeys(tables)))
             optimizer.register_step_pre_hook(steps.before)
-            optimizer.register_step_post_hook(steps.after)
+            last = optimizer.register_step_post_hook(steps.after)
+            # Before hooks of a user, which are to see (as averages do) or change where rows end.
+            optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)  # type: ignore[attr-defined]
     except BaseException:
         undo()
         raise
@@ -127,7 +131,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if kind in _REFUSED:
         raise ValueError(
             f"optimizer is a {kind}, whose steps cannot be divided among rows; leave it out, and "
-            "make a new one over the parameters of the compressed model"
+            "train the codebooks of the compressed model by another one"
         )
 
 
@@ -168,6 +172,26 @@ def _warn_of_decay(optimizer: torch.optim.Optimizer, tables: list[Compressed]) -
             return
 
 
+def _warn_of_eps(optimizer: torch.optim.Optimizer, tables: list[Compressed]) -> None:
+    """Say that steps of float16 codebooks divide by zero, where they do."""
+    half = {
+        id(table.codebooks): table for table in tables if table.codebooks.dtype == torch.float16
+    }
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        found = next((half[id(param)] for param in group["params"] if id(param) in half), None)
+        if found and isinstance(eps, float) and eps and not torch.tensor(eps).half():
+            logger.warning(
+                "table %r: its codebooks are float16, in which eps=%g of %s is 0, so that the "
+                "next steps will give NaN; pass codebook_dtype='float32' to train on, or make it "
+                "1e-4",
+                found.name,
+                eps,
+                type(optimizer).__name__,
+            )
+            return
+
+
 @dataclass
 class _Begun:
     """One codebook set during a step."""
@@ -198,8 +222,9 @@ class _RowSteps:
             _Begun(books, rows, summands, group, books.clone())
             for books, rows, summands, group in self._held(optimizer)
         ]
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None:
+        named = "closure" in kwargs
+        closure = kwargs["closure"] if named else next(iter(args[1:]), None)
+        if not callable(closure):  # None, or an argument of an optimizer from elsewhere
             self._add_penalties(optimizer)
             return None
 
@@ -208,7 +233,9 @@ class _RowSteps:
             self._add_penalties(optimizer)
             return loss
 
-        return args[:1], {**kwargs, "closure": with_penalties}
+        if named:
+            return args, {**kwargs, "closure": with_penalties}
+        return (args[0], with_penalties, *args[2:]), kwargs
 
     @torch.no_grad()
     def _add_penalties(self, optimizer: torch.optim.Optimizer) -> None:
@@ -258,7 +285,7 @@ class _RowSteps:
                     tables = users[id(param)]
                     rows = torch.stack([rows_per_codeword(table) for table in tables]).sum(0)
                     summands = len(param) if tables[0].layout.kind == "additive" else 1
-                    yield param, rows.clamp(min=1)[:, :, None], summands, group
+                    yield param, like_sharded(rows.clamp(min=1)[:, :, None], param), summands, group
 
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -84,6 +84,22 @@ def is_dtensor(value: Any) -> bool:
     return type(value).__name__ == "DTensor"
 
 
+def like_sharded(values: Tensor, param: Tensor) -> Tensor:
+    """Values (m, n, 1), which every rank has, placed as ``param`` (m, n, dim) is as a DTensor."""
+    if not is_dtensor(param):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    (row, column), held = _start("codebooks", param), param.to_local()  # type: ignore[attr-defined]
+    part = values[row : row + held.shape[0], column : column + held.shape[1]]
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    size, stride = values.shape, values.contiguous().stride()
+    found: Tensor = DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=size, stride=stride
+    )
+    return found
+
+
 def part_of_dtensor(name: str, weight: Any, ranks: Ranks) -> Part:
     """What this rank holds of the table ``name``, a DTensor (rows, dim).
 

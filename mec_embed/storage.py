@@ -31,6 +31,7 @@ from .modules import (
     DecodedBags,
     DecodedTable,
 )
+from .shards import is_dtensor
 from .swap import Optimizers, Replacement, all_optimizers, check_held, replace_modules
 from .tables import EMBEDDINGS, Alias, check_model, find_modules, plain_model
 from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
@@ -202,6 +203,11 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
         if not isinstance(value, Tensor):
             extra[key] = json_able(key, value)
             continue
+        if is_dtensor(value):
+            raise ValueError(
+                f"{key!r} is a DTensor, of which this process holds a part, expected a whole "
+                "tensor; load the full_tensor() of each into a plain model, and save that"
+            )
         identity = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and identity in seen:
             shared[key] = seen[identity]

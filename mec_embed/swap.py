@@ -193,10 +193,24 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
 
 
 def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor) -> None:
-    """What Adagrad's constructor gives every parameter; others start theirs at the first step."""
-    if type(optimizer) is torch.optim.Adagrad:
-        total = torch.full_like(param, group["initial_accumulator_value"])
-        optimizer.state[param] = {"step": torch.tensor(0.0), "sum": total}
+    """State that the first step would not make: of the constructor, or of fused SGD's others."""
+    if isinstance(optimizer, torch.optim.SGD):
+        others = (optimizer.state.get(other, {}) for other in group["params"])
+        if group.get("fused") and any("momentum_buffer" in state for state in others):
+            # It takes momentum of all parameters or of none.
+            optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+        return
+    if type(optimizer).__module__.startswith("torch.optim") and not isinstance(
+        optimizer, torch.optim.Adagrad
+    ):
+        return
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    try:
+        made = type(optimizer)([{**options, "params": [param]}], **optimizer.defaults)
+    except Exception:
+        return  # anything, of a class from elsewhere whose constructor takes other arguments
+    if param in made.state:
+        optimizer.state[param] = made.state[param]
 
 
 def optimizer_groups(

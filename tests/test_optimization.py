@@ -290,7 +290,7 @@ def test_optimizers_whose_steps_cannot_be_kept_are_refused(name):
         pytest.skip(f"this torch has no {name}")
     model = nn.Sequential(nn.Embedding(ROWS, DIM))
     optimizer = getattr(torch.optim, name)(model.parameters())
-    with pytest.raises(ValueError, match=f"optimizer is a {name}.*make a new one"):
+    with pytest.raises(ValueError, match=f"optimizer is a {name}.*by another one"):
         compress(model, None, PLAIN, optimizer=optimizer, progress=False)
     assert type(model[0]) is nn.Embedding
 
@@ -345,6 +345,140 @@ def test_penalty_in_inference_mode_does_not_spoil_training():
         embedding_penalty(model)
     embedding_penalty(model).backward()
     assert model[0].codebooks.grad is not None
+
+
+class OfConstructor(torch.optim.Optimizer):
+    """Makes its state when it is made, from what its group says."""
+
+    def __init__(self, params, lr=0.1, start=0.0):
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["m"] = torch.full_like(param, group["start"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["m"] += param.grad
+                param -= group["lr"] * self.state[param]["m"]
+
+
+def test_state_that_a_constructor_makes_is_made_for_codebooks():
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = OfConstructor([{"params": model.parameters(), "start": 2.0}])
+    compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+    assert torch.equal(optimizer.state[model[0].codebooks]["m"], torch.full((2, 8, DIM), 2.0))
+    step_without_loss(model, optimizer)
+    decompress(model, optimizer=optimizer)
+    assert optimizer.state[model[0].weight]["m"].shape == (ROWS, DIM)
+    assert len(optimizer.state) == 1
+    model[0](torch.tensor([1])).sum().backward()
+    optimizer.step()
+
+
+def test_a_constructor_of_other_arguments_is_let_be():
+    class Other(torch.optim.SGD.__base__):
+        def __init__(self, model, lr=0.1):
+            super().__init__(model.parameters(), {"lr": lr})
+
+        def step(self, closure=None):
+            """Nothing."""
+
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = Other(model)
+    compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+    assert optimizer.param_groups[0]["params"] == [model[0].codebooks] and not optimizer.state
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_fused_sgd_goes_on_with_momentum(begun):
+    model = nn.Sequential(nn.Embedding(ROWS, DIM), nn.Linear(DIM, 1))
+    results = []
+    for fused in (False, True):
+        one = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(one.parameters(), lr=1e-4, momentum=0.9, fused=fused)
+        for swap in (lambda one, optimizer: None, _compressed, decompress, _compressed):
+            swap(one, optimizer=optimizer)
+            for _ in range(2 * begun):
+                optimizer.zero_grad()
+                one(torch.arange(50)).square().sum().backward()
+                optimizer.step()
+        results.append([p.detach() for p in one.parameters()])
+    torch.testing.assert_close(*results)
+
+
+def _compressed(model, optimizer):
+    compress(model, None, PLAIN, optimizer=optimizer, progress=False)
+
+
+def test_hooks_after_steps_see_where_rows_end():
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    seen = []
+
+    def hook(*_):
+        seen.append(model[0].codebooks.detach().clone())
+        with torch.no_grad():
+            model[0].codebooks.clamp_(-0.1, 0.1)
+
+    optimizer.register_step_post_hook(hook)
+    _compressed(model, optimizer)
+    expected = copy.deepcopy(model)
+    alone = torch.optim.Adam(expected.parameters(), lr=0.1)
+    keep_row_steps(alone, expected)
+    for one in (model, expected):
+        one(torch.arange(50)).sum().backward()
+    optimizer.step()
+    alone.step()
+    assert torch.equal(seen[0], expected[0].codebooks)
+    assert float(model[0].codebooks.detach().abs().max()) == pytest.approx(0.1)
+    keep_row_steps(optimizer, model)
+    optimizer.step()
+    assert float(model[0].codebooks.detach().abs().max()) == pytest.approx(0.1)
+
+
+class Stepping(torch.optim.Optimizer):
+    """Takes something else than a closure first."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, losses, scale=1.0):
+        return losses, scale
+
+
+def test_arguments_of_steps_stay_as_they_are():
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    optimizer = Stepping(model.parameters())
+    _compressed(model, optimizer)
+    assert optimizer.step([1, 2]) == ([1, 2], 1.0)
+    assert optimizer.step(losses=3, scale=4) == (3, 4)
+    closure, scale = optimizer.step(lambda: 5, 6)
+    assert closure() == 5 and scale == 6
+    assert optimizer.step(losses=None) == (None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "told"),
+    [
+        (torch.optim.Adam, {}, True),
+        (torch.optim.Adagrad, {}, True),
+        (torch.optim.Adam, {"eps": 1e-4}, False),
+        (torch.optim.SGD, {"lr": 0.1}, False),
+    ],
+)
+def test_eps_that_float16_does_not_know_is_told(make, options, told, caplog):
+    config = CompressionConfig(
+        num_subvectors=2, codebook_size=8, epochs=0, codebook_dtype="float16"
+    )
+    with caplog.at_level("WARNING"):
+        compressed(make, config=config, **options)
+    assert ("table '0': its codebooks are float16, in which eps=" in caplog.text) == told
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        compressed(make, **options)
+    assert "float16" not in caplog.text
 
 
 def test_adagrad_has_its_state_as_its_constructor_gives_it():

@@ -35,7 +35,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import mec_embed
-from mec_embed import CompressionConfig, FrequencyStats, decompress
+from mec_embed import CompressionConfig, FrequencyStats, decompress, keep_row_steps, save
 from mec_embed import outcome as outcomes
 from mec_embed.learning import fit
 from mec_embed.ranks import ALONE, Ranks
@@ -327,16 +327,19 @@ def fully_sharded_on_ranks():
     found["states"] = [copy.deepcopy(dict(one.state_dict())) for one in (plain, alone)]
     fully_shard(plain)
     for one in (plain, alone):
-        optimizer = torch.optim.Adam(one.parameters())
+        optimizer = torch.optim.Adam(one.parameters(), weight_decay=0.1)
+        keep_row_steps(optimizer, one)
         one(IDS[0]).sum().backward()
         optimizer.step()
     with torch.no_grad():
         found["trained"] = [plain(IDS[0]), alone(IDS[0])]
-    return refused, found
+    parts = [raised(lambda: save(plain, "none.safetensors")), raised(lambda: decompress(plain))]
+    return refused, found, parts
 
 
 def test_fully_sharded_tables_are_compressed_in_a_plain_model(tmp_path):
-    for refused, found in processes.run(fully_sharded_on_ranks, 2, tmp_path):
+    for refused, found, parts in processes.run(fully_sharded_on_ranks, 2, tmp_path):
+        assert all("codebook" in text and "load the full_tensor()" in text for text in parts)
         for message in refused:
             assert "items (301 x 8): fully_shard (FSDP2) holds its weight" in message
         for got, expected in found.values():
