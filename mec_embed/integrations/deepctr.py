@@ -14,7 +14,7 @@ from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_a
 from ..compress import compress as compress_model
 from ..config import CompressionConfig
 from ..frequency import FrequencyStats
-from ..modules import Compressed
+from ..modules import DecodedTable
 from ..regularization import table_penalty, trainable_tables
 from ..report import CompressionReport
 from ..sensitivity import MOST_BATCHES
@@ -170,22 +170,15 @@ class _Adapter(Adapter):
             gone = {id(_tensor(w)) for w in weights if id(_tensor(w)) in owners}
             terms += [(owners[key], l1, l2) for key in gone]
             left.append(([w for w in weights if id(_tensor(w)) not in gone], l1, l2))
-        terms = [
-            (part, l1, l2) for table, l1, l2 in terms for part in _parts(new_of.get(table, table))
-        ]
-        dense = [term for term in terms if not isinstance(term[0], Compressed)]
+        terms = [(new_of.get(table, table), l1, l2) for table, l1, l2 in terms]
+        dense = [term for term in terms if not isinstance(term[0], DecodedTable)]
         left += [([table.weight], l1, l2) for table, l1, l2 in dense]
-        terms = [term for term in terms if isinstance(term[0], Compressed)]
+        terms = [term for term in terms if isinstance(term[0], DecodedTable)]
         return set_attributes(
             module,
             regularization_weight=left,
             get_regularization_loss=_RegularizationLoss(module, terms) if terms else DELETE,
         )
-
-
-def _parts(table: nn.Module) -> list[nn.Module]:
-    """The tiers of a table that has some, or the table itself."""
-    return [module for module in table.modules() if isinstance(module, Compressed)] or [table]
 
 
 def _tensor(entry: Any) -> Tensor:
@@ -201,12 +194,13 @@ class _RegularizationLoss:
 
     def __call__(self) -> Tensor:
         loss: Tensor = type(self.model).get_regularization_loss(self.model)  # type: ignore[attr-defined]
-        trainable = set(trainable_tables(self.model))
+        trainable = trainable_tables(self.model)
         for table, l1, l2 in self.terms:
-            if isinstance(table, Compressed) and table in trainable:
+            inside = set(table.modules())  # a table in tiers has two
+            for part in (one for one in trainable if one in inside):
                 for power, weight in ((1, l1), (2, l2)):
                     if weight > 0:
-                        loss = loss + weight * table_penalty(table, power)
+                        loss = loss + weight * table_penalty(part, power)
         return loss
 
 

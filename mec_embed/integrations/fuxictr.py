@@ -85,11 +85,25 @@ def frequencies(model: nn.Module, data: Any) -> FrequencyStats:
 
     Raises:
         ValueError: no feature of the model is in the data.
-        TypeError: data of another kind.
+        TypeError: data, or a batch, of another kind.
     """
     lookups = _lookups(model)
-    columns = (_real_ids(model, batch) for batch in _batches(data, set(lookups)))
+    batches = _batches(data, set(lookups))
+    columns = (_real_ids(model, part) for batch in batches for part in _columns(batch))
     return count_features(model, lookups, columns)
+
+
+def _columns(batch: Any) -> list[Mapping[str, Any]]:
+    """The mappings from feature to ids in a batch: itself, or some in a tuple, as LongCTR's are."""
+    found = [batch] if isinstance(batch, Mapping) else []
+    if isinstance(batch, (tuple, list)):
+        found = [part for part in batch if isinstance(part, Mapping)]
+    if not found:
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, expected a mapping from feature to ids, or a "
+            "tuple that holds some; pass FuxiCTR's loader, or count by FrequencyStats.from_batches"
+        )
+    return found
 
 
 def _lookups(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -122,7 +136,8 @@ def _unpacked(data: Any) -> Any:
     """The training part of what a data loader of FuxiCTR returns."""
     if hasattr(data, "make_iterator"):
         data = data.make_iterator()
-    if isinstance(data, (tuple, list)) and data and not isinstance(data[0], Mapping):
+    batch = (Mapping, tuple, list)
+    if isinstance(data, (tuple, list)) and data and not isinstance(data[0], batch):
         data = data[0]  # RankDataLoader returns (train, valid) or (train, valid, test)
     return data
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import ADAPTERS, DELETE, Adapter, Swapped, Undo, has_base, set_attributes
 from ..compress import compress as compress_model
@@ -123,15 +124,46 @@ def frequencies(model: nn.Module, data: Any) -> FrequencyStats:
         ValueError: no feature of the model is in the data.
     """
     batches: Iterable[Any] = [data] if isinstance(data, Mapping) else data
-    columns = (b[0] if isinstance(b, (tuple, list)) else b for b in batches)
+    paddings = _paddings(model)
+    columns = (
+        _real_ids(batch[0] if isinstance(batch, (tuple, list)) else batch, paddings)
+        for batch in batches
+    )
     return count_features(model, _lookups(model), columns)
+
+
+def _paddings(model: nn.Module) -> dict[str, int]:
+    """Feature -> the id that pooling leaves out, whatever its table does with it."""
+    features = [f for m in model.modules() if _is_layer(m) for f in m.features]  # type: ignore[union-attr]
+    found = {f.name: f.padding_idx for f in features if _pools(f) and f.padding_idx is not None}
+    # Looked up without pooling as well, which leaves nothing out.
+    whole = {feature.name for feature in features if not _pools(feature)}
+    return {name: padding for name, padding in found.items() if name not in whole}
+
+
+def _pools(feature: Any) -> bool:
+    return getattr(feature, "pooling", "concat") != "concat"
+
+
+def _real_ids(batch: Mapping[str, Any], paddings: Mapping[str, int]) -> dict[str, Any]:
+    """The batch without the padding ids of each feature."""
+    columns = dict(batch)
+    for feature in paddings.keys() & columns.keys():
+        ids = columns[feature]
+        ids = ids if isinstance(ids, Tensor) else np.asarray(ids)
+        columns[feature] = ids[ids != paddings[feature]]
+    return columns
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return has_base(module, "torch_rechub", "EmbeddingLayer")
 
 
 def _lookups(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Feature -> tables that look it up."""
     found: dict[str, list[nn.Module]] = defaultdict(list)
     for layer in model.modules():
-        if not has_base(layer, "torch_rechub", "EmbeddingLayer"):
+        if not _is_layer(layer):
             continue
         tables: Any = layer.embed_dict
         for feature in layer.features:  # type: ignore[union-attr]
@@ -151,7 +183,7 @@ class _Adapter(Adapter):
     """Features keep their table for the next model: it would stay in memory after a swap."""
 
     def matches(self, module: nn.Module) -> bool:
-        return has_base(module, "torch_rechub", "EmbeddingLayer")
+        return _is_layer(module)
 
     def beside(self, module: nn.Module) -> list[object]:
         return [*module.features]  # type: ignore[misc]

@@ -200,6 +200,11 @@ def check_tiers(zoo: ModuleType, name: str, folder: Path, penalty, weight: float
     mec_embed.decompress(dense)
     expected = zoo.predict(dense, name, folder)
     np.testing.assert_allclose(zoo.predict(model, name, folder), expected, rtol=1e-5, atol=1e-6)
+    dense.zero_grad()
+    penalty(dense).backward()
+    for table in [n for n, m in model.named_modules() if isinstance(m, TieredEmbedding)]:
+        rows = dense.get_submodule(table).weight
+        torch.testing.assert_close(rows.grad, weight * rows.detach())
     model.zero_grad()
     penalty(model).backward()
     for books in {part.codebooks for part in parts}:

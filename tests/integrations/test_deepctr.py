@@ -97,6 +97,22 @@ def test_decompress_puts_the_terms_back(folder):
     zoo.train(model, "DeepFM", folder)
 
 
+def test_terms_of_tables_in_tiers_outlive_another_load(folder, tmp_path):
+    model, other = zoo.build("DeepFM", folder), zoo.build("DeepFM", folder)
+    counts = {
+        name: np.where(np.arange(table.num_embeddings) % 8 == 1, 1000, 1)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding)
+    }
+    mec_embed.compress(model, counts, CompressionConfig(ratio=40, epochs=0), progress=False)
+    assert any(isinstance(table, mec_embed.TieredEmbedding) for table in model.modules())
+    expected = float(model.get_regularization_loss().detach())
+    mec_embed.save(model, tmp_path / "model")
+    for _ in range(2):
+        mec_embed.load(other, tmp_path / "model")
+        assert float(other.get_regularization_loss().detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_compressing_some_tables_and_then_the_rest(folder):
     """Terms of both calls are kept."""
     torch.manual_seed(0)

@@ -222,6 +222,23 @@ def test_frequencies_agree_with_what_the_model_looks_up(folder):
             np.testing.assert_array_equal(got[table], expected[table], err_msg=f"{name} {table}")
 
 
+def test_frequencies_of_batches_of_several_mappings(folder):
+    """As the models of LongCTR take them: columns, columns of the items, a mask."""
+    model = zoo.build("DIN", folder)
+    batches = list(zoo.loader("DIN", folder))
+    expected = fuxictr.frequencies(model, batches)
+    names = list(batches[0])
+    parts = [({n: b[n] for n in names[:2]}, {n: b[n] for n in names[2:]}, None) for b in batches]
+    for data in (parts, iter(parts)):
+        got = fuxictr.frequencies(model, data)
+        assert got.keys() == expected.keys()
+        assert all(np.array_equal(got[table], expected[table]) for table in expected)
+    with pytest.raises(TypeError, match="a batch is a list, expected a mapping"):
+        fuxictr.frequencies(model, [[1, 2]])
+    with pytest.raises(TypeError, match="a batch is a Tensor"):
+        fuxictr.frequencies(model, iter([torch.zeros(2)]))
+
+
 def test_frequencies_errors(folder, tmp_path):
     model = zoo.build("FM", folder)
     with pytest.raises(ValueError, match="none of the features"):

@@ -131,6 +131,24 @@ def test_frequencies_agree_with_what_the_model_looks_up(folder):
             np.testing.assert_array_equal(got[table] * times, expected[table], f"{name} {table}")
 
 
+@pytest.mark.parametrize("pooling", ["mean", "sum", "concat"])
+def test_padding_that_pooling_leaves_out_is_not_counted(pooling):
+    from torch_rechub.basic.features import SequenceFeature, SparseFeature
+    from torch_rechub.models.ranking import WideDeep
+
+    item = SparseFeature("item", 60, 8)
+    options = {"pooling": pooling, "shared_with": "item", "padding_idx": 0}
+    history = SequenceFeature("history", 60, 8, **options)
+    features = [item, history] if pooling != "concat" else [item, history, history]
+    model = WideDeep(features, [item], {"dims": [8]})
+    x = {"item": torch.arange(1, 21), "history": torch.tensor([[3, 3, 0, 0, 0]]).repeat(20, 1)}
+    for columns in (x, {name: ids.numpy() for name, ids in x.items()}, [(x, None)]):
+        counts = rechub.frequencies(model, columns)["embedding.embed_dict.item"]
+        # Without pooling, rows of padding reach the network.
+        assert counts[0] == (60 if pooling == "concat" else 0)
+        assert counts[3] == 41 and counts[4] == 1
+
+
 def test_frequencies_of_arrays(folder):
     model = zoo.build("DeepFM", folder)
     columns: dict[str, list[np.ndarray]] = {}
