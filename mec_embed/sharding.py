@@ -8,7 +8,8 @@ rows. Codebooks, and what is stored without codes, are on every rank, and so are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -301,6 +302,21 @@ class _Sharded(DecodedTable):
             "rank holds"
         )
 
+    def decode(self, ids: Tensor) -> Tensor:
+        """See :class:`DecodedTable`."""
+        with self._telling():
+            self._check_tensor("ids", ids)
+        return super().decode(ids)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Around checks before ids are exchanged: an error is told to the others, which wait."""
+        try:
+            yield
+        except Exception:
+            self.exchange.counts(None, self._like(), self.name)
+            raise
+
     @torch.compiler.disable
     def _decode(self, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -309,12 +325,9 @@ class _Sharded(DecodedTable):
                 "gather_codes(model) first, on all ranks"
             )
         exchange, like = self.exchange, self._like()
-        try:
+        with self._telling():
             numbers, place = self._checked_numbers(ids).unique(return_inverse=True)
             owners = numbers // self.rows_of_rank
-        except Exception:
-            exchange.counts(None, like, self.name)  # the others wait for it
-            raise
         sent, received = exchange.counts(owners, like, self.name)
         asked = exchange.send(numbers, sent, received)
         rows = self.local.decode(asked % self.rows_of_rank)
@@ -395,6 +408,19 @@ class ShardedEmbeddingBag(DecodedBags, _Sharded):
         super().__init__(table, exchange)
         self.mode = table.mode
         self.include_last_offset = table.include_last_offset
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`DecodedBags`."""
+        with self._telling():
+            self._check_tensor("ids", input)
+            self._check_types(offsets, per_sample_weights)
+            ops.reference.check_offsets(offsets, self.name)
+        return super().forward(input, offsets, per_sample_weights)
 
 
 def _sharded(table: DecodedTable, exchange: Exchange) -> _Sharded:

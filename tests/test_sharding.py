@@ -416,10 +416,21 @@ def bad_ids_on_ranks() -> dict[str, Any]:
         "low": torch.tensor([-1]),
         "empty float": torch.tensor([]),
         "meta": torch.tensor([1], device="meta"),
+        "list": [1, 2],
     }
     for name in model:
         for case, bad in cases.items():
             found[f"{name} {case}"] = raised(lambda b=bad, m=model[name]: m(b if rank else good))
+    bags = Holder().bags
+    shard_codes(nn.Sequential(held := nn.ModuleDict({"bags": bags})), dist.group.WORLD)
+    starts = torch.tensor([0, 1])
+    for case, given in {
+        "falling": (torch.arange(3), torch.tensor([0, 2, 1])),
+        "offsets": (good, [0, 1]),
+        "list": ([1, 2], starts),
+    }.items():
+        given = given if rank else (good, starts)
+        found[f"bags {case}"] = raised(lambda given=given: held["bags"](*given))
     wanted, again = small(), {name: module(good) for name, module in model.items()}
     found["after"] = all(torch.equal(again[name], wanted[name](good)) for name in wanted)
     return found
@@ -435,10 +446,18 @@ def test_bad_ids_of_one_rank_are_an_error_on_all(tmp_path) -> None:
             "low": f"IndexError: table {name!r}: id -1 is out of range, expected 0..99",
             "empty float": f"TypeError: table {name!r}: ids must be int32 or int64, got",
             "meta": f"ValueError: table {name!r}: ids are on meta, expected cpu",
+            "list": f"TypeError: table {name!r}: ids must be a tensor, got list",
         }
         for case, message in own.items():
             assert first.pop(f"{name} {case}").startswith(heard)
             assert second.pop(f"{name} {case}").startswith(message)
+    for case, message in {
+        "falling": "ValueError: table 'embedding': offsets go from 2 to 1 at bag 1",
+        "offsets": "TypeError: table 'embedding': offsets must be a tensor, got list",
+        "list": "TypeError: table 'embedding': ids must be a tensor, got list",
+    }.items():
+        assert first.pop(f"bags {case}").startswith("RuntimeError: table 'embedding': rank 1 has")
+        assert second.pop(f"bags {case}").startswith(message)
     assert not first and not second
 
 
