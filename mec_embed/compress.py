@@ -224,6 +224,8 @@ def learn(
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     """Put dense ``nn.Embedding`` and ``nn.EmbeddingBag`` back, in place.
 
+    They know no ``oov_row``: ids out of range are errors again.
+
     Args:
         model: a compressed model.
         optimizer: as in :func:`compress`; the dense tables take the place of the codebooks. Of
@@ -306,7 +308,7 @@ class Draft:
         self, group: Group, shape: Shape, device: torch.device
     ) -> tuple[list[Rows], CodeShape]:
         """Rows of a group whose codes are to be learned on a device, and the codes' shape."""
-        dtype = self.config.codebook_dtype_for(group.first.table.weight.dtype)
+        dtype = group.layouts(shape, self.config)[0][0].codebook_dtype
         start = group.earlier_codebooks()
         code_shape = CodeShape(
             *shape,

@@ -191,10 +191,13 @@ class CompressionConfig:
         return cls.from_dict(json.loads(text))
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is the pattern or fits it; it may hold what is special there, as "cat[0]"."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    pairs = [(name, pattern) for name in names for pattern in patterns]
-    # A name may hold what is special in a pattern, as "cat[0]" does.
-    return any(name == pattern or fnmatchcase(name, pattern) for name, pattern in pairs)
+    return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

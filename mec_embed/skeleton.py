@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, StoredTensor
-from .config import CompressionConfig
+from .config import CompressionConfig, matches
 from .storage import KEY
 from .tables import Alias, Table
 
@@ -71,7 +70,7 @@ class Roles:
         """ValueError for a pattern that fits no table."""
         for option, pairs in (("--bag", self.bags), ("--padding-idx", self.paddings)):
             for pattern, _ in pairs:
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if not any(matches(name, pattern) for name in names):
                     raise ValueError(
                         f"{option} names {pattern!r}, which fits none of the {len(names)} tables "
                         f"to compress{alike(pattern, names)}"
@@ -83,14 +82,14 @@ class Roles:
         # A weight that is given is not filled at random, for which torch would import its compiler.
         weight = torch.empty(rows, dim, device="meta", dtype=stored.dtype)
         options: dict[str, Any] = {"padding_idx": self._padding(name, rows), "_weight": weight}
-        found = [bag for pattern, bag in self.bags if fnmatchcase(name, pattern)]
+        found = [bag for pattern, bag in self.bags if matches(name, pattern)]
         if not found:
             return nn.Embedding(rows, dim, **options)
         mode, last = found[-1]
         return nn.EmbeddingBag(rows, dim, mode=mode, include_last_offset=last, **options)
 
     def _padding(self, name: str, rows: int) -> int | None:
-        found = [row for pattern, row in self.paddings if fnmatchcase(name, pattern)]
+        found = [row for pattern, row in self.paddings if matches(name, pattern)]
         if not found:
             return None
         if not -rows <= found[-1] < rows:

@@ -430,3 +430,12 @@ def test_a_table_may_have_any_name(name: str, tmp_path: Path) -> None:
     skeleton = Skeleton(checkpoint, chosen, Roles(), int)
     assert [table.name for table in skeleton.tables] == [name]
     assert dict(skeleton.model.named_modules())[name] is skeleton.tables[0].module
+
+
+def test_roles_name_a_table_whose_name_holds_brackets(tmp_path: Path) -> None:
+    torch.save({"cat[0].weight": torch.zeros(2000, 8)}, tmp_path / "m.pt")
+    checkpoint = open_checkpoint(tmp_path / "m.pt")
+    chosen, _ = choose_tables(checkpoint, CompressionConfig())
+    roles = Roles(bags=(("cat[0]", ("mean", True)),), paddings=(("cat[0]", 5),))
+    (table,) = Skeleton(checkpoint, chosen, roles, int).tables
+    assert table.module.mode == "mean" and table.module.padding_idx == 5

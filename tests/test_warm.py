@@ -208,6 +208,19 @@ def test_rows_kept_as_they_are_are_those_of_today(dtype: str, ratio: float) -> N
     torch.testing.assert_close(model.state_dict(), cold.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("first", ["int8", None])
+def test_codebooks_are_learned_in_the_dtype_that_stores_them(first: str | None) -> None:
+    torch.manual_seed(0)
+    dense = nn.ModuleDict({"a": nn.Embedding(2000, 16)})
+    old, *models = (copy.deepcopy(dense) for _ in range(3))
+    shape = {"num_subvectors": 4, "codebook_size": 64, "epochs": 0}
+    compress(old, None, CompressionConfig(codebook_dtype=first, **shape), progress=False)
+    for model, second in zip(models, ("int8", None), strict=True):
+        _warm(model, None, old, config=CompressionConfig(codebook_dtype=second, epochs=0))
+    states = [model.state_dict() for model in models]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_tables_left_alone_stay_so_and_targets_have_no_use() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(500, 8), "b": nn.Embedding(500, 8)})
     first = copy.deepcopy(model)
