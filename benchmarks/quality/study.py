@@ -53,7 +53,7 @@ COLUMNS = (
 CALIBRATED = "calibrated"
 OWN_STAGES = LABELS, SELF_DISTILLED, ALONE, TWO_TEACHERS, CALIBRATED
 #: Beyond the seeds of bases: that of the second teacher.
-_SECOND_SEED = 100
+SECOND_SEED = 100
 #: Test AUCs of one base that was read again differ by less.
 _SAME_AUC = 2e-5
 
@@ -71,7 +71,7 @@ def main() -> None:
             if options.stage in (SELF_DISTILLED, ALONE):
                 base = self_distilled(base)
             if options.stage == TWO_TEACHERS:
-                base = taught(base, _base(name, model, options, seed + _SECOND_SEED))
+                base = taught(base, _base(name, model, options, seed + SECOND_SEED))
             for *_, method, ratio in group:
                 bar.set_postfix_str(f"{name} {model} {method} {ratio:g}x")
                 _run(options, base, label, method, ratio)
