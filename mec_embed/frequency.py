@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Bytes of a parquet file's column that are read at once.
 _BUFFER_BYTES = 1 << 20
-#: Largest count of a row: weights are multiplied by squares of rows, in float32.
+#: Largest count of a row: sums of products with it must stay within float32.
 MOST_COUNT = 1e19
 
 

@@ -236,7 +236,7 @@ class Outcome:
                 whole.oov_row = self.draft.earlier.oov_row(table)
             self.modules[table] = whole
             told = self._summary(table)
-            error = weighted_error(whole, table, weights[table])
+            error = table_error(whole, table, weights[table])
             row = self.rows[table.name]
             self.rows[table.name] = replace(row, weighted_error=error, **told)
 
@@ -370,7 +370,7 @@ def _bags(old: nn.EmbeddingBag) -> dict[str, Any]:
     return {"mode": old.mode, "include_last_offset": old.include_last_offset}
 
 
-def weighted_error(module: DecodedTable, table: Table, weights: Tensor) -> float:
+def table_error(module: DecodedTable, table: Table, weights: Tensor) -> float:
     """Weighted squared error of what ``module`` decodes / weighted variance of the dense rows.
 
     Args:

@@ -23,7 +23,7 @@ from .shards import Shard, is_dtensor, part_of_dtensor, shards_of
 
 #: Rows looked at in one go while checking.
 CHECK_ROWS = 1 << 14
-#: Largest entry of a row: sums of squares, times counts, must stay within float32.
+#: Largest entry of a row: sums of squares must stay within float32.
 LARGEST = 1e15
 #: Bytes of float32 rows that a GPU looks at in one go: the host waits for the answer.
 DEVICE_BYTES = 64 << 20

@@ -25,7 +25,7 @@ from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import DecodedTable
 from .offline import ORIGIN, keys_of_tables, tables_of
-from .outcome import weighted_error
+from .outcome import table_error
 from .skeleton import FLOATS, Progress, Roles, Skeleton, StreamedTable
 from .storage import read_manifest
 
@@ -248,12 +248,12 @@ class _Comparison:
             shape = "no such table" if table is None else table.stored.shape
             self.found.differences.append(f"table {name!r}: found {shape}, expected {expected}")
             return
-        unweighted = weighted_error(module, table, torch.ones(table.rows))
+        unweighted = table_error(module, table, torch.ones(table.rows))
         weighted = unweighted if about.get("popularity") == "uniform" else None
         if weighted is None and stats is not None and name in stats:
             kind = about.get("popularity", "sqrt")
             weights = row_weights(table.rows, stats[name], kind, 1.0)
-            weighted = weighted_error(module, table, weights)
+            weighted = table_error(module, table, weights)
         if weighted is None:
             self.found.notes.append(f"table {name!r}: no counts, so no weighted error")
         self.found.tables.append(TableErrors(name, weighted, unweighted, about.get("error")))
