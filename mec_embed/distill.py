@@ -37,6 +37,8 @@ Labels = Callable[[Any], Tensor]
 _ROW_RATE = 20.0
 #: Ids of a column that are counted apart.
 _MOST_IDS = 1 << 22
+#: Predictions of a model after which all of them within 0 to 1 means probabilities.
+_SURE = 2000
 #: Part of all steps in which the learning rate rises.
 _WARM_UP = 0.05
 
@@ -118,10 +120,11 @@ def distill(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: the model holds no compressed table or nothing to train, there is no teacher or
-            it shares what is trained, there are no batches or they can be read once only, a loss is
-            NaN or infinite, an argument is out of range, labels are of another length than
-            predictions or outside 0 to 1, or a module cannot be drawn anew.
+        ValueError: the model holds no compressed table or nothing to train, there is no teacher, it
+            shares what is trained, or some return logits and some probabilities, there are no
+            batches or they can be read once only, a loss is NaN or infinite, an argument is out of
+            range, labels are of another length than predictions or outside 0 to 1, or a module
+            cannot be drawn anew.
         TypeError: a teacher that is no module, a forward that returns no tensor, or labels that
             are none.
 
@@ -146,8 +149,7 @@ def distill(
     history: list[float] = []
     with (
         grad_mode(),
-        eval_mode(model),
-        eval_mode(teachers),
+        eval_mode(model, *teachers),
         dense_gradients(model),
         _trainable(books) as codebooks,
     ):
@@ -178,9 +180,10 @@ def distill(
     return history
 
 
-def check_teachers(given: Any) -> nn.ModuleList:
+def check_teachers(given: Any) -> list[nn.Module]:
     """One teacher, or several, as a list."""
-    several = isinstance(given, Sequence | nn.ModuleList)
+    # A subclass may be a model of its own.
+    several = isinstance(given, Sequence) or type(given) is nn.ModuleList
     teachers = list(given) if several else [given]
     for teacher in teachers:
         if not isinstance(teacher, nn.Module):
@@ -190,10 +193,10 @@ def check_teachers(given: Any) -> nn.ModuleList:
             )
     if not teachers:
         raise ValueError("teacher is an empty list, expected at least one model")
-    return nn.ModuleList(teachers)
+    return teachers
 
 
-def check_apart(teachers: nn.ModuleList, trained: Iterable[Tensor]) -> None:
+def check_apart(teachers: Iterable[nn.Module], trained: Iterable[Tensor]) -> None:
     """ValueError for a teacher that would be trained as well."""
     own = {id(parameter) for parameter in trained}
     for teacher in teachers:
@@ -202,7 +205,7 @@ def check_apart(teachers: nn.ModuleList, trained: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"the teacher holds {len(shared)} parameters that are trained, {shared[0]!r} among "
                 "them, expected a model of its own; pass a copy.deepcopy(model) that was made "
-                "before"
+                "before training"
             )
 
 
@@ -321,7 +324,7 @@ class Loss:
     def __init__(
         self,
         model: nn.Module,
-        teachers: nn.ModuleList,
+        teachers: Sequence[nn.Module],
         forward: Forward,
         labels: Labels | None,
         label_weight: float,
@@ -333,6 +336,8 @@ class Loss:
         self.counts, self.rare = counts, rare
         self.labels, self.label_weight, self.temperature = labels, label_weight, temperature
         self.probabilities: bool | None = None
+        #: Predictions of each teacher so far, if all of them lay within 0 to 1; else 0.
+        self.inside = [1] * len(teachers)
         #: Entries that hold the labels; None while that is not known.
         self.beside: frozenset[Any] | None = None
 
@@ -346,10 +351,10 @@ class Loss:
             inputs = without_rare(inputs, self.counts, self.rare, mix, generator, beside)
         with torch.no_grad():
             found = [prediction(self.forward(teacher, inputs)) for teacher in self.teachers]
-            target = sum(found[1:], start=found[0]) / len(found)
+            target = torch.stack(found).mean(0)
         output = prediction(self.forward(self.model, inputs))
-        if self.probabilities is not False:
-            self._tell_logits(target)
+        if any(self.inside):
+            self._tell_logits(found)
         target = self._softened(target)
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
@@ -362,12 +367,21 @@ class Loss:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
         return F.binary_cross_entropy_with_logits(output, target)
 
-    def _tell_logits(self, target: Tensor) -> None:
+    def _tell_logits(self, found: Sequence[Tensor]) -> None:
         """Whether outputs are logits, as far as is known: some batch has one outside 0 to 1.
 
         Logits that all lie there would mean a model that knows nothing, or a small batch.
         """
-        within = bool(((target >= 0) & (target <= 1)).all())
+        for number, values in enumerate(found):
+            within = self.inside[number] and bool(((values >= 0) & (values <= 1)).all())
+            self.inside[number] = self.inside[number] + len(values) if within else 0
+        within = all(self.inside)
+        if not within and max(self.inside) > _SURE:
+            raise ValueError(
+                f"teacher {self.inside.index(max(self.inside))} returns probabilities and teacher "
+                f"{self.inside.index(0)} logits, expected the same of all; pass forward= or wrap "
+                "one of them"
+            )
         if within is not self.probabilities:
             self.probabilities = within
             logger.info("distill: outputs are %s", "probabilities" if within else "logits")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -71,12 +70,13 @@ def eager() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def eval_mode(model: Model) -> Iterator[Model]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
-        yield model
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

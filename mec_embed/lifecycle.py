@@ -317,12 +317,12 @@ def _encode(
     layout = parts[0].layout
     if not layout.bits:
         return None
-    quantizer, (books, offset, scale) = quantizer_for(layout.kind), _centred(parts)
+    quantizer, (books, offset) = quantizer_for(layout.kind), _centred(parts)
     codes = torch.empty(len(rows[0]), len(books), dtype=torch.int64, device=books.device)
     step = chunk_rows(sum(one.shape[1] for one in rows), books.device)
     for start in range(0, len(codes), step):
         part = slice(start, start + step)
-        x = (torch.cat([one[part] for one in rows], dim=1) - offset) / scale
+        x = torch.cat([one[part] for one in rows], dim=1) - offset
         found = quantizer.encode(x, books, FINAL_BEAM)
         if places is not None:
             held = unpack(parts[0].codes, layout.num_subvectors, layout.bits, places[part])
@@ -331,17 +331,15 @@ def _encode(
     return codes
 
 
-def _centred(parts: Sequence[Compressed]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codebooks to search in, what to take off rows, and what to divide them by then.
+def _centred(parts: Sequence[Compressed]) -> tuple[Tensor, Tensor]:
+    """Codebooks of mean zero to search in, and what to take off rows.
 
     Squares of a large common mean would leave nothing of the differences in float32.
     """
     books = _codebooks(parts)
     means = books.mean(1, keepdim=True)
     offset = means.flatten() if parts[0].layout.kind == "product" else means.sum((0, 1))
-    books = books - means
-    scale = books.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    return books / scale, offset, scale
+    return books - means, offset
 
 
 def _decode(parts: Sequence[Compressed], codes: Tensor) -> Tensor:

@@ -180,7 +180,14 @@ def _warn_of_eps(optimizer: torch.optim.Optimizer, tables: list[Compressed]) -> 
     for group in optimizer.param_groups:
         eps = group.get("eps")
         found = next((half[id(param)] for param in group["params"] if id(param) in half), None)
-        if found and isinstance(eps, float) and eps and not torch.tensor(eps).half():
+        # Fused kernels calculate in float32.
+        if (
+            found
+            and not group.get("fused")
+            and isinstance(eps, float)
+            and eps
+            and not torch.tensor(eps).half()
+        ):
             logger.warning(
                 "table %r: its codebooks are float16, in which eps=%g of %s is 0, so that the "
                 "next steps will give NaN; pass codebook_dtype='float32' to train on, or make it "

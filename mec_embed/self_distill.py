@@ -67,11 +67,11 @@ def self_distill(
     mostly what they have in common. With it as the ``teacher``, and no labels, the model becomes
     nearly as good as that mean (Hinton et al., 2015, arXiv 1503.02531), at its own size.
 
-    With labels, rows of ids that ``freq_stats`` counts less than ``rare`` times do not move; tables
-    that :func:`compress` would leave as they are, with what is tied to them, do not at all. The
-    rows that move are trained by SparseAdam, the network by Adam, in eval mode; the learning rate
-    warms up and falls to zero by a cosine. It takes the memory of a copy of the model, and three
-    times these rows.
+    Rows of ids that ``freq_stats`` counts less than ``rare`` times do not move (without labels,
+    those that it never counts); tables that :func:`compress` would leave as they are, with what is
+    tied to them, do not at all. The rows that move are trained by SparseAdam, the network by Adam,
+    in eval mode; the learning rate warms up and falls to zero by a cosine. It takes the memory of a
+    copy of the model, and three times these rows.
 
     An error or an interruption puts the best state back: without a score, the first.
 
@@ -121,6 +121,7 @@ def self_distill(
 
         >>> self_distill(model, stats, train_batches, teacher=[model, second])  # doctest: +SKIP
     """
+    check_options(epochs, 0.0, labels, label_weight, rare, 1.0, "trained")
     if labels is None:
         rare = 0
     check_batches(batches, epochs + (rare > 0))
@@ -129,7 +130,6 @@ def self_distill(
             "labels must be a function that gives the labels of a batch, such as lambda batch: "
             "batch[1], got None, and no teacher either"
         )
-    check_options(epochs, 0.0, labels, label_weight, rare, 1.0, "trained")
     given = check_teachers(model if teacher is None else teacher)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be above 0 and finite, got {lr}")
@@ -143,8 +143,7 @@ def self_distill(
         return []
     with (
         grad_mode(),
-        eval_mode(_apart(given, model)) as teachers,
-        eval_mode(model),
+        eval_mode(model, *(teachers := _apart(given, model))),
         dense_gradients(model),
         gradients_of(_able_of_sparse(tables), sparse=True),
     ):
@@ -185,9 +184,10 @@ def self_distill(
     return history
 
 
-def _apart(teachers: nn.ModuleList, model: nn.Module) -> nn.ModuleList:
+def _apart(teachers: list[nn.Module], model: nn.Module) -> list[nn.Module]:
     """The teachers, and for the model itself a copy of what it is now."""
-    return nn.ModuleList(copy.deepcopy(model) if one is model else one for one in teachers)
+    own = copy.deepcopy(model) if any(one is model for one in teachers) else model
+    return [own if one is model else one for one in teachers]
 
 
 def _able_of_sparse(tables: list[Table]) -> list[nn.Embedding | nn.EmbeddingBag]:

@@ -65,7 +65,7 @@ def fisher_matrices(
             seen.clear()
             output = prediction(forward(model, batch))
             if probabilities and not _within(output):
-                # So were those before, which by chance all lay between 0 and 1.
+                # Those before were logits, too, which by chance lay between 0 and 1: start anew.
                 probabilities = False
                 totals = {table: np.zeros_like(total) for table, total in totals.items()}
                 lookups = dict.fromkeys(totals, 0)
@@ -90,6 +90,10 @@ def fisher_matrices(
                 break
     if not read:
         raise ValueError("batches is empty; pass a list or a DataLoader of training batches")
+    told = tables[0].ranks.tell(probabilities, "telling logits from probabilities")
+    if probabilities and not all(told):  # by chance here, on all batches
+        totals = {table: np.zeros_like(total) for table, total in totals.items()}
+        lookups = dict.fromkeys(totals, 0)
     found = []
     for table in tables:
         what = f"adding up the gradients of table {table.name!r}"
@@ -166,7 +170,7 @@ def _watched(tables: Sequence[Table], seen: list[tuple[Table, Tensor, Lookups]])
     for table in tables:
         if table.shard is None:
             hook = _watcher(table, seen)
-            handles.append(table.module.register_forward_hook(hook, with_kwargs=True))
+            handles.append(table.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         else:
             forward = asking_forward(table, partial(_leaf, table, seen))
             table.module.forward = forward  # type: ignore[method-assign]

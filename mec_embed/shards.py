@@ -90,9 +90,14 @@ def like_sharded(values: Tensor, param: Tensor) -> Tensor:
         return values
     from torch.distributed.tensor import DTensor
 
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    if any(getattr(placement, "dim", 0) > 1 for placement in placements):
+        raise ValueError(
+            f"codebooks are a DTensor placed as {placements}, expected Shard(0) or Shard(1); let "
+            "fully_shard choose, or return one of these from shard_placement_fn"
+        )
     (row, column), held = _start("codebooks", param), param.to_local()  # type: ignore[attr-defined]
     part = values[row : row + held.shape[0], column : column + held.shape[1]]
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     size, stride = values.shape, values.contiguous().stride()
     found: Tensor = DTensor.from_local(
         part, mesh, placements, run_check=False, shape=size, stride=stride

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from .adapters import Undo, adapted, do_nothing, held_optimizers
 from .optimization import check_optimizer, keep_row_steps, trained_by
 from .tables import Alias
+
+logger = logging.getLogger("mec_embed")
 
 #: Old parameter -> the (name, parameter) pairs that follow it in its optimizer.
 Successors = dict[Tensor, list[tuple[str, nn.Parameter]]]
@@ -193,24 +196,32 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
 
 
 def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor) -> None:
-    """State that the first step would not make: of the constructor, or of fused SGD's others."""
-    if isinstance(optimizer, torch.optim.SGD):
-        others = (optimizer.state.get(other, {}) for other in group["params"])
-        if group.get("fused") and any("momentum_buffer" in state for state in others):
-            # It takes momentum of all parameters or of none.
-            optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
-        return
-    if type(optimizer).__module__.startswith("torch.optim") and not isinstance(
-        optimizer, torch.optim.Adagrad
-    ):
-        return
+    """State that the first step would not make."""
+    others = (optimizer.state.get(other, {}) for other in group["params"])
+    if group.get("fused") and isinstance(optimizer, torch.optim.SGD):
+        # It takes momentum of all parameters or of none.
+        if any("momentum_buffer" in state for state in others):
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    # Of torch's own, Adagrad alone makes state when it is made.
+    own = type(optimizer).__module__.startswith("torch.optim")
+    if not own or isinstance(optimizer, torch.optim.Adagrad):
+        optimizer.state[param].update(_constructed_state(optimizer, group, param))
+        if not optimizer.state[param]:
+            del optimizer.state[param]
+
+
+def _constructed_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor
+) -> dict[str, Any]:
+    """What the constructor gives a parameter of this group."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    try:
-        made = type(optimizer)([{**options, "params": [param]}], **optimizer.defaults)
-    except Exception:
-        return  # anything, of a class from elsewhere whose constructor takes other arguments
-    if param in made.state:
-        optimizer.state[param] = made.state[param]
+    for defaults in (optimizer.defaults, {}):  # not all take all of theirs; the group has them
+        try:
+            made = type(optimizer)([{**options, "params": [param]}], **defaults)
+            return dict(made.state.get(param, {}))
+        except Exception as error:  # of a class from elsewhere, anything
+            logger.debug("%s cannot be made anew: %s", type(optimizer).__name__, error)
+    return {}
 
 
 def optimizer_groups(

@@ -151,6 +151,43 @@ def test_the_mean_of_several_teachers_is_the_target(of: Any, probabilities: bool
     assert all(p.grad is None for p in (*teacher.parameters(), *other.parameters()))
 
 
+def test_a_list_of_modules_with_a_forward_is_one_teacher() -> None:
+    class Own(nn.ModuleList):
+        """Overrides eval(), which must be heard of."""
+
+        heard = False
+
+        def eval(self) -> Any:
+            self.heard = True
+            return super().eval()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self[1](ids)
+
+    model, teacher = _pair()
+    student, own = copy.deepcopy(model), Own([Clicks(), teacher])
+    assert _distill(model, own, epochs=1) == _distill(student, teacher, epochs=1)
+    assert own.heard
+
+
+def test_teachers_that_return_logits_and_probabilities_are_refused() -> None:
+    model, teacher = _pair()
+    before = _state(model)
+    with pytest.raises(ValueError, match="teacher 1 returns probabilities and teacher 0 logits"):
+        _distill(model, [teacher, Clicks(probabilities=True)], _batches(20), epochs=1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_teacher_of_another_number_of_predictions_is_refused() -> None:
+    class One(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.zeros(1)
+
+    model, teacher = _pair()
+    with pytest.raises(RuntimeError, match="equal size"):
+        _distill(model, [teacher, One()])
+
+
 @pytest.mark.parametrize(
     ("of", "error", "message"),
     [

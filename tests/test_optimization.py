@@ -377,6 +377,28 @@ def test_state_that_a_constructor_makes_is_made_for_codebooks():
     optimizer.step()
 
 
+class Averaging(torch.optim.SGD):
+    """Adds state to that of torch's, and takes fewer options."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr=lr, momentum=0.9)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["average"] = param.detach().clone()
+
+    def step(self, closure=None):
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["average"].lerp_(param.detach(), 0.5)
+
+
+def test_subclasses_of_torchs_optimizers_get_the_state_of_their_constructor():
+    model, optimizer = compressed(Averaging)
+    assert torch.equal(optimizer.state[model[0].codebooks]["average"], model[0].codebooks)
+    step_without_loss(model, optimizer)
+    assert "momentum_buffer" in optimizer.state[model[0].codebooks]
+
+
 def test_a_constructor_of_other_arguments_is_let_be():
     class Other(torch.optim.SGD.__base__):
         def __init__(self, model, lr=0.1):
@@ -465,6 +487,7 @@ def test_arguments_of_steps_stay_as_they_are():
         (torch.optim.Adam, {}, True),
         (torch.optim.Adagrad, {}, True),
         (torch.optim.Adam, {"eps": 1e-4}, False),
+        (torch.optim.Adam, {"fused": True}, False),
         (torch.optim.SGD, {"lr": 0.1}, False),
     ],
 )

@@ -136,7 +136,7 @@ def _unpacked(data: Any) -> Any:
     """The training part of what a data loader of FuxiCTR returns."""
     if hasattr(data, "make_iterator"):
         data = data.make_iterator()
-    batch = (Mapping, tuple, list)
+    batch = Mapping if isinstance(data, tuple) else (Mapping, tuple, list)
     if isinstance(data, (tuple, list)) and data and not isinstance(data[0], batch):
         data = data[0]  # RankDataLoader returns (train, valid) or (train, valid, test)
     return data

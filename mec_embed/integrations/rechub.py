@@ -147,6 +147,11 @@ def _pools(feature: Any) -> bool:
 
 def _real_ids(batch: Mapping[str, Any], paddings: Mapping[str, int]) -> dict[str, Any]:
     """The batch without the padding ids of each feature."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, expected a mapping from feature to ids, or a "
+            "pair (x, y) of one; pass torch-rechub's loader"
+        )
     columns = dict(batch)
     for feature in paddings.keys() & columns.keys():
         ids = columns[feature]

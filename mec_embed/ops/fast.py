@@ -214,11 +214,11 @@ class FastPath:
             options = zero_id, padding_idx, module.sparse, module.name
             return _train(ids, rows, options, *codebooks)
         self.forget()
+        places = module._places()  # first, as in _renew
         rows = module._rows_on_gpu()
         if rows is None:
             return None
-        codebooks = tuple(table.codebooks for table in module._tables())
-        self._rows = rows, module._places(), codebooks
+        self._rows = rows, places, tuple(table.codebooks for table in module._tables())
         return self._rows_on_gpu(module, ids, zero_id)
 
     def bags(

@@ -233,6 +233,8 @@ def test_frequencies_of_batches_of_several_mappings(folder):
         got = fuxictr.frequencies(model, data)
         assert got.keys() == expected.keys()
         assert all(np.array_equal(got[table], expected[table]) for table in expected)
+    pair = fuxictr.frequencies(model, (batches, batches))  # train and valid
+    assert all(np.array_equal(pair[table], expected[table]) for table in expected)
     with pytest.raises(TypeError, match="a batch is a list, expected a mapping"):
         fuxictr.frequencies(model, [[1, 2]])
     with pytest.raises(TypeError, match="a batch is a Tensor"):

@@ -162,6 +162,8 @@ def test_frequencies_of_arrays(folder):
 
 
 def test_frequencies_errors():
+    with pytest.raises(TypeError, match="a batch is a Tensor, expected a mapping"):
+        rechub.frequencies(zoo.build("DeepFM", None), [torch.zeros(2)])
     with pytest.raises(ValueError, match="EmbeddingLayer"):
         rechub.frequencies(nn.Sequential(nn.Embedding(3, 2)), {})
 
