@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mec_embed import CompressionConfig, FrequencyStats, compress, distill, plan
 from mec_embed.forward import default_forward
-from mec_embed.measuring import lookups_of
 from mec_embed.sensitivity import MOST_BATCHES, comparable, fisher_matrices
 from mec_embed.tables import find_tables
 
@@ -127,34 +126,6 @@ def test_weights_of_ids_are_part_of_what_they_move():
     matrix += 0.05 * matrix.trace() / DIM * np.eye(DIM)
     found = matrices(model, [batch])["table"]
     np.testing.assert_allclose(found, matrix * (0.5**2 + 0.25**2) / 3, rtol=1e-3, atol=1e-8)
-
-
-OFFSETS = torch.tensor([0, 2, 2, 7])
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize(
-    ("ids", "offsets", "last"),
-    [
-        (torch.arange(12).view(3, 4), None, False),
-        (torch.arange(1, 13).view(4, 3).int(), None, False),
-        (torch.arange(10), OFFSETS, False),
-        (torch.arange(10), torch.tensor([0, 2, 2, 7, 10]), True),
-    ],
-)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_shares_of_ids_are_those_of_autograd(mode, ids, offsets, last, weighted):
-    if weighted and mode != "sum":
-        pytest.skip("torch takes weights with sums only")
-    bag = nn.EmbeddingBag(13, 1, mode=mode, padding_idx=0, include_last_offset=last)
-    weights = torch.rand(ids.shape) if weighted else None
-    shares = []
-    for out in bag(ids, offsets, weights)[:, 0]:
-        (gradient,) = torch.autograd.grad(out, bag.weight, retain_graph=True)
-        shares.append(gradient.double().square().sum())
-    found = lookups_of(bag, ids, offsets, weights)
-    torch.testing.assert_close(found.squares, torch.stack(shares))
-    assert found.number == int((ids != 0).sum())
 
 
 def test_a_hook_may_make_other_rows_of_the_output():
