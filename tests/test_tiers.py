@@ -578,7 +578,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch) -> None:
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr(outcome, "weighted_error", broken)
+    monkeypatch.setattr(outcome, "table_error", broken)
     with pytest.raises(KeyboardInterrupt):
         compress(model, counts(), config(), optimizer=optimizer, progress=False)
     assert TieredEmbedding in seen

@@ -102,7 +102,7 @@ def places_in(tensors: dict[str, Any], *names: str) -> Places:
     """The places of tensors (or None) in a dict of a module."""
     places: list[Any] = []
     for name in names:
-        tensor = tensors[name]
+        tensor = tensors.get(name)  # codebooks that are computed have no place, nor a plan
         where = None if tensor is None else tensor.data_ptr
         places += [tensors, name, tensor, where, where() if where else 0]
     return tuple(places)
