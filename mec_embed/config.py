@@ -25,7 +25,7 @@ POPULARITY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 #: Codewords of additive codes: the least squares over all of them take 8 bytes a pair, twice.
-_MOST_WORDS = 1 << 15
+_MOST_CODEWORDS = 1 << 15
 _CODEBOOK_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -126,10 +126,10 @@ class CompressionConfig:
             _integer("num_subvectors", self.num_subvectors, low=1, high=256)
             _integer("codebook_size", self.codebook_size, low=2, high=1 << 16)
             words = self.num_subvectors * self.codebook_size  # type: ignore[operator]
-            if self.codes == "additive" and words > _MOST_WORDS:
+            if self.codes == "additive" and words > _MOST_CODEWORDS:
                 raise ValueError(
                     f"num_subvectors * codebook_size of additive codes must be at most "
-                    f"{_MOST_WORDS:,}, got {self.num_subvectors} * {self.codebook_size} = "
+                    f"{_MOST_CODEWORDS:,}, got {self.num_subvectors} * {self.codebook_size} = "
                     f"{words:,}: all codewords are solved for at once; give fewer, or "
                     "codes='product'"
                 )

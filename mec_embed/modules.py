@@ -371,11 +371,11 @@ class DecodedBags(DecodedTable):
             return reduced
         if any_dtensor(input, offsets, per_sample_weights):
             return self._on_dtensors(self.forward, input, offsets, per_sample_weights)
-        self._check_types(offsets, per_sample_weights)
+        self._check_bags(input, offsets, per_sample_weights)
         return self._reduce(self._known(input), offsets, per_sample_weights)
 
-    def _check_types(self, offsets: Any, per_sample_weights: Any) -> None:
-        """TypeError for what is neither a tensor nor None."""
+    def _check_bags(self, input: Any, offsets: Any, per_sample_weights: Any) -> None:
+        """TypeError for offsets and weights that are neither a tensor nor None."""
         for what, given in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
             if given is not None:
                 self._check_tensor(what, given)

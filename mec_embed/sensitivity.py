@@ -53,8 +53,7 @@ def fisher_matrices(
         TypeError: batches cannot be gone through.
     """
     check_batches(batches)
-    totals = {table: np.zeros((table.dim, table.dim)) for table in [*tables, *others]}
-    lookups = dict.fromkeys(totals, 0)
+    totals, lookups = _nothing([*tables, *others])
     seen: list[tuple[Table, Tensor, Lookups]] = []
     read, probabilities = 0, True
     generator = torch.Generator().manual_seed(0)
@@ -67,8 +66,7 @@ def fisher_matrices(
             if probabilities and not _within(output):
                 # Those before were logits, too, which by chance lay between 0 and 1: start anew.
                 probabilities = False
-                totals = {table: np.zeros_like(total) for table, total in totals.items()}
-                lookups = dict.fromkeys(totals, 0)
+                totals, lookups = _nothing(totals)
             logits = _fisher_logits(output, probabilities, generator)
             leaves = [leaf for _, leaf, _ in seen]
             if leaves and not logits.requires_grad:
@@ -92,8 +90,7 @@ def fisher_matrices(
         raise ValueError("batches is empty; pass a list or a DataLoader of training batches")
     told = tables[0].ranks.tell(probabilities, "telling logits from probabilities")
     if probabilities and not all(told):  # by chance here, on all batches
-        totals = {table: np.zeros_like(total) for table, total in totals.items()}
-        lookups = dict.fromkeys(totals, 0)
+        totals, lookups = _nothing(totals)
     found = []
     for table in tables:
         what = f"adding up the gradients of table {table.name!r}"
@@ -101,6 +98,12 @@ def fisher_matrices(
         (number,) = table.ranks.add(torch.tensor([lookups[table]]), what).tolist()
         found.append(_mean(table, total.numpy(), number))
     return found
+
+
+def _nothing(tables: Iterable[Table]) -> tuple[dict[Table, np.ndarray], dict[Table, int]]:
+    """Sums of matrices, and numbers of lookups, before any."""
+    totals = {table: np.zeros((table.dim, table.dim)) for table in tables}
+    return totals, dict.fromkeys(totals, 0)
 
 
 def comparable(

@@ -409,18 +409,11 @@ class ShardedEmbeddingBag(DecodedBags, _Sharded):
         self.mode = table.mode
         self.include_last_offset = table.include_last_offset
 
-    def forward(
-        self,
-        input: Tensor,
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`DecodedBags`."""
+    def _check_bags(self, input: Any, offsets: Any, per_sample_weights: Any) -> None:
         with self._telling():
             self._check_tensor("ids", input)
-            self._check_types(offsets, per_sample_weights)
+            super()._check_bags(input, offsets, per_sample_weights)
             ops.reference.check_offsets(offsets, self.name)
-        return super().forward(input, offsets, per_sample_weights)
 
 
 def _sharded(table: DecodedTable, exchange: Exchange) -> _Sharded:

@@ -197,17 +197,17 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
 
 def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor) -> None:
     """State that the first step would not make."""
-    others = (optimizer.state.get(other, {}) for other in group["params"])
     if group.get("fused") and isinstance(optimizer, torch.optim.SGD):
         # It takes momentum of all parameters or of none.
+        others = (optimizer.state.get(other, {}) for other in group["params"])
         if any("momentum_buffer" in state for state in others):
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     # Of torch's own, Adagrad alone makes state when it is made.
     own = type(optimizer).__module__.startswith("torch.optim")
     if not own or isinstance(optimizer, torch.optim.Adagrad):
-        optimizer.state[param].update(_constructed_state(optimizer, group, param))
-        if not optimizer.state[param]:
-            del optimizer.state[param]
+        made = _constructed_state(optimizer, group, param)
+        if made:
+            optimizer.state[param].update(made)
 
 
 def _constructed_state(

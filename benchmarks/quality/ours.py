@@ -39,34 +39,28 @@ def self_distilled(base: Base, *, calls: int = 2, **options: Any) -> Base:
     """
     model = base.copy()
     for _ in range(calls):
-        self_distill(
-            model,
-            _counts(base),
-            list(base.batches(base.seed + 1)),
-            labels=lambda batch: batch[1],
-            score=lambda one: evaluate(one, base.data, "valid").auc,
-            seed=base.seed,
-            progress=False,
-            **{"l2": base.settings.self_distill_l2, **options},
-        )
+        _train_on(base, model, labels=lambda batch: batch[1], **options)
     return replace(base, model=model)
 
 
 def taught(base: Base, second: Base) -> Base:
     """A base whose model has been taught by itself and a second one, without labels."""
     model = base.copy()
+    _train_on(base, model, teacher=[model, second.model], epochs=4)
+    return replace(base, model=model)
+
+
+def _train_on(base: Base, model: nn.Module, **options: Any) -> None:
+    """``self_distill()``, the best epoch by validation AUC."""
     self_distill(
         model,
         _counts(base),
         list(base.batches(base.seed + 1)),
-        teacher=[model, second.model],
-        epochs=4,
         score=lambda one: evaluate(one, base.data, "valid").auc,
         seed=base.seed,
         progress=False,
-        l2=base.settings.self_distill_l2,
+        **{"l2": base.settings.self_distill_l2, **options},
     )
-    return replace(base, model=model)
 
 
 def _counts(base: Base) -> dict[str, np.ndarray]:

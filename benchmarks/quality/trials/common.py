@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from benchmarks.quality.common import Base
 from benchmarks.quality.ours import ours
 from benchmarks.quality.study import _base
+from examples.ctr.training import evaluate
 
 
 def parser(doc: str | None, *, data: str, model: str, ratio: float) -> argparse.ArgumentParser:
@@ -27,6 +29,18 @@ def parser(doc: str | None, *, data: str, model: str, ratio: float) -> argparse.
 def base_of(options: argparse.Namespace, seed: int) -> Base:
     """The trained base model that the options name."""
     return _base(options.data, options.model, options, seed)
+
+
+def teller(base: Base) -> Callable[[str, nn.Module], None]:
+    """Prints a stage, and how a model's metrics differ from the base's there."""
+    start = [evaluate(base.model, base.data, split) for split in ("valid", "test")]
+
+    def tell(stage: str, model: nn.Module) -> None:
+        valid, test = (evaluate(model, base.data, split) for split in ("valid", "test"))
+        change = f"test {test.auc - start[1].auc:+.5f} / {test.logloss - start[1].logloss:+.5f}"
+        print(f"{stage}: valid {valid.auc - start[0].auc:+.5f}, {change}", flush=True)  # noqa: T201
+
+    return tell
 
 
 def compressed(base: Base, ratio: float) -> nn.Module:

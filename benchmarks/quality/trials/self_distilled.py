@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from benchmarks.quality.ours import self_distilled
 from benchmarks.quality.trials import common
 from examples.ctr.training import evaluate
@@ -23,12 +21,7 @@ def main() -> None:
     parser.add_argument("--l2", type=float, default=5e-4)
     options = parser.parse_args()
     base = common.base_of(options, options.seed)
-    start = [evaluate(base.model, base.data, split) for split in ("valid", "test")]
-
-    def tell(stage: str, model: torch.nn.Module) -> None:
-        valid, test = (evaluate(model, base.data, split) for split in ("valid", "test"))
-        change = f"test {test.auc - start[1].auc:+.5f} / {test.logloss - start[1].logloss:+.5f}"
-        print(f"{stage}: valid {valid.auc - start[0].auc:+.5f}, {change}", flush=True)  # noqa: T201
+    tell = common.teller(base)
 
     names = ("epochs", "lr", "rare", "l2")
     better = self_distilled(base, calls=1, **{name: getattr(options, name) for name in names})

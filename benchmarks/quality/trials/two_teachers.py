@@ -10,7 +10,6 @@ import torch
 from benchmarks.quality.ours import taught
 from benchmarks.quality.study import SECOND_SEED
 from benchmarks.quality.trials import common
-from examples.ctr.training import evaluate
 from mec_embed import distill
 
 
@@ -33,12 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     base = common.base_of(options, options.seed)
     second = common.base_of(options, options.seed + SECOND_SEED)
-    start = [evaluate(base.model, base.data, split) for split in ("valid", "test")]
-
-    def tell(stage: str, model: torch.nn.Module) -> None:
-        valid, test = (evaluate(model, base.data, split) for split in ("valid", "test"))
-        change = f"test {test.auc - start[1].auc:+.5f} / {test.logloss - start[1].logloss:+.5f}"
-        print(f"{stage}: valid {valid.auc - start[0].auc:+.5f}, {change}", flush=True)  # noqa: T201
+    tell = common.teller(base)
 
     tell("second model", second.model)
     tell("mean of both", Mean(base.model, second.model))
