@@ -386,6 +386,12 @@ class DecodedBags(DecodedTable):
         """Bags by the operators."""
         ops.reference.check_offsets(offsets, self.name)
         rows = self._decode(input.reshape(-1))
+        return self._reduce_rows(rows, input, offsets, per_sample_weights)
+
+    def _reduce_rows(
+        self, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
+        """Bags of the rows (ids, columns) of ``input``."""
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
         return ops.reference.reduce_rows(
             rows,

@@ -414,6 +414,10 @@ class ShardedEmbeddingBag(DecodedBags, _Sharded):
             self._check_tensor("ids", input)
             super()._check_bags(input, offsets, per_sample_weights)
             ops.reference.check_offsets(offsets, self.name)
+            # What torch alone refuses, it would refuse after rows were exchanged.
+            column = self._like().new_zeros(input.numel(), 1)
+            with torch.no_grad():
+                self._reduce_rows(column, input, offsets, per_sample_weights)
 
 
 def _sharded(table: DecodedTable, exchange: Exchange) -> _Sharded:

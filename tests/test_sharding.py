@@ -428,6 +428,11 @@ def bad_ids_on_ranks() -> dict[str, Any]:
         "falling": (torch.arange(3), torch.tensor([0, 2, 1])),
         "offsets": (good, [0, 1]),
         "list": ([1, 2], starts),
+        "shape": (good, starts[None]),
+        "late": (good, starts + 1),
+        "long": (good, starts * 3),
+        "weights": (good, starts, torch.ones(3)),
+        "mode": (good, starts, torch.ones(2)),
     }.items():
         given = given if rank else (good, starts)
         found[f"bags {case}"] = raised(lambda given=given: held["bags"](*given))
@@ -455,6 +460,11 @@ def test_bad_ids_of_one_rank_are_an_error_on_all(tmp_path) -> None:
         "falling": "ValueError: table 'embedding': offsets go from 2 to 1 at bag 1",
         "offsets": "TypeError: table 'embedding': offsets must be a tensor, got list",
         "list": "TypeError: table 'embedding': ids must be a tensor, got list",
+        "shape": "ValueError: offsets has to be a 1D Tensor",
+        "late": "RuntimeError: offsets[0] has to be 0",
+        "long": "RuntimeError: offsets[-1] can not be greater than input's length 2",
+        "weights": "ValueError: embedding_bag: If per_sample_weights (torch.Size([3]))",
+        "mode": "NotImplementedError: embedding_bag: per_sample_weights was not None",
     }.items():
         assert first.pop(f"bags {case}").startswith("RuntimeError: table 'embedding': rank 1 has")
         assert second.pop(f"bags {case}").startswith(message)
