@@ -354,7 +354,7 @@ class Loss:
             target = torch.stack(found).mean(0)
         output = prediction(self.forward(self.model, inputs))
         if any(self.inside):
-            self._tell_logits(found)
+            self._tell_logits(found, output.detach())
         target = self._softened(target)
         if self.labels is not None:
             # Rows that were mixed are other examples than those that the labels are of.
@@ -367,8 +367,8 @@ class Loss:
             return F.binary_cross_entropy(output.clamp(1e-7, 1 - 1e-7), target)
         return F.binary_cross_entropy_with_logits(output, target)
 
-    def _tell_logits(self, found: Sequence[Tensor]) -> None:
-        """Whether outputs are logits, as far as is known: some batch has one outside 0 to 1.
+    def _tell_logits(self, found: Sequence[Tensor], output: Tensor) -> None:
+        """Whether teachers return logits, as far as is known: some batch has one outside 0 to 1.
 
         Logits that all lie there would mean a model that knows nothing, or a small batch.
         """
@@ -381,6 +381,11 @@ class Loss:
                 f"teacher {self.inside.index(max(self.inside))} returns probabilities and teacher "
                 f"{self.inside.index(0)} logits, expected the same of all; pass forward= or wrap "
                 "one of them"
+            )
+        if within and min(self.inside) > _SURE and bool(((output < 0) | (output > 1)).any()):
+            raise ValueError(
+                "the teacher returns probabilities and the model logits, expected the same of "
+                "both; pass forward= or wrap one of them"
             )
         if within is not self.probabilities:
             self.probabilities = within

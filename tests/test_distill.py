@@ -178,6 +178,14 @@ def test_teachers_that_return_logits_and_probabilities_are_refused() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_model_that_returns_logits_beside_probabilities_is_refused() -> None:
+    model, _ = _pair()
+    before = _state(model)
+    with pytest.raises(ValueError, match="teacher returns probabilities and the model logits"):
+        _distill(model, Clicks(probabilities=True), _batches(20), epochs=1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_teacher_of_another_number_of_predictions_is_refused() -> None:
     class One(nn.Module):
         def forward(self, ids: Tensor) -> Tensor:
