@@ -389,8 +389,8 @@ def _open_torch(path: Path) -> Checkpoint:
             loaded = loaded[name]
     if not isinstance(loaded, Mapping) or not any(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(
-            f"{path} holds a {type(loaded).__name__}, expected a state_dict: a mapping from name "
-            "to tensor"
+            f"{path} holds a {type(loaded).__name__}{_keys_of(loaded)}, expected a state_dict: a "
+            f"mapping from name to tensor, or one under {', '.join(map(repr, _NESTED))}"
         )
     with open(path, "rb") as file:
         file.seek(-min(_TAIL_BYTES, path.stat().st_size), os.SEEK_END)
@@ -399,6 +399,14 @@ def _open_torch(path: Path) -> Checkpoint:
     for key, value in loaded.items():
         _add(checkpoint, str(key), value, seen)
     return checkpoint
+
+
+def _keys_of(loaded: Any) -> str:
+    """The end of a message: the keys of a mapping, the first ones of many."""
+    if not isinstance(loaded, Mapping):
+        return ""
+    keys = [repr(key) for key in loaded]
+    return f" with {', '.join(keys[:10]) or 'no keys'}{' and others' if len(keys) > 10 else ''}"
 
 
 def _refused(error: Exception) -> str:

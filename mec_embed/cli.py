@@ -105,7 +105,8 @@ examples:
 
 what a checkpoint does not say:
   A checkpoint holds neither which tables are nn.EmbeddingBag nor their padding rows, and load()
-  refuses a file that differs from the model in that: say it with --bag and --padding-idx.
+  refuses a file that differs from the model in that: say it with --bag and --padding-idx. With
+  --start-from, what the earlier file says of a table holds where these say nothing.
 
 files:
   The output appears whole or not at all, in the place of one of the same name. What a killed run

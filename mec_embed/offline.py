@@ -64,7 +64,7 @@ class Job:
         counts: a file for :func:`read_counts`, or None.
         columns: see :func:`read_counts`.
         start_from: compressed file of an earlier version, see :func:`mec_embed.compress`; it says
-            which tables, and how they are stored.
+            which tables, and how they are stored, and their roles where ``roles`` does not.
     """
 
     checkpoint: Path
@@ -90,22 +90,19 @@ class Job:
             raise ValueError(
                 f"{self.checkpoint} is compressed already; give the checkpoint it was made from"
             )
+        selection, roles = self.config, self.roles
         if self.start_from is not None:
-            tie(checkpoint, [entry["names"] for entry in read_manifest(self.start_from)["tables"]])
-        chosen, reasons = choose_tables(checkpoint, self._selection())
+            entries = read_manifest(self.start_from)["tables"]
+            tie(checkpoint, [entry["names"] for entry in entries])
+            names = tuple(glob.escape(name) for entry in entries for name in entry["names"])
+            selection = replace(self.config, include=names, exclude=(), min_rows=1)
+            roles = _roles_of(entries).then(self.roles)
+        chosen, reasons = choose_tables(checkpoint, selection)
         if not chosen:
             raise ValueError(nothing_chosen(self.checkpoint, reasons))
         self.roles.check([*chosen])
         zero = self.config.nonfinite == "zero"
-        return Skeleton(checkpoint, chosen, self.roles, progress.advance, zero), reasons
-
-    def _selection(self) -> CompressionConfig:
-        """Which tables."""
-        if self.start_from is None:
-            return self.config
-        entries = read_manifest(self.start_from)["tables"]
-        names = tuple(glob.escape(name) for entry in entries for name in entry["names"])
-        return replace(self.config, include=names, exclude=(), min_rows=1)
+        return Skeleton(checkpoint, chosen, roles, progress.advance, zero), reasons
 
     def draft(self, skeleton: Skeleton, progress: Progress) -> Draft:
         """The plan."""
@@ -143,6 +140,15 @@ class Job:
             device,
         ]
         return json.dumps(values)
+
+
+def _roles_of(entries: Sequence[Mapping[str, Any]]) -> Roles:
+    """Roles of the tables of a manifest."""
+    named = [(glob.escape(name), entry) for entry in entries for name in entry["names"]]
+    return Roles(
+        tuple((n, (e["mode"], e["include_last_offset"])) for n, e in named if "mode" in e),
+        tuple((n, e["padding_idx"]) for n, e in named if e["padding_idx"] is not None),
+    )
 
 
 @dataclass(frozen=True)

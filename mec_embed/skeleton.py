@@ -66,6 +66,10 @@ class Roles:
     bags: tuple[tuple[str, tuple[str, bool]], ...] = ()
     paddings: tuple[tuple[str, int], ...] = ()
 
+    def then(self, others: Roles) -> Roles:
+        """With others that win over these."""
+        return Roles((*self.bags, *others.bags), (*self.paddings, *others.paddings))
+
     def check(self, names: Sequence[str]) -> None:
         """ValueError for a pattern that fits no table."""
         for option, pairs in (("--bag", self.bags), ("--padding-idx", self.paddings)):

@@ -544,8 +544,8 @@ def check_finite(tables: Sequence[Table]) -> list[str]:
                 row = start + int((~finite).nonzero()[0])
                 raise ValueError(
                     f"table {table.name!r}: row {row} holds NaN or infinity, expected finite "
-                    "values; repair the table before compressing, or let nonfinite='zero' read "
-                    "such entries as zero"
+                    "values; repair the table before compressing, or let nonfinite='zero' "
+                    "(--nonfinite zero) read such entries as zero"
                 )
             _check_size(table, start, piece.nan_to_num(0, 0, 0))
             count += len(finite) - int(finite.sum())

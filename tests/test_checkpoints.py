@@ -161,6 +161,9 @@ def test_old_and_other_torch_files_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list, expected a state_dict"):
         open_checkpoint(path)
+    torch.save({"epoch": 3, "net": _tensors()}, path)
+    with pytest.raises(ValueError, match="a dict with 'epoch', 'net', expected .* or one under 's"):
+        open_checkpoint(path)
     torch.save({"a": torch.zeros(2, 2).to_sparse()}, path)
     with pytest.raises(ValueError, match=r"'a' is a torch.sparse_coo"):
         open_checkpoint(path)

@@ -139,7 +139,7 @@ def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> 
         "--start-from",
         str(files / "yesterday.safetensors"),
     ]
-    after += [*ROLES, "--quiet", "--json"]
+    after += ["--quiet", "--json"]  # without ROLES: yesterday's file has them
     capsys.readouterr()
     assert _run(files, "plan", *after) == 0
     planned = json.loads(capsys.readouterr().out)["report"]
@@ -153,6 +153,15 @@ def test_starting_from_yesterday_is_that_of_the_library(files: Path, capsys) -> 
     assert loaded.first.oov_row == model.first.oov_row == 3
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_options_win_over_the_roles_of_yesterday(files: Path) -> None:
+    _next_night(files)
+    after = ["--start-from", files / "yesterday.safetensors", "--bag", "bag=mean,last", "--quiet"]
+    assert _run(files, "compress", *after, "-o", files / "small.safetensors") == 0
+    model = _model()
+    model.bag = nn.EmbeddingBag(1200, 16, mode="mean", include_last_offset=True)
+    assert load(model, files / "small.safetensors").bag.mode == "mean"
 
 
 def test_starting_from_yesterday_where_tied_tables_were_copied(tmp_path: Path, capsys) -> None:
