@@ -23,7 +23,7 @@ from .modules import CodebookSet, Compressed, DecodedTable, check_gathered, quan
 from .optimization import check_optimizer, trained_by
 from .packing import empty_packed, pack, pack_into, unpack
 from .swap import Optimizers, listed, replace_parameters
-from .tiers import TierMap, _Tiered
+from .tiers import TieredTable, TierMap
 
 Tables = DecodedTable | Sequence[DecodedTable]
 Rows = Tensor | Sequence[Tensor]
@@ -85,10 +85,10 @@ def extend(
         )
         part.num_embeddings += count
     # After the codes, which it leads to.
-    for tier_map in {table.tier_map for table in held if isinstance(table, _Tiered)}:
+    for tier_map in {table.tier_map for table in held if isinstance(table, TieredTable)}:
         _extend_map(tier_map, count, popular)
     for table in held:
-        if isinstance(table, _Tiered):
+        if isinstance(table, TieredTable):
             table.num_embeddings += count
         table._fast.forget()
     return range(first, first + count)
@@ -467,7 +467,7 @@ def _by_tier(
     held: Sequence[DecodedTable], ids: Tensor
 ) -> Iterator[tuple[list[Compressed], Tensor, Tensor]]:
     """Of each tier its parts, which ids are in it (bool), and which of its rows these are."""
-    if not isinstance(held[0], _Tiered):
+    if not isinstance(held[0], TieredTable):
         yield _tier_of(held, False), torch.ones(len(ids), dtype=torch.bool, device=ids.device), ids
         return
     is_popular, place = held[0].tier_map(ids, held[0].name)

@@ -32,7 +32,7 @@ from .regularization import count_rows
 from .shards import check_sums
 from .swap import replace_modules
 from .tables import Alias, check_model, find_modules
-from .tiers import TierMap, _Tiered, find_replacements
+from .tiers import TieredTable, TierMap, find_replacements
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -244,7 +244,7 @@ class _Sharded(DecodedTable):
         self.exchange = exchange
         self.parts = tuple(Spread.of(coded, exchange.ranks) for coded in table._tables())
         #: Whole, in tables with tiers.
-        self.tier_map = table.tier_map if isinstance(table, _Tiered) else None
+        self.tier_map = table.tier_map if isinstance(table, TieredTable) else None
         self.local = table
 
     @property
@@ -265,7 +265,7 @@ class _Sharded(DecodedTable):
     def narrow(self, parts: Mapping[nn.Module, CodePart]) -> None:
         """Let the local table hold this rank's rows; code tables -> their parts. Cannot fail."""
         self._hold([part.size for part in self.parts], parts)
-        if isinstance(self.local, _Tiered):
+        if isinstance(self.local, TieredTable):
             # A run of popular rows, then one of the others.
             tier_map = TierMap(self.rows_of_rank, runs=2)
             tier_map.starts[1] = tier_map.before[1] = self.parts[0].size
@@ -280,7 +280,7 @@ class _Sharded(DecodedTable):
     def widen(self, whole: Mapping[nn.Module, CodeTable]) -> None:
         """Let the local table be what it was; parts of codes -> code tables. Cannot fail."""
         self._hold([part.rows for part in self.parts], whole)
-        if isinstance(self.local, _Tiered) and self.tier_map is not None:
+        if isinstance(self.local, TieredTable) and self.tier_map is not None:
             self.local.tier_map = self.tier_map
             self.local.num_embeddings = self.num_embeddings
         self.local.padding_idx = self.padding_idx

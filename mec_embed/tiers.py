@@ -137,7 +137,7 @@ def _runs(popular: Tensor) -> int | None:
     return runs if runs <= MOST_RUNS else None
 
 
-class _Tiered(DecodedTable):
+class TieredTable(DecodedTable):
     """What both modules share: the map, the tiers and the lookup."""
 
     def __init__(
@@ -244,7 +244,7 @@ class _Tiered(DecodedTable):
         )
 
 
-class TieredEmbedding(DecodedRows, _Tiered):
+class TieredEmbedding(DecodedRows, TieredTable):
     """A drop-in for ``nn.Embedding`` with more bits for popular rows.
 
     :func:`mec_embed.compress` makes these where the planner sees a gain.
@@ -275,7 +275,7 @@ class TieredEmbedding(DecodedRows, _Tiered):
     """
 
 
-class TieredEmbeddingBag(DecodedBags, _Tiered):
+class TieredEmbeddingBag(DecodedBags, TieredTable):
     """A drop-in for ``nn.EmbeddingBag``, with more bits for popular rows.
 
     Other arguments as :class:`TieredEmbedding`.
@@ -318,5 +318,5 @@ class TieredEmbeddingBag(DecodedBags, _Tiered):
 def find_replacements(model: nn.Module) -> Iterator[tuple[DecodedTable, tuple[Alias, ...]]]:
     """Every replacement of a table once, with all places that hold it; tiers are parts of one."""
     for module, aliases in find_modules(model, (DecodedTable,)):
-        if not isinstance(aliases[0].parent, _Tiered):
+        if not isinstance(aliases[0].parent, TieredTable):
             yield module, aliases

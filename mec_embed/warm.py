@@ -18,7 +18,7 @@ from .config import CompressionConfig
 from .modules import DecodedTable, check_gathered
 from .shards import check_sums
 from .tables import SkippedTable, Table, untouched
-from .tiers import _Tiered, find_replacements
+from .tiers import TieredTable, find_replacements
 
 
 class Earlier:
@@ -140,7 +140,7 @@ class Earlier:
     def _tiers(self, field: Field) -> list[Field]:
         """The field, or its two tiers."""
         module = self._of[field.table]
-        if not isinstance(module, _Tiered):
+        if not isinstance(module, TieredTable):
             return [field]
         ids = torch.arange(field.rows, device=module.tier_map.before.device)
         popular, _ = module.tier_map(ids, field.table.name)
