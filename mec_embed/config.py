@@ -144,6 +144,7 @@ class CompressionConfig:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         if self.ratio is not None:
             _number("ratio", self.ratio, low=1.0)
+            object.__setattr__(self, "ratio", float(self.ratio))  # 50 and 50.0 are one ratio
         if self.max_bytes is not None:
             _integer("max_bytes", self.max_bytes, low=1)
 

@@ -281,12 +281,8 @@ class BestState:
         if self.score is None and self.state:
             return
         with self._rounded():
-            value = self.value if self.score is None else float(self.score(self.model))
+            value = self.value if self.score is None else _score_of(self.score(self.model))
             self.model.eval()  # a score may have left the model in another mode
-            if math.isnan(value):
-                raise ValueError(
-                    "score returned NaN, expected a number that is larger for the better"
-                )
             if value > self.value or not self.state:
                 self.value, self.state = value, [p.detach().clone() for p in self.trained]
 
@@ -397,6 +393,18 @@ class Loss:
             return target
         logits = target.logit(1e-7) if self.probabilities else target
         return (logits / self.temperature).sigmoid()
+
+
+def _score_of(found: Any) -> float:
+    """What a score returned, as a number; TypeError or ValueError where it is none."""
+    expected = "expected a number that is larger for the better"
+    try:
+        value = float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score returned {found!r}, {expected}") from error
+    if math.isnan(value):
+        raise ValueError(f"score returned NaN, {expected}")
+    return value
 
 
 def check_options(

@@ -37,11 +37,19 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     Returns:
         A new program; ``program`` stays as it is.
 
+    Raises:
+        TypeError: no exported program.
+
     Example:
         >>> with torch.no_grad():  # doctest: +SKIP
         ...     program = torch.export.export(model.eval(), (ids,))
         >>> torch.onnx.export(decompose(program)).save("model.onnx")  # doctest: +SKIP
     """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"program must be an ExportedProgram, got {type(program).__name__}; export the model "
+            "with torch.export.export() first"
+        )
     own = torch.ops.mec_embed
     return program.run_decompositions(
         {

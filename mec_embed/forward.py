@@ -14,7 +14,14 @@ Forward = Callable[[nn.Module, Any], Any]
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """``model(batch)`` for a tensor or mapping, ``model(batch[0])`` for a tuple or list."""
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    try:
+        return model(inputs)
+    except TypeError as error:
+        raise TypeError(
+            f"{error}, as the model was given {type(inputs).__name__}; if it takes batches in "
+            "another way, say how: forward=lambda model, batch: model(...)"
+        ) from error
 
 
 def prediction(output: Any) -> Tensor:

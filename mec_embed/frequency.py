@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .forward import Forward, check_batches, default_forward, eager, eval_mode
 from .ranks import Ranks
 from .shards import is_dtensor
-from .tables import EMBEDDINGS, find_modules
+from .tiers import find_lookups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,8 +30,9 @@ MOST_COUNT = 1e19
 class FrequencyStats:
     """Popularity: for each table, how often each of its rows occurs in the training data.
 
-    Make one with :meth:`from_batches`, :meth:`from_columns`, :meth:`from_parquet` or
-    :meth:`from_counts`; ``a + b`` adds partial counts, :meth:`all_reduce` those of several ranks.
+    Make one with :meth:`from_batches`, :meth:`from_columns`, :meth:`from_parquet`,
+    :meth:`from_count_tables` or :meth:`from_counts`; ``a + b`` adds partial counts,
+    :meth:`all_reduce` those of several ranks.
 
     Example:
         >>> stats = FrequencyStats.from_counts({"user": [5, 0, 1]})
@@ -320,7 +321,7 @@ def _tables_by_name(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """Every accepted name of a table -> (qualified name, module)."""
     full: dict[str, tuple[str, Any]] = {}
     short: dict[str, list[tuple[str, Any]]] = {}
-    for module, aliases in find_modules(model, EMBEDDINGS):
+    for module, aliases in find_lookups(model):
         entry = (aliases[0].name, module)
         full.update({alias.name: entry for alias in aliases})
         for last in {alias.name.rpartition(".")[2] for alias in aliases}:
@@ -343,7 +344,7 @@ class IdCounter:
     def add_by_name(self, name: str, values: Any, weights: Any = None) -> None:
         """Count integer ids of any shape for the table of this name, or its last part."""
         if name not in self._by_name:
-            known = ", ".join(sorted(self._by_name))
+            known = ", ".join(sorted(self._by_name)) or "none"
             raise ValueError(f"no table is named {name!r}; the model has {known}")
         self.add(self._by_name[name][1], values, name, weights)
 
@@ -361,6 +362,9 @@ class IdCounter:
             return
         if not np.issubdtype(ids.dtype, np.integer):
             raise TypeError(f"table {name or qualified!r}: ids must be integers, got {ids.dtype}")
+        unknown = getattr(module, "oov_row", None)  # of a compressed table
+        if unknown is not None:
+            ids = np.where((ids < 0) | (ids >= rows), unknown, ids)
         low, high = ids.min(), ids.max()
         if low < 0 or high >= rows:
             found = low if low < 0 else high
@@ -388,11 +392,13 @@ def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         counter.add(module, args[0] if args else kwargs["input"])
 
-    for module, _ in find_modules(model, EMBEDDINGS):
+    for module, _ in find_lookups(model):
         counter.add(module, ())
         handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
     if not handles:
-        raise ValueError("the model holds no nn.Embedding or nn.EmbeddingBag to count ids for")
+        raise ValueError(
+            "the model holds no nn.Embedding, nn.EmbeddingBag or compressed table to count ids for"
+        )
     try:
         with eager(), eval_mode(model):
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -145,8 +145,9 @@ class CodeLayout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodeLayout:
-        """The layout that :meth:`to_dict` wrote."""
-        return cls(**{**values, "codebook_dtype": dtype_from_name(values["codebook_dtype"])})
+        """The layout that :meth:`to_dict` wrote; fields of later versions are left out."""
+        own = {one.name: values[one.name] for one in fields(cls) if one.init}
+        return cls(**own | {"codebook_dtype": dtype_from_name(own["codebook_dtype"])})
 
 
 def _integer(name: str, value: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -332,6 +332,22 @@ class DecodedTable(nn.Module, ABC):
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim): decoded, differentiable, read-only."""
         return self.decode(torch.arange(self.num_embeddings, device=self._like().device))
+
+    @weight.setter
+    def weight(self, value: Any) -> NoReturn:
+        self._refuse_weight()
+
+    def _refuse_weight(self) -> NoReturn:
+        raise AttributeError(
+            f"table {self.name!r}: weight is read-only, as rows are decoded; change rows with "
+            "mec_embed.update(), append some with mec_embed.extend()"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; ``weight`` cannot be one."""
+        if name == "weight":
+            self._refuse_weight()
+        super().register_parameter(name, param)
 
     def dequantize(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), decoded in chunks, without gradient."""

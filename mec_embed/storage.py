@@ -33,8 +33,15 @@ from .modules import (
 )
 from .shards import is_dtensor
 from .swap import Optimizers, Replacement, all_optimizers, check_held, replace_modules
-from .tables import EMBEDDINGS, Alias, check_model, find_modules, plain_model
-from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap, find_replacements
+from .tables import Alias, check_model, plain_model
+from .tiers import (
+    MOST_RUNS,
+    TieredEmbedding,
+    TieredEmbeddingBag,
+    TierMap,
+    find_lookups,
+    find_replacements,
+)
 
 #: Version 2 has tables in tiers; a file without them is written as version 1.
 FORMAT_VERSION = 2
@@ -404,7 +411,7 @@ def _build_modules(
     """(aliases, old module, new module) for every table of the file; codes and codebooks empty."""
     places = {
         alias.name: (module, aliases)
-        for module, aliases in [*find_modules(model, EMBEDDINGS), *find_replacements(model)]
+        for module, aliases in find_lookups(model)
         for alias in aliases
     }
     replacements: list[Replacement] = []

@@ -24,7 +24,7 @@ from .modules import (
     padding_row,
 )
 from .ops.reference import BLOCK_ROWS, count_ones
-from .tables import Alias, find_modules
+from .tables import EMBEDDINGS, Alias, find_modules
 
 #: Runs of popular and unpopular rows in turn, up to which these are listed one by one.
 MOST_RUNS = 16
@@ -267,6 +267,8 @@ class TieredEmbedding(DecodedRows, TieredTable):
         ValueError: tiers whose rows differ in length.
 
     Example:
+        >>> from mec_embed import CodeLayout
+        >>> from mec_embed.tiers import TierMap
         >>> head = CompressedEmbedding(CodeLayout("additive", 10, 8, 4, 16))
         >>> tail = CompressedEmbedding(CodeLayout("additive", 90, 8, 1, 16))
         >>> tier_map = TierMap.of(torch.arange(100) < 10)
@@ -292,6 +294,8 @@ class TieredEmbeddingBag(DecodedBags, TieredTable):
         ValueError: tiers whose rows differ in length; offsets that do not fit.
 
     Example:
+        >>> from mec_embed import CodeLayout
+        >>> from mec_embed.tiers import TierMap
         >>> head = CompressedEmbedding(CodeLayout("additive", 10, 8, 4, 16))
         >>> tail = CompressedEmbedding(CodeLayout("additive", 90, 8, 1, 16))
         >>> tier_map = TierMap.of(torch.arange(100) < 10)
@@ -315,8 +319,16 @@ class TieredEmbeddingBag(DecodedBags, TieredTable):
         self.include_last_offset = include_last_offset
 
 
+def find_lookups(model: nn.Module) -> list[tuple[Any, tuple[Alias, ...]]]:
+    """Every table that ids are looked up in, dense or replaced, with all places that hold it."""
+    return [*find_modules(model, EMBEDDINGS), *find_replacements(model)]
+
+
 def find_replacements(model: nn.Module) -> Iterator[tuple[DecodedTable, tuple[Alias, ...]]]:
-    """Every replacement of a table once, with all places that hold it; tiers are parts of one."""
+    """Every replacement of a table once, with all places that hold it; tiers are parts of one.
+
+    So is what a table whose codes are in parts holds of them.
+    """
     for module, aliases in find_modules(model, (DecodedTable,)):
-        if not isinstance(aliases[0].parent, TieredTable):
+        if not isinstance(aliases[0].parent, DecodedTable):
             yield module, aliases

@@ -185,6 +185,10 @@ def test_json_round_trip(target, others):
     assert json.loads(text) == config.to_dict()
 
 
+def test_whole_and_broken_ratios_are_one():
+    assert CompressionConfig(ratio=50).to_json() == CompressionConfig().to_json()
+
+
 def test_unknown_key_is_named():
     with pytest.raises(ValueError, match="ratoi"):
         CompressionConfig.from_dict({"ratoi": 50})

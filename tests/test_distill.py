@@ -639,6 +639,12 @@ def test_a_score_of_nan_is_refused_and_nothing_changes() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("found", [None, "high", torch.zeros(2)])
+def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
+    with pytest.raises(TypeError, match="score returned .*, expected a number that is larger"):
+        _distill(*_pair(), score=lambda one: found)
+
+
 # --- labels -------------------------------------------------------------------------------------
 
 

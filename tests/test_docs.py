@@ -13,8 +13,10 @@ Set-ups of ``ON_RANKS`` start anew in two processes, by torchrun, which runs thi
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -305,6 +307,17 @@ def test_no_block_is_left_out() -> None:
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(found)
         marks = re.findall("<!-- (?:set-up|goes on from|slow|not run)", text)
         assert len(marks) == sum(block.mark is not None for block in found)
+
+
+def test_examples_of_docstrings_run() -> None:
+    """But for those that are marked to be skipped, as they need a trained model or files."""
+    tried = 0
+    for found in pkgutil.walk_packages(mec_embed.__path__, "mec_embed."):
+        if sys.modules.get(found.name) is not None and "_native" not in found.name:
+            result = doctest.testmod(sys.modules[found.name])
+            assert not result.failed, found.name
+            tried += result.attempted
+    assert tried > 20
 
 
 def test_json_blocks_are_json() -> None:

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import tier_model
 import torch
 from torch import nn
 
-from mec_embed import FrequencyStats
+from mec_embed import FrequencyStats, TieredEmbedding
+from mec_embed.forward import default_forward
 from mec_embed.frequency import counts_for_tables, parquet_columns
 from mec_embed.tables import EMBEDDINGS
 
@@ -121,6 +123,23 @@ def test_no_ids_is_an_error(batches):
         FrequencyStats.from_batches(
             Net(), batches, forward=lambda m, b: m.shared(b["a"]) if b else None
         )
+
+
+def test_a_compressed_model_counts_as_the_model_before():
+    dense, model, _ = tier_model.shop()
+    batches = [torch.randint(tier_model.ROWS, (200, 3)) for _ in range(3)]
+    before, after = (FrequencyStats.from_batches(one, batches) for one in (dense, model))
+    assert {*after} == {*before} and isinstance(model.shuffled, TieredEmbedding)
+    assert all((after[name] == before[name]).all() for name in before)
+    model.shuffled.oov_row = 7
+    found = FrequencyStats.from_columns(model, {"shuffled": [5, -1, 4000, 0]})["shuffled"]
+    assert found.nonzero()[0].tolist() == [5, 7] and found[7] == 2
+
+
+def test_batches_that_the_model_does_not_take_are_told():
+    model = nn.Bilinear(2, 2, 1)
+    with pytest.raises(TypeError, match=r"missing 1 required.*given Tensor; .* forward=lambda"):
+        default_forward(model, (torch.zeros(1, 2), torch.zeros(1, 2)))
 
 
 def test_no_embedding_is_an_error():

@@ -100,6 +100,7 @@ def test_dict_round_trip(dtype):
     for shape in SHAPES:
         layout = CodeLayout(*shape, dtype)
         assert CodeLayout.from_dict(layout.to_dict()) == layout
+        assert CodeLayout.from_dict({**layout.to_dict(), "of_later": 1}) == layout
     assert dtype_from_name(dtype_name(dtype)) is dtype
 
 

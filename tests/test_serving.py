@@ -191,6 +191,11 @@ def _in_new_process(code: str, folder: Path) -> None:
 # --- compiled -----------------------------------------------------------------------------------
 
 
+def test_what_is_not_exported_is_told() -> None:
+    with pytest.raises(TypeError, match=r"got Linear; export the model with torch.export.export"):
+        decompose(nn.Linear(2, 2))
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(case: Case, backend: str) -> None:

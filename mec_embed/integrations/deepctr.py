@@ -80,7 +80,7 @@ def frequencies(model: nn.Module, x: Any) -> FrequencyStats:
         x: a mapping from feature to array, or the list of arrays in the model's order.
 
     Raises:
-        ValueError: an array is missing.
+        ValueError: an array is missing, or the model is of another kind.
         TypeError: ``x`` of another kind.
     """
     columns = _columns(model, x)
@@ -109,6 +109,11 @@ def _lookups(model: nn.Module) -> Lookups:
 
 def _columns(model: Any, x: Any) -> dict[str, np.ndarray]:
     """Feature -> array, from either form of ``x``."""
+    if not hasattr(model, "feature_index"):
+        raise ValueError(
+            f"model is a {type(model).__name__} without a feature_index, expected a model of "
+            "DeepCTR-Torch; use mec_embed.compress with FrequencyStats.from_batches"
+        )
     names = list(model.feature_index)
     if isinstance(x, Mapping):
         missing = [name for name in names if name not in x]

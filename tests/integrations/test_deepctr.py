@@ -198,6 +198,8 @@ def test_frequencies_errors(folder):
         deepctr.frequencies(model, {k: v for k, v in x.items() if k != next(iter(x))})
     with pytest.raises(ValueError, match="x has 1 arrays, the model reads"):
         deepctr.frequencies(model, [np.zeros(3)])
+    with pytest.raises(ValueError, match="Linear without a feature_index, expected a model of"):
+        deepctr.compress(torch.nn.Linear(2, 2), x)
     with pytest.raises(TypeError, match="mapping or a list"):
         deepctr.frequencies(model, 3)
     sparse = next(k for k, v in x.items() if np.issubdtype(np.asarray(v).dtype, np.integer))
