@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.lines import signed
+
 STAGES = ("uncompressed", "compressed", "distilled", "reloaded")
 
 
@@ -37,7 +39,7 @@ def short_table(results: list[dict[str, Any]]) -> str:
         auc = [_mean(result, stage, "auc") for stage in STAGES[:3]]
         lines.append(
             f"| {result['data']} | {before:,.0f} | {after:,.0f} | {before / after:.1f} | "
-            f"{auc[0]:.4f} | {auc[1] - auc[0]:+.4f} | {auc[2] - auc[0]:+.4f} |"
+            f"{auc[0]:.4f} | {signed(auc[1] - auc[0])} | {signed(auc[2] - auc[0])} |"
         )
     return "\n".join(lines)
 
@@ -74,11 +76,15 @@ def _mean(result: dict[str, Any], stage: str, value: str) -> float:
 def _conditions(result: dict[str, Any]) -> str:
     return (
         f"mec_embed {result['mec_embed']}, torch {result['torch']}, Python {result['python']}, "
-        f"{result['threads']} threads on {result['cores']} cores of {result['processor']}; "
-        f"dim {result['settings']['dim']}, "
+        f"{_number(result['threads'], 'thread')} on {result['cores']} cores of "
+        f"{result['processor']}; dim {result['settings']['dim']}, "
         f"codebooks {result['codebook_dtype']}, "
-        f"{result['settings']['distill_epochs']} epochs of distillation"
+        f"{_number(result['settings']['distill_epochs'], 'epoch')} of distillation"
     )
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,9 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def signed(change: float) -> str:
+    """Four digits; no sign where they are all zero."""
+    text = f"{change:+.4f}"
+    return text if text.strip("+-0.") else text[1:]

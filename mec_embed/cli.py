@@ -517,7 +517,7 @@ def _parser() -> argparse.ArgumentParser:
         command = _described(commands.add_parser, text, name=name, help=help_text)
         add(command)
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--quiet", action="store_true", help="no progress and no notes")
+        command.add_argument("--quiet", action="store_true", help="no progress or notes on stderr")
         command.set_defaults(run=run)
     return parser
 

@@ -16,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import lines
+from benchmarks.lines import signed
 
 #: (data, model, dim)
 Panel = tuple[str, str, str]
@@ -81,16 +82,22 @@ def read(files: Iterable[Path], metric: str) -> dict[Panel, dict[str, dict[float
         if row["method"] == "uncompressed"
     }
     found: dict[Panel, dict[str, dict[float, Any]]] = defaultdict(lambda: defaultdict(dict))
+    # A seed that was run on two processors counts once, with the mean of both.
+    changes: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
         if row["method"] == "uncompressed" or row["stage"] == "impossible":
             continue
         panel = _panel(row)
         # What a trained method has right after is the trained model.
         stage = RIGHT_AFTER if row["stage"] in ("compressed", "trained") else row["stage"]
-        cell = found[panel][row["method"]].setdefault(float(row["ratio"]), defaultdict(list))
+        method, ratio = row["method"], float(row["ratio"])
+        cell = found[panel][method].setdefault(ratio, defaultdict(list))
         cell["bytes"].append(int(row["bytes"]))
         cell["ratio"].append(int(row["bytes_before"]) / int(row["bytes"]))
-        cell[stage].append(float(row[metric]) - base[panel, row["seed"], row["processor"]])
+        change = float(row[metric]) - base[panel, row["seed"], row["processor"]]
+        changes[panel, method, ratio, stage, row["seed"]].append(change)
+    for (panel, method, ratio, stage, _), of_seed in changes.items():
+        found[panel][method][ratio][stage].append(mean(of_seed))
     order = list(dict.fromkeys(data for data, _, _ in found))
     return dict(sorted(found.items(), key=lambda one: order.index(one[0][0])))
 
@@ -174,8 +181,8 @@ def _compared(
     others = {name: value for name, value in means.items() if not name.startswith(OURS)}
     first = best(others, key=others.__getitem__, default=None)
     return (
-        _signed(means[OURS]) if OURS in means else "-",
-        f"{_signed(others[first])} {first}" if first else "-",
+        signed(means[OURS]) if OURS in means else "-",
+        f"{signed(others[first])} {first}" if first else "-",
     )
 
 
@@ -195,13 +202,7 @@ def _cell(cell: dict[str, list[float]]) -> str:
 
 def _mean(changes: list[float]) -> str:
     """With the number of seeds, where these are several."""
-    return _signed(mean(changes)) + (f" ({len(changes)})" if len(changes) > 1 else "")
-
-
-def _signed(change: float) -> str:
-    """Four digits; no sign where they are all zero."""
-    text = f"{change:+.4f}"
-    return text if text.strip("+-0.") else text[1:]
+    return signed(mean(changes)) + (f" ({len(changes)})" if len(changes) > 1 else "")
 
 
 def draw(results: dict[Panel, dict[str, dict[float, Any]]], file: Path, metric: str) -> None:

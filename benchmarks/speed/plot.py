@@ -41,6 +41,10 @@ def main() -> None:
     if options.dims:
         sys.stdout.write(by_dimension(lines.read(options.file), options.what, options.ids) + "\n")
         return
+    where = sorted({_machine(row) for row in lines.read(options.file)})
+    where = [name for name in where if options.processor in name]
+    if len(where) > 1:
+        parser.error(f"{options.file} has lines of {', '.join(where)}; choose with --processor")
     wanted = {name: getattr(options, name) for name in ("what", "ids", "timing", "threads")}
     panels = read(options.file, wanted, options.processor)
     sys.stdout.write(table(panels) + "\n")
@@ -52,11 +56,15 @@ def read(file: Path, wanted: dict[str, str], processor: str = "") -> Panels:
     """The speeds of the file that were measured so; on a CPU there is one timing only."""
     panels: Panels = defaultdict(lambda: defaultdict(dict))
     for row in lines.read(file):
-        where = row.get("processor", row.get("device", ""))
-        if processor in where and wanted.items() <= (wanted | row).items():
+        if processor in _machine(row) and wanted.items() <= (wanted | row).items():
             place = int(row["rows"]), int(row["dim"])
             panels[place][row["method"]][int(row["batch"])] = float(row["speed"])
     return panels
+
+
+def _machine(row: dict[str, str]) -> str:
+    """The processor or the GPU of a line."""
+    return row.get("processor", row.get("device", ""))
 
 
 def table(panels: Panels) -> str:
