@@ -221,6 +221,7 @@ def learn(
     return outcome
 
 
+@torch.inference_mode(False)
 def decompress(model: nn.Module, *, optimizer: Optimizers = None) -> int:
     """Put dense ``nn.Embedding`` and ``nn.EmbeddingBag`` back, in place.
 
@@ -275,7 +276,10 @@ def _dense(module: DecodedTable) -> nn.Module:
         kind = nn.EmbeddingBag
         options |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     dense = kind(*table.shape, **options, _weight=table)
-    dense.weight.requires_grad_(module.trainable)
+    # Whoever froze or thawed the table since did so to its codebooks; int8 ones say nothing.
+    books = [part.codebooks for part in module._tables()]
+    trains = [book.requires_grad for book in books if book.is_floating_point()]
+    dense.weight.requires_grad_(any(trains) if trains else module.trainable)
     return dense
 
 
@@ -361,7 +365,8 @@ def _draft(
     draft = draft_tables(
         model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
     )
-    draft.notes.extend(_note_untrained(tables, groups_of))
+    names = [name for found in (tables, skipped) for table in found for name in table.names]
+    draft.notes.extend(note_patterns(config, names) + _note_untrained(tables, groups_of))
     return draft
 
 
@@ -474,7 +479,7 @@ def draft_tables(
         weights,
         totals,
         assignment,
-        _notes(freq_stats, missing, unused) + _note_patterns(config, tables, skipped),
+        _notes(freq_stats, missing, unused),
         ranks,
         earlier,
     )
@@ -535,12 +540,17 @@ def _notes(freq_stats: Counts, missing: list[str], unused: list[str]) -> list[st
     return notes
 
 
-def _note_patterns(
-    config: CompressionConfig, tables: Sequence[Table], skipped: Sequence[SkippedTable]
+def note_patterns(
+    config: CompressionConfig, names: Sequence[str], others: Sequence[str] = ()
 ) -> list[str]:
-    """A note on patterns that name nothing: a misspelt one would pass unseen."""
-    names = [name for found in (tables, skipped) for table in found for name in table.names]
-    wrong = config.unmatched(names)
+    """A note on patterns that name nothing: a misspelt one would pass unseen.
+
+    Args:
+        config: with the patterns.
+        names: of all tables.
+        others: names that patterns may name as well.
+    """
+    wrong = config.unmatched([*names, *others])
     if not wrong:
         return []
     return [

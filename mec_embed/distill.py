@@ -738,7 +738,7 @@ def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
     found = list(find_modules(model, (Compressed,)))
     if not found:
         raise ValueError("the model holds no compressed table; call compress() first")
-    trained = [m for m, _ in found if m.trainable and (_is_int8(m) or m.codebooks.requires_grad)]
+    trained = [m for m, _ in found if (m.trainable if _is_int8(m) else m.codebooks.requires_grad)]
     return list({id(m.codebook_set): m.codebook_set for m in trained}.values())
 
 
@@ -766,7 +766,8 @@ def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
 
 def dense_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Adam takes no sparse gradients: tables that give them give dense ones for a while."""
-    found = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+    # Tables in tiers say what their tiers do, which are modules as well.
+    found = [module for module in model.modules() if vars(module).get("sparse") is True]
     return gradients_of(found, sparse=False)
 
 
@@ -774,9 +775,9 @@ def dense_gradients(model: nn.Module) -> AbstractContextManager[None]:
 def gradients_of(tables: Sequence[Any], *, sparse: bool) -> Iterator[None]:
     """Tables give sparse or dense gradients for a while; each gets its own setting back."""
     before = [table.sparse for table in tables]
-    for table in tables:
-        table.sparse = sparse
     try:
+        for table in tables:
+            table.sparse = sparse
         yield
     finally:
         for table, value in zip(tables, before, strict=True):

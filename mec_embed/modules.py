@@ -172,12 +172,12 @@ class CodebookSet(SharedModule):
     def freeze(self, codebooks: Tensor, scales: Tensor | None) -> None:
         """Store what :meth:`thaw` made trainable into the tensors held before."""
         values = self.codebooks.detach()
-        del self.codebooks
+        del self.codebooks, self.scales  # both: their order in the state is what it was
         if isinstance(codebooks, nn.Parameter):
             self.register_parameter("codebooks", codebooks)
         else:
             self.register_buffer("codebooks", codebooks)
-        self.scales = scales
+        self.register_buffer("scales", scales)
         self.store(values)
 
 

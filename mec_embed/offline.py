@@ -34,21 +34,27 @@ from .checkpoints import (
     tie,
     write_safetensors,
 )
-from .compress import Draft, draft_tables, learn
+from .compress import Draft, draft_tables, learn, note_patterns
 from .config import CompressionConfig
 from .counts import read_counts
 from .learning.fit import EncodedRows, FittedCodes
 from .learning.kmeans import require_faiss
 from .modules import DecodedTable
 from .report import CompressionReport
-from .skeleton import Progress, Roles, Skeleton, choose_tables, is_compressed, nothing_chosen
-from .storage import KEY, build_tables, check_name, contents, json_able, read_manifest
+from .skeleton import (
+    Progress,
+    Roles,
+    Skeleton,
+    choose_tables,
+    is_compressed,
+    names_of,
+    nothing_chosen,
+)
+from .storage import KEY, ORIGIN, build_tables, check_name, contents, json_able, read_manifest
 from .swap import replace_modules
 from .tables import Table, check_finite
 from .warm import Earlier
 
-#: Entry of the metadata that says how the file was made, as JSON.
-ORIGIN = "mec_embed_origin"
 #: What is in the folder of a run that was killed.
 _OURS = re.compile(r"lock|fingerprint|output|[0-9a-f]{32}\.(group|new)")
 
@@ -100,7 +106,7 @@ class Job:
         chosen, reasons = choose_tables(checkpoint, selection)
         if not chosen:
             raise ValueError(nothing_chosen(self.checkpoint, reasons))
-        self.roles.check([*chosen])
+        self.roles.check([one for name in chosen for one in names_of(checkpoint, name)])
         zero = self.config.nonfinite == "zero"
         return Skeleton(checkpoint, chosen, roles, progress.advance, zero), reasons
 
@@ -112,7 +118,11 @@ class Job:
         tables: list[Table] = [*skeleton.tables]
         if earlier is not None:
             earlier.choose(tables, [])
-        return draft_tables(skeleton.model, tables, [], stats, self.config, earlier=earlier)
+        draft = draft_tables(skeleton.model, tables, [], stats, self.config, earlier=earlier)
+        others = [*skeleton.checkpoint.tensors, *skeleton.checkpoint.shared]
+        others += [key.removesuffix(".weight") for key in others]
+        draft.notes.extend(note_patterns(self.config, skeleton.names, others))
+        return draft
 
     def _earlier(self) -> Earlier | None:
         """The tables of ``start_from``."""

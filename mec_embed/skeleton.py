@@ -74,33 +74,37 @@ class Roles:
         """ValueError for a pattern that fits no table."""
         for option, pairs in (("--bag", self.bags), ("--padding-idx", self.paddings)):
             for pattern, _ in pairs:
-                if not any(matches(name, pattern) for name in names):
+                if not _fits(names, pattern):
                     raise ValueError(
                         f"{option} names {pattern!r}, which fits none of the {len(names)} tables "
                         f"to compress{alike(pattern, names)}"
                     )
 
-    def module(self, name: str, stored: StoredTensor) -> nn.Embedding | nn.EmbeddingBag:
-        """The dense module of a table, without values."""
+    def module(self, names: Sequence[str], stored: StoredTensor) -> nn.Embedding | nn.EmbeddingBag:
+        """The dense module of a table with these names, without values."""
         rows, dim = stored.shape
         # A weight that is given is not filled at random, for which torch would import its compiler.
         weight = torch.empty(rows, dim, device="meta", dtype=stored.dtype)
-        options: dict[str, Any] = {"padding_idx": self._padding(name, rows), "_weight": weight}
-        found = [bag for pattern, bag in self.bags if matches(name, pattern)]
+        options: dict[str, Any] = {"padding_idx": self._padding(names, rows), "_weight": weight}
+        found = [bag for pattern, bag in self.bags if _fits(names, pattern)]
         if not found:
             return nn.Embedding(rows, dim, **options)
         mode, last = found[-1]
         return nn.EmbeddingBag(rows, dim, mode=mode, include_last_offset=last, **options)
 
-    def _padding(self, name: str, rows: int) -> int | None:
-        found = [row for pattern, row in self.paddings if matches(name, pattern)]
+    def _padding(self, names: Sequence[str], rows: int) -> int | None:
+        found = [row for pattern, row in self.paddings if _fits(names, pattern)]
         if not found:
             return None
         if not -rows <= found[-1] < rows:
             raise ValueError(
-                f"table {name!r}: the padding row {found[-1]} is none of its {rows} rows"
+                f"table {names[0]!r}: the padding row {found[-1]} is none of its {rows} rows"
             )
         return found[-1] % rows
+
+
+def _fits(names: Sequence[str], pattern: str) -> bool:
+    return any(matches(name, pattern) for name in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,10 +188,11 @@ def _reason(
         return "its name has an empty part, as that of no module does"
     if parents[name] > 1:
         return "its module holds more than a weight"
-    for other in (other for other, first in shared.items() if first == key):
+    keys = [key, *(other for other, first in shared.items() if first == key)]
+    for other in keys[1:]:
         if not other.endswith(".weight") or parents[other.removesuffix(".weight")] > 1:
             return f"it is one tensor with {other!r}, which is no table"
-    if not config.selects([name]) and not config.selects([key]):
+    if not config.selects([*keys, *(one.removesuffix(".weight") for one in keys)]):
         return "its name is not selected by --include and --exclude"
     if rows < config.min_rows:
         return f"has fewer than --min-rows {config.min_rows} rows"
@@ -234,16 +239,11 @@ class Skeleton:
         self.model = nn.Module()
         self.tables: list[StreamedTable] = []
         for name, stored in chosen.items():
-            module = roles.module(name, stored)
-            aliases = tuple(_put(self.model, one, module) for one in self._names(name))
+            names = names_of(checkpoint, name)
+            module = roles.module(names, stored)
+            aliases = tuple(_put(self.model, one, module) for one in names)
             table = StreamedTable(module, aliases, stored, told, zero_nonfinite=zero_nonfinite)
             self.tables.append(table)
-
-    def _names(self, name: str) -> list[str]:
-        """All names of the module of a table: other keys of the same tensor are other names."""
-        shared = self.checkpoint.shared.items()
-        others = [key for key, first in shared if first == f"{name}.weight"]
-        return [name, *(key.removesuffix(".weight") for key in others if key.endswith(".weight"))]
 
     @property
     def names(self) -> list[str]:
@@ -254,6 +254,12 @@ class Skeleton:
     def nbytes(self) -> int:
         """Bytes of the tables."""
         return sum(table.nbytes for table in self.tables)
+
+
+def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
+    """All names of the module of a table: other keys of the same tensor are other names."""
+    others = [key for key, first in checkpoint.shared.items() if first == f"{name}.weight"]
+    return [name, *(key.removesuffix(".weight") for key in others if key.endswith(".weight"))]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> Alias:

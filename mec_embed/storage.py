@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from .modules import (
 )
 from .shards import is_dtensor
 from .swap import Optimizers, Replacement, all_optimizers, check_held, replace_modules
-from .tables import Alias, check_model, plain_model
+from .tables import Alias, check_model, plain_model, reasons_to_stay
 from .tiers import (
     MOST_RUNS,
     TieredEmbedding,
@@ -47,6 +47,8 @@ from .tiers import (
 FORMAT_VERSION = 2
 #: Entry of the metadata that holds the manifest.
 KEY = "mec_embed"
+#: Entry of the metadata that says, as JSON, how the command line made the file of a checkpoint.
+ORIGIN = "mec_embed_origin"
 _CODED = (CompressedEmbedding, CompressedEmbeddingBag)
 _TIERED = (TieredEmbedding, TieredEmbeddingBag)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*_CODED, *_TIERED)}
@@ -125,12 +127,14 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
     check_model(model)
     check_held(model, optimizer)
     all_optimizers(model, optimizer)
-    manifest, tensors = _read(Path(path))
+    manifest, tensors, of_checkpoint = _read(Path(path))
     # Files that were made of a compiled model's state_dict have its names.
     compiled = any(key.startswith("_orig_mod.") for key in tensors)
     inner = model if compiled else plain_model(model)
     with _format_errors(path):
         replacements = _build_modules(inner, manifest, path)
+    if of_checkpoint:
+        _train_as_before(replacements)
     _check_fit(inner, replacements, tensors, manifest, path)
     _check_values(inner, replacements)
     _fill(replacements, tensors, _device_of(inner))
@@ -159,15 +163,34 @@ def _values_kept(model: nn.Module, replacements: list[Replacement]) -> Iterator[
         raise
 
 
+def _train_as_before(replacements: Iterable[tuple[Any, Any, Any]]) -> None:
+    """Tables train, and give sparse gradients, as those of the model did."""
+    learns: dict[CodebookSet, bool] = {}
+    for _, old, new in replacements:
+        trained = old.trainable if isinstance(old, DecodedTable) else old.weight.requires_grad
+        for part in new._tables():
+            part.sparse, part.trainable = old.sparse, trained
+            learns[part.codebook_set] = trained or learns.get(part.codebook_set, False)
+    for codebook_set, learn in learns.items():
+        if codebook_set.codebooks.is_floating_point():
+            codebook_set.codebooks.requires_grad_(learn)
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a file; FormatError where there is none that this version can read."""
+    return _read_metadata(path)[0]
+
+
+def _read_metadata(path: str | Path) -> tuple[dict[str, Any], bool]:
+    """The manifest, and whether the file was made of a checkpoint, by the command line."""
     if not Path(path).exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if Path(path).is_dir():
         raise FormatError(f"{path} is a folder, expected a file that mec_embed.save() wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            return _parse(file.metadata(), path)
+            metadata = file.metadata()
+            return _parse(metadata, path), ORIGIN in metadata
     except SafetensorError as error:
         raise FormatError(
             f"{path} is damaged or no safetensors file ({error}); save the model again"
@@ -215,12 +238,17 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
                 f"{key!r} is a DTensor, of which this process holds a part, expected a whole "
                 "tensor; load the full_tensor() of each into a plain model, and save that"
             )
+        if value.layout is not torch.strided:
+            raise ValueError(
+                f"{key!r} is a tensor of the layout {value.layout}, which the file cannot hold, "
+                "expected dense ones; register it with persistent=False, or save with torch.save()"
+            )
         identity = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and identity in seen:
             shared[key] = seen[identity]
         else:
             seen[identity] = key
-            tensors[key] = value.contiguous()
+            tensors[key] = value.resolve_conj().resolve_neg().contiguous()
     # Tensors that overlap without being the same are refused by safetensors: give each its own.
     storages: set[int] = set()
     for key, value in tensors.items():
@@ -347,8 +375,8 @@ def _umask() -> int:
     return mask
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    manifest = read_manifest(path)
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    manifest, of_checkpoint = _read_metadata(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -358,7 +386,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if first not in tensors:
             raise FormatError(f"{path}: {key!r} shares {first!r}, which the file does not hold")
         tensors[key] = tensors[first]
-    return manifest, tensors
+    return manifest, tensors, of_checkpoint
 
 
 def _parse(metadata: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
@@ -415,7 +443,7 @@ def _build_modules(
         for alias in aliases
     }
     replacements: list[Replacement] = []
-    builder = _Builder()
+    builder, reasons = _Builder(), reasons_to_stay(model)
     for entry in manifest["tables"]:
         names = _check_entry(entry)["names"]
         if names[0] not in places:
@@ -433,6 +461,11 @@ def _build_modules(
             )
         new = builder.table(entry)
         _check_table(old, new, names[0], path)
+        if id(old) in reasons:
+            raise FormatError(
+                f"{path}: table {names[0]!r} of the model must stay as it is, as compress() would "
+                f"leave it: {reasons[id(old)]}; make a file without it (--exclude)"
+            )
         replacements.append((aliases, old, new))
     return replacements
 
@@ -560,12 +593,14 @@ def _check_table(old: nn.Module, new: Any, name: str, path: str | Path) -> None:
             f"{path}: table {name!r} was saved as {type(new).__name__}, the model has a "
             f"{type(old).__name__}"
         )
-    for attribute in ("num_embeddings", "embedding_dim", "padding_idx"):
+    options = ("mode", "include_last_offset") if bag else ()
+    for attribute in ("num_embeddings", "embedding_dim", "padding_idx", *options):
         saved, found = getattr(new, attribute), getattr(old, attribute)
         if saved != found:
             raise FormatError(
                 f"{path}: table {name!r} has {attribute}={saved}, in the model it is {found}; "
-                "build the model as it was when saved"
+                "build the model as it was when saved (what the command line was not told: --bag, "
+                "--padding-idx)"
             )
 
 

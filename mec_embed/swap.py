@@ -32,6 +32,8 @@ _HOOKS = (
 
 #: What dense and compressed modules hold by themselves; anything else a user has set.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.EmbeddingBag(1, 1))) | {
+    "_fast",
+    "_oov_row",
     "exchange",
     "layout",
     "name",

@@ -308,6 +308,17 @@ def find_tables(
     return with_shards(tables, ranks), skipped
 
 
+def reasons_to_stay(model: nn.Module) -> dict[int, str]:
+    """``id`` of each table that must stay as it is, whatever is to be compressed -> why."""
+    every, holders = CompressionConfig(min_rows=1), _storage_holders(model)
+    found = _held_elsewhere(model)
+    for module, aliases in find_modules(model, EMBEDDINGS):
+        reason = _reason_to_skip(module, aliases, holders, every)
+        if reason:
+            found[id(module)] = reason
+    return found
+
+
 def with_shards(tables: Sequence[Table], ranks: Ranks) -> list[Table]:
     """The tables, each that is a DTensor with what this rank holds of it; all ranks call."""
     sharded = [table for table in tables if is_dtensor(table.weight)]

@@ -24,10 +24,10 @@ from .counts import read_counts
 from .frequency import FrequencyStats
 from .layout import CodeLayout
 from .modules import DecodedTable
-from .offline import ORIGIN, keys_of_tables, tables_of
+from .offline import keys_of_tables, tables_of
 from .outcome import table_error
 from .skeleton import FLOATS, Progress, Roles, Skeleton, StreamedTable
-from .storage import read_manifest
+from .storage import ORIGIN, read_manifest
 
 #: Error relative to that of the report, and absolute, that is the same error.
 _SAME_ERROR = (1e-3, 1e-6)

@@ -89,6 +89,50 @@ def _left(folder: Path) -> set[str]:
 # --- what is written ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pattern", ["user", "us?r", "*er", "user.weight", "again"])
+def test_tables_are_left_out_by_any_of_their_names(tmp_path: Path, capsys, pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"user": nn.Embedding(3000, 8), "item": nn.Embedding(3000, 8)})
+    model["again"] = model["user"]
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    both = [str(tmp_path / "m.pt"), "--ratio", "4", "--quiet", "--json"]
+    for option, name in (("--exclude", "item"), ("--include", "user")):
+        assert main(["plan", *both, option, pattern]) == 0
+        report = json.loads(capsys.readouterr().out)["report"]
+        assert [table["name"] for table in report["tables"]] == [name]
+        assert not any("include and exclude" in note for note in report["notes"])
+    assert main(["plan", *both, "--exclude", "nosuch"]) == 0
+    assert "no table by nosuch; there are user, item" in capsys.readouterr().out
+
+
+def test_roles_are_of_any_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"user": nn.Embedding(3000, 8, padding_idx=0)})
+    model["again"] = model["user"]
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    output = str(tmp_path / "small.safetensors")
+    roles = ["--padding-idx", "again=0"]
+    assert main(["compress", str(tmp_path / "m.pt"), *roles, *FAST, "-o", output]) == 0
+    assert load(model, output)["user"].padding_idx == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_tables_train_as_those_of_the_model(files: Path, dtype: str) -> None:
+    assert _compress(files, *ROLES, "--codebook-dtype", dtype) == 0
+    model = _model()
+    model.embedding["user"].weight.requires_grad_(False)
+    model.first.sparse = True
+    load(model, files / "small.safetensors")
+    user, first = model.embedding["user"], model.first
+    assert not user.trainable and first.trainable
+    assert not user.sparse and first.sparse
+    assert not any(p.requires_grad for p in user.parameters())
+    assert all(p.requires_grad for p in first.parameters())
+    save(model, files / "again.safetensors")
+    again = load(_model(), files / "again.safetensors")
+    assert not again.embedding["user"].trainable and again.first.sparse
+
+
 @pytest.mark.parametrize("options", [[], ["--codebook-dtype", "int8"], ["--codes", "product"]])
 def test_the_file_is_that_of_the_library(files: Path, options: list[str]) -> None:
     assert _compress(files, *ROLES, *options) == 0

@@ -1,6 +1,8 @@
 """decompress(): dense tables back, with the same outputs, in the optimizer."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -68,6 +70,38 @@ def test_state_dict_is_that_of_the_dense_model():
     decompress(model)
     assert {name: value.shape for name, value in model.state_dict().items()} == keys
     Mixed().load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tables_train_as_their_codebooks_did(frozen):
+    model = Mixed().requires_grad_(not frozen)
+    compress(model, None, CONFIG, progress=False)
+    model.requires_grad_(frozen)
+    decompress(model)
+    assert {p.requires_grad for p in model.parameters()} == {frozen}
+
+
+def test_tables_train_that_came_back_in_inference_mode():
+    model = nn.Sequential(nn.Embedding(200, 8))
+    compress(model, None, CONFIG, progress=False)
+    with torch.inference_mode():
+        decompress(model)
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(IDS).sum().backward()
+    optimizer.step()
+    assert not model[0].weight.equal(before)
+
+
+def test_nothing_of_the_codes_is_left():
+    model = nn.Sequential(nn.Embedding(200, 8))
+    compress(model, None, CONFIG, progress=False)
+    model[0].oov_row = 3
+    model(IDS)
+    codes = weakref.ref(model[0].codes)
+    decompress(model)
+    gc.collect()
+    assert codes() is None and vars(model[0]).keys() == vars(nn.Embedding(2, 2)).keys()
 
 
 def test_padding_row_stays_zero_in_training():

@@ -12,9 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click_model import ClickModel
+from tier_model import shop
 from torch import Tensor, nn
 
-from mec_embed import CompressedEmbedding, CompressionConfig, compress, distill
+from mec_embed import (
+    CompressedEmbedding,
+    CompressionConfig,
+    TieredEmbedding,
+    compress,
+    distill,
+)
 from mec_embed.distill import count_ids, mixed, without_rare
 
 DTYPES = [None, "float16", "bfloat16", "int8"]
@@ -306,6 +313,40 @@ def test_tables_with_sparse_gradients() -> None:
     before = _divergence(model, teacher)
     _distill(model, teacher, epochs=3)
     assert _divergence(model, teacher) < before
+
+
+def test_sparse_tables_in_tiers_get_their_setting_back() -> None:
+    teacher, model, _ = shop(ratio=20)
+    sparse = [module for module in model.modules() if isinstance(module, TieredEmbedding)]
+    sparse += [model.small]
+    for table in (part for one in sparse for part in getattr(one, "tiers", [one])):
+        table.sparse = True
+    distill(model, teacher, [torch.randint(4000, (64, 3))] * 2, epochs=1, progress=False)
+    assert sparse[:-1] and all(table.sparse for table in sparse)
+
+
+def test_a_table_that_was_thawed_since_is_trained_as_a_table() -> None:
+    model, teacher = _pair()
+    frozen = copy.deepcopy(teacher)
+    frozen.embeddings.requires_grad_(False)
+    config = CompressionConfig(
+        num_subvectors=2, codebook_size=8, codebook_dtype="float16", epochs=0
+    )
+    compress(frozen, None, config, progress=False)
+    frozen.embeddings.requires_grad_(True)
+    before = _tables(frozen)[0].codebooks.clone()
+    _distill(frozen, teacher, epochs=1)
+    after = _tables(frozen)[0].codebooks
+    assert after.dtype is torch.float16 and after.isfinite().all() and not after.equal(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_the_state_stays(dtype: str | None) -> None:
+    """What pairs buffers by their order, as an average of models does, goes on."""
+    model, teacher = _pair(dtype)
+    before = list(model.state_dict())
+    _distill(model, teacher, epochs=1)
+    assert list(model.state_dict()) == before
 
 
 # --- modes and errors ---------------------------------------------------------------------------

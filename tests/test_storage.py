@@ -564,7 +564,35 @@ def test_saving_leaves_the_model_as_it_was(saved: tuple[Rich, Path], tmp_path: P
     before.check()
 
 
+def test_tensors_that_the_file_cannot_hold_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(2000, 8))
+    model.register_buffer("graph", torch.eye(5).to_sparse())
+    compress(model, None, CompressionConfig(ratio=6, epochs=0), progress=False)
+    with pytest.raises(ValueError, match="'graph' is a tensor of the layout torch.sparse_coo"):
+        save(model, tmp_path / "model.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_conjugated_tensors_keep_their_values(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(2000, 8))
+    model.register_buffer("phase", torch.tensor([1 + 2j, 3 - 1j]).conj())
+    compress(model, None, CompressionConfig(ratio=6, epochs=0), progress=False)
+    save(model, tmp_path / "model.safetensors")
+    fresh = nn.Sequential(nn.Embedding(2000, 8))
+    fresh.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    load(fresh, tmp_path / "model.safetensors")
+    assert fresh.phase.tolist() == [1 - 2j, 3 + 1j]
+
+
 # --- models that do not fit ---------------------------------------------------------------------
+
+
+class Scaled(nn.Embedding):
+    """What codes do not do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows times 10."""
+        return super().forward(ids) * 10
 
 
 def _changed(change: Any) -> nn.Module:
@@ -597,6 +625,26 @@ MISFITS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a bag": (
         lambda m: setattr(m, "item", nn.EmbeddingBag(500, 8, padding_idx=0)),
         ("'item'", "EmbeddingBag"),
+    ),
+    "another mode": (
+        lambda m: setattr(m, "tags", nn.EmbeddingBag(400, 8, mode="mean")),
+        ("'tags'", "mode=sum", "mean"),
+    ),
+    "another last offset": (
+        lambda m: setattr(m, "tags", nn.EmbeddingBag(400, 8, mode="sum", include_last_offset=True)),
+        ("'tags'", "include_last_offset=False", "True"),
+    ),
+    "a subclass": (
+        lambda m: setattr(m, "item", Scaled(500, 8, padding_idx=0)),
+        ("'item'", "is a subclass of an embedding (Scaled)", "--exclude"),
+    ),
+    "max_norm": (
+        lambda m: setattr(m, "item", nn.Embedding(500, 8, padding_idx=0, max_norm=1.0)),
+        ("'item'", "max_norm changes its rows"),
+    ),
+    "held elsewhere": (
+        lambda m: setattr(m, "tables", [m.item]),
+        ("'item'", "the attribute 'tables' holds it too"),
     ),
     "missing table": (lambda m: delattr(m, "item"), ("'item'",)),
     "new table": (lambda m: setattr(m, "more", nn.Embedding(5, 2)), ("more.weight",)),
