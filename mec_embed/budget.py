@@ -795,7 +795,7 @@ class _Search:
     def try_all(self, fields: Sequence[Field], taken: int = 0) -> None:
         """Try every sharing of codebooks; ``taken`` bytes of the budget are spent already."""
         fronts: Fronts = {}
-        for sharing in sharings(fields):
+        for sharing in sharings(fields) if self.config.share_codebooks else [None]:
             self._try(fields, sharing, taken, fronts)
 
     def try_tiers(self) -> None:

@@ -24,6 +24,7 @@ from .learning.fit import CodeShape, Rows
 from .learning.kmeans import require_faiss
 from .learning.objective import Progress
 from .modules import DecodedBags, DecodedTable
+from .optimization import trained_by
 from .outcome import Fit, Outcome, always_fit
 from .ranks import ALONE, Ranks
 from .replicas import takes_dtensors
@@ -146,7 +147,8 @@ def compress(
         settle = partial(ranks.settle, "replacing tables")
         replace_modules(model, replacements, optimizer, settle)
         standing.kept = True
-    return report
+        emptied = _note_emptied(all_optimizers(model, optimizer))
+    return replace(report, notes=(*report.notes, *emptied))
 
 
 def plan(
@@ -276,10 +278,7 @@ def _dense(module: DecodedTable) -> nn.Module:
         kind = nn.EmbeddingBag
         options |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     dense = kind(*table.shape, **options, _weight=table)
-    # Whoever froze or thawed the table since did so to its codebooks; int8 ones say nothing.
-    books = [part.codebooks for part in module._tables()]
-    trains = [book.requires_grad for book in books if book.is_floating_point()]
-    dense.weight.requires_grad_(any(trains) if trains else module.trainable)
+    dense.weight.requires_grad_(module.trains)
     return dense
 
 
@@ -347,7 +346,8 @@ def _draft(
     start_from: nn.Module | None,
 ) -> Draft:
     check_model(model)
-    groups_of = optimizer_groups(all_optimizers(model, optimizer))
+    optimizers = all_optimizers(model, optimizer)
+    groups_of = optimizer_groups(optimizers)
     if config is None:
         config = CompressionConfig()
     if not isinstance(config, CompressionConfig):
@@ -366,7 +366,8 @@ def _draft(
         model, tables, skipped, freq_stats, config, groups_of, measure, ranks, earlier
     )
     names = [name for found in (tables, skipped) for table in found for name in table.names]
-    draft.notes.extend(note_patterns(config, names) + _note_untrained(tables, groups_of))
+    draft.notes.extend(note_patterns(config, names, _compressed_names(model)))
+    draft.notes.extend(_note_untrained(tables, groups_of) + _note_own(model, tables, optimizers))
     return draft
 
 
@@ -380,6 +381,43 @@ def _note_untrained(tables: Sequence[Table], groups_of: Mapping[int, Hashable]) 
         f"no optimizer that was given holds {', '.join(left)}: another one that does goes on with "
         "the dense tables, not with the codebooks; give all that train the model"
     ]
+
+
+def _note_own(
+    model: nn.Module, tables: Sequence[Table], known: Sequence[torch.optim.Optimizer]
+) -> list[str]:
+    """Says which optimizers that an attribute holds train tables, and were not given."""
+    names = {id(table.weight): table.name for table in tables}
+    notes = []
+    for where, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if not isinstance(value, torch.optim.Optimizer) or any(value is one for one in known):
+                continue
+            trained = trained_by(value)
+            held = [name for key, name in names.items() if key in trained]
+            path = f"{where}.{attribute}" if where else attribute
+            if held:
+                notes.append(
+                    f"the attribute {path!r} holds an optimizer that trains {', '.join(held)} and "
+                    "was not given: it goes on with the dense tables, and keeps them in memory; "
+                    f"pass optimizer=model.{path}"
+                )
+    return notes
+
+
+def _note_emptied(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """Says which optimizers have nothing left to train."""
+    return [
+        f"optimizer {type(one).__name__} holds no parameter any more, as int8 codebooks are "
+        "frozen: leave it out of GradScaler.step() and of checkpoints"
+        for one in optimizers
+        if not any(group["params"] for group in one.param_groups)
+    ]
+
+
+def _compressed_names(model: nn.Module) -> list[str]:
+    """Names of tables that were compressed earlier: counts and patterns may name them."""
+    return [alias.name for _, aliases in find_replacements(model) for alias in aliases]
 
 
 def _measured(
@@ -442,7 +480,7 @@ def draft_tables(
     counts = counts_for_tables(
         freq_stats,
         [(table.names, table.rows) for table in tables],
-        [name for table in skipped for name in table.names],
+        [*(name for table in skipped for name in table.names), *_compressed_names(model)],
     )
     missing = [table.name for table, c in zip(tables, counts, strict=True) if c is None]
     # Its rows do not weigh nothing: more likely, the model reads its weight without looking up.

@@ -61,6 +61,9 @@ class CompressionConfig:
             where ``batches=`` tell what a lookup costs, and else ``"sqrt"``.
         tiers: whether popular rows may get more bits than the other rows of their table, where the
             planner predicts a gain; needs counts and a byte target.
+        share_codebooks: whether tables that train alike (one group of one optimizer, or none given)
+            may have one set of codebooks, where the planner predicts a gain. It is one parameter:
+            what trains or freezes one of them does so to all.
         usage_weight: weight of the usage regularizer (even use of the codewords); 0 is off.
         contrastive_weight: weight of the contrastive loss (a row against its own codes with one
             of them replaced); 0 is off.
@@ -88,6 +91,7 @@ class CompressionConfig:
     nonfinite: str = "error"
     popularity: str | None = None
     tiers: bool = True
+    share_codebooks: bool = True
     usage_weight: float = 1e-4
     contrastive_weight: float = 2e-3
     epochs: int = 4
@@ -107,8 +111,9 @@ class CompressionConfig:
             _one_of("popularity", self.popularity, tuple(POPULARITY))
         if self.codebook_dtype is not None:
             _one_of("codebook_dtype", self.codebook_dtype, _CODEBOOK_DTYPES)
-        if not isinstance(self.tiers, bool):
-            raise TypeError(f"tiers must be True or False, got {self.tiers!r}")
+        for name in ("tiers", "share_codebooks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _integer("min_rows", self.min_rows, low=1)
         _integer("epochs", self.epochs, low=0)
         _integer("seed", self.seed, low=0, high=2**31 - 1)

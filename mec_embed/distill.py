@@ -39,6 +39,8 @@ _ROW_RATE = 20.0
 _MOST_IDS = 1 << 22
 #: Predictions of a model after which all of them within 0 to 1 means probabilities.
 _SURE = 2000
+#: Mean distance from 0 to 1 of what is no probability: linear heads leave that range a little.
+_FAR_OUTSIDE = 0.1
 #: Part of all steps in which the learning rate rises.
 _WARM_UP = 0.05
 
@@ -125,8 +127,8 @@ def distill(
             batches or they can be read once only, a loss is NaN or infinite, an argument is out of
             range, labels are of another length than predictions or outside 0 to 1, or a module
             cannot be drawn anew.
-        TypeError: a teacher that is no module, a forward that returns no tensor, or labels that
-            are none.
+        TypeError: a teacher that is no module, a forward that returns no tensor, labels that are
+            none, or a score that is no number.
 
     Example:
         >>> teacher = copy.deepcopy(model)  # doctest: +SKIP
@@ -378,7 +380,8 @@ class Loss:
                 f"{self.inside.index(0)} logits, expected the same of all; pass forward= or wrap "
                 "one of them"
             )
-        if within and min(self.inside) > _SURE and bool(((output < 0) | (output > 1)).any()):
+        outside = (output - output.clamp(0, 1)).abs().mean()
+        if within and min(self.inside) > _SURE and float(outside) > _FAR_OUTSIDE:
             raise ValueError(
                 "the teacher returns probabilities and the model logits, expected the same of "
                 "both; pass forward= or wrap one of them"
@@ -400,7 +403,7 @@ def _score_of(found: Any) -> float:
     expected = "expected a number that is larger for the better"
     try:
         value = float(found)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"score returned {found!r}, {expected}") from error
     if math.isnan(value):
         raise ValueError(f"score returned NaN, {expected}")
@@ -738,13 +741,7 @@ def _codebook_sets(model: nn.Module) -> list[CodebookSet]:
     found = list(find_modules(model, (Compressed,)))
     if not found:
         raise ValueError("the model holds no compressed table; call compress() first")
-    trained = [m for m, _ in found if (m.trainable if _is_int8(m) else m.codebooks.requires_grad)]
-    return list({id(m.codebook_set): m.codebook_set for m in trained}.values())
-
-
-def _is_int8(table: Compressed) -> bool:
-    """Whether its codebooks are no parameter, so that only the table says whether it is trained."""
-    return table.codebooks.dtype is torch.int8
+    return list({id(m.codebook_set): m.codebook_set for m, _ in found if m.trains}.values())
 
 
 @contextmanager
@@ -766,8 +763,13 @@ def _trainable(books: list[CodebookSet]) -> Iterator[list[nn.Parameter]]:
 
 def dense_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Adam takes no sparse gradients: tables that give them give dense ones for a while."""
-    # Tables in tiers say what their tiers do, which are modules as well.
-    found = [module for module in model.modules() if vars(module).get("sparse") is True]
+    # Some tables say what those do that they hold, which are modules as well.
+    found = [
+        module
+        for module in model.modules()
+        if getattr(module, "sparse", None) is True
+        and not isinstance(getattr(type(module), "sparse", None), property)
+    ]
     return gradients_of(found, sparse=False)
 
 

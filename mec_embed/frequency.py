@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import Forward, check_batches, default_forward, eager, eval_mode
+from .modules import check_gathered
 from .ranks import Ranks
 from .shards import is_dtensor
 from .tiers import find_lookups
@@ -363,8 +364,8 @@ class IdCounter:
         if not np.issubdtype(ids.dtype, np.integer):
             raise TypeError(f"table {name or qualified!r}: ids must be integers, got {ids.dtype}")
         unknown = getattr(module, "oov_row", None)  # of a compressed table
-        if unknown is not None:
-            ids = np.where((ids < 0) | (ids >= rows), unknown, ids)
+        if unknown is not None and np.issubdtype(ids.dtype, np.integer):
+            ids = np.where((ids < 0) | (ids >= rows), unknown, ids.astype(np.int64))
         low, high = ids.min(), ids.max()
         if low < 0 or high >= rows:
             found = low if low < 0 else high
@@ -387,6 +388,7 @@ class IdCounter:
 @contextmanager
 def _counting(model: nn.Module, counter: IdCounter) -> Iterator[None]:
     """While open, every lookup is counted; mode and hooks are put back after."""
+    check_gathered(model)
     handles = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -240,6 +240,13 @@ class DecodedTable(nn.Module, ABC):
         self._oov_row: int | None = None
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains now: what its codebooks say; int8 ones say nothing, and remember."""
+        books = [part.codebooks for part in self._tables()]
+        flags = [book.requires_grad for book in books if book.is_floating_point()]
+        return any(flags) if flags else self.trainable
+
+    @property
     def oov_row(self) -> int | None:
         """Row that ids out of range read; None (the default) makes them an error on the CPU.
 

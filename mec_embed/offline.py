@@ -153,11 +153,12 @@ class Job:
 
 
 def _roles_of(entries: Sequence[Mapping[str, Any]]) -> Roles:
-    """Roles of the tables of a manifest."""
+    """Roles of the tables of a manifest, which is checked when its tables are built."""
     named = [(glob.escape(name), entry) for entry in entries for name in entry["names"]]
+    bags = [(name, entry) for name, entry in named if "mode" in entry]
     return Roles(
-        tuple((n, (e["mode"], e["include_last_offset"])) for n, e in named if "mode" in e),
-        tuple((n, e["padding_idx"]) for n, e in named if e["padding_idx"] is not None),
+        tuple((name, (e["mode"], e.get("include_last_offset", False))) for name, e in bags),
+        tuple((name, e["padding_idx"]) for name, e in named if e.get("padding_idx") is not None),
     )
 
 

@@ -72,8 +72,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        ValueError: the model holds no compressed table, or extra state that JSON cannot hold; a
-            name that load() could not open.
+        ValueError: the model holds no compressed table, extra state that JSON cannot hold, or a
+            sparse tensor; a name that load() could not open.
         OSError: the file cannot be written (no space, no permission).
 
     Example:
@@ -117,7 +117,8 @@ def load(model: Model, path: str | Path, *, optimizer: Optimizers = None) -> Mod
 
     Raises:
         FormatError: not such a file, truncated or damaged, of a newer format version, or of
-            another architecture; what differs is named.
+            another architecture; what differs is named. A table of the model that
+            :func:`mec_embed.compress` would leave as it is, with the reason.
         FileNotFoundError: no file.
         ValueError: other tensors on the meta device; an optimizer of another model.
 
@@ -164,16 +165,29 @@ def _values_kept(model: nn.Module, replacements: list[Replacement]) -> Iterator[
 
 
 def _train_as_before(replacements: Iterable[tuple[Any, Any, Any]]) -> None:
-    """Tables train, and give sparse gradients, as those of the model did."""
-    learns: dict[CodebookSet, bool] = {}
+    """Tables train, and give sparse gradients, as those of the model did.
+
+    A frozen table does not share its codebooks with one that trains.
+    """
+    frozen: dict[CodebookSet, list[Any]] = {}
+    trained: set[CodebookSet] = set()
     for _, old, new in replacements:
-        trained = old.trainable if isinstance(old, DecodedTable) else old.weight.requires_grad
+        trains = old.trains if isinstance(old, DecodedTable) else old.weight.requires_grad
         for part in new._tables():
-            part.sparse, part.trainable = old.sparse, trained
-            learns[part.codebook_set] = trained or learns.get(part.codebook_set, False)
-    for codebook_set, learn in learns.items():
-        if codebook_set.codebooks.is_floating_point():
-            codebook_set.codebooks.requires_grad_(learn)
+            part.sparse, part.trainable = old.sparse, trains
+            if trains:
+                trained.add(part.codebook_set)
+            else:
+                frozen.setdefault(part.codebook_set, []).append(part)
+    for codebook_set, parts in frozen.items():
+        own = codebook_set
+        if codebook_set in trained:
+            with torch.device("meta"):
+                own = CodebookSet(parts[0].layout, False)
+        for part in parts:
+            part.codebook_set = own
+        if own.codebooks.is_floating_point():
+            own.codebooks.requires_grad_(False)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -243,12 +257,14 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
                 f"{key!r} is a tensor of the layout {value.layout}, which the file cannot hold, "
                 "expected dense ones; register it with persistent=False, or save with torch.save()"
             )
+        # What is conjugated or negated when it is read is another tensor than what it is a view of.
+        value = value.resolve_conj().resolve_neg()
         identity = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and identity in seen:
             shared[key] = seen[identity]
         else:
             seen[identity] = key
-            tensors[key] = value.resolve_conj().resolve_neg().contiguous()
+            tensors[key] = value.contiguous()
     # Tensors that overlap without being the same are refused by safetensors: give each its own.
     storages: set[int] = set()
     for key, value in tensors.items():
@@ -464,7 +480,8 @@ def _build_modules(
         if id(old) in reasons:
             raise FormatError(
                 f"{path}: table {names[0]!r} of the model must stay as it is, as compress() would "
-                f"leave it: {reasons[id(old)]}; make a file without it (--exclude)"
+                f"leave it: {reasons[id(old)]}; build the model as it was when saved, or make a "
+                "file without this table (--exclude)"
             )
         replacements.append((aliases, old, new))
     return replacements

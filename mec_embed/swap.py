@@ -186,7 +186,8 @@ def _rebind(optimizer: torch.optim.Optimizer, successors: Successors) -> None:
             if param not in successors:
                 entries.append((name, param))
                 continue
-            fresh = [entry for entry in successors[param] if id(entry[1]) not in entered]
+            after = {id(entry[1]): entry for entry in successors[param]}
+            fresh = [entry for key, entry in after.items() if key not in entered]
             entries += fresh
             for _, follower in fresh:
                 _start_state(optimizer, group, follower)

@@ -233,6 +233,42 @@ def test_starting_from_yesterday_where_tied_tables_were_copied(tmp_path: Path, c
     assert "tables 'a' and 'b' are one table in start_from, but two here" in _said(capsys)
 
 
+def test_starting_from_a_damaged_manifest(files: Path, capsys) -> None:
+    _next_night(files)
+    path = files / "yesterday.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    manifest = json.loads(metadata["mec_embed"])
+    for entry in manifest["tables"]:
+        del entry["padding_idx"]
+    save_file(load_file(path), path, metadata | {"mec_embed": json.dumps(manifest)})
+    capsys.readouterr()
+    assert _run(files, "plan", "--start-from", path, "--quiet") == 2
+    assert "manifest is damaged" in _said(capsys)
+
+
+def test_frozen_tables_of_the_model_do_not_share_codebooks_with_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Embedding(3000, 8) for name in "abc"})
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    output = str(tmp_path / "small.safetensors")
+    command = ["compress", str(tmp_path / "m.pt"), "--ratio", "20", *FAST, "-o", output]
+    assert main(command) == 0
+    shared = load(nn.ModuleDict({name: nn.Embedding(3000, 8) for name in "abc"}), output)
+    assert shared["a"].codebook_set is shared["b"].codebook_set
+    model["a"].requires_grad_(False)
+    load(model, output)
+    assert not model["a"].codebooks.requires_grad and model["b"].codebooks.requires_grad
+    assert model["b"].codebook_set is model["c"].codebook_set
+    assert all(torch.equal(model[n].weight, shared[n].weight) for n in "abc")
+    model.requires_grad_(False)
+    load(model, output)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert main([*command, "--no-shared-codebooks"]) == 0
+    apart = load(nn.ModuleDict({name: nn.Embedding(3000, 8) for name in "abc"}), output)
+    assert len({table.codebook_set for table in apart.values()}) == 3
+
+
 def test_starting_from_what_does_not_fit(files: Path, capsys) -> None:
     _next_night(files)
     capsys.readouterr()

@@ -251,6 +251,38 @@ def test_codebook_dtype(name, dtype):
     assert table.codebooks.grad.dtype is dtype
 
 
+def test_an_optimizer_that_is_left_empty_is_told_of():
+    model = small()
+    tables = torch.optim.Adagrad(model.embeddings.parameters())
+    network = torch.optim.Adam(model.mlp.parameters())
+    config = CompressionConfig(num_subvectors=2, codebook_size=16, codebook_dtype="int8", epochs=0)
+    report = run(model, config=config, optimizer=[tables, network])
+    (note,) = [note for note in report.notes if "holds no parameter any more" in note]
+    assert "Adagrad" in note and "GradScaler" in note
+
+
+def test_an_optimizer_that_the_model_holds_and_was_not_given_is_told_of():
+    model = nn.Module()
+    model.inner = small()
+    model.optimizer = torch.optim.Adam(model.parameters())
+    model.other = torch.optim.Adam(model.inner.mlp.parameters())
+    notes = plan(model, None).notes
+    (note,) = [note for note in notes if "was not given" in note]
+    assert "'optimizer'" in note and "inner.embeddings.f0" in note
+    assert not any("was not given" in n for n in plan(model, None, optimizer=model.optimizer).notes)
+
+
+def test_codebooks_are_not_shared_where_that_is_not_wanted():
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Embedding(3000, 8) for _ in range(3))
+    for share in (True, False):
+        one, config = copy.deepcopy(model), CompressionConfig(20, epochs=0, share_codebooks=share)
+        report = compress(one, None, config, progress=False)
+        assert (one[0].codebook_set is one[1].codebook_set) is share
+        assert any(table.shares_codebooks_with for table in report.tables) is share
+        assert report.ratio >= 20
+
+
 def test_int8_codebooks_leave_the_optimizer():
     model = small()
     optimizer = torch.optim.Adam(model.parameters())

@@ -185,8 +185,31 @@ def test_teachers_that_return_logits_and_probabilities_are_refused() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_probabilities_may_overshoot() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3000, 8)
+            self.out = nn.Linear(8, 1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return 0.15 + 0.1 * self.out(self.table(ids)).tanh()[:, 0]
+
+    torch.manual_seed(0)
+    model = Linear()
+    teacher = copy.deepcopy(model)
+    compress(model, None, CompressionConfig(ratio=6, epochs=0), progress=False)
+    model.out.bias.data += 1
+    model.forward = lambda ids: Linear.forward(model, ids) - 0.2
+    batches = [torch.randint(3000, (512,)) for _ in range(8)]
+    assert (model(batches[0]) < 0).any()
+    assert len(distill(model, teacher, batches, epochs=2, progress=False)) == 2
+
+
 def test_a_model_that_returns_logits_beside_probabilities_is_refused() -> None:
     model, _ = _pair()
+    with torch.no_grad():
+        model.mlp[-1].bias.sub_(1)  # as of clicks, which are rare
     before = _state(model)
     with pytest.raises(ValueError, match="teacher returns probabilities and the model logits"):
         _distill(model, Clicks(probabilities=True), _batches(20), epochs=1)
@@ -338,6 +361,30 @@ def test_a_table_that_was_thawed_since_is_trained_as_a_table() -> None:
     _distill(frozen, teacher, epochs=1)
     after = _tables(frozen)[0].codebooks
     assert after.dtype is torch.float16 and after.isfinite().all() and not after.equal(before)
+
+
+def test_what_gives_sparse_gradients_by_its_class_gives_dense_ones_for_a_while() -> None:
+    class Sparse(nn.Module):
+        sparse = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(3000, 8))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.embedding(ids, self.rows, sparse=self.sparse)
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Embedding(3000, 8), "b": Sparse()})
+    teacher = copy.deepcopy(model)
+    compress(model, None, CompressionConfig(ratio=6, epochs=0), progress=False)
+
+    def forward(one: Any, ids: Tensor) -> Tensor:
+        return (one["a"](ids) * one["b"](ids)).sum(-1)
+
+    batches = [torch.randint(3000, (64,))] * 2
+    distill(model, teacher, batches, epochs=1, forward=forward, progress=False)
+    assert model["b"].sparse
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ import tier_model
 import torch
 from torch import nn
 
-from mec_embed import FrequencyStats, TieredEmbedding
+from mec_embed import CompressionConfig, FrequencyStats, TieredEmbedding, compress
 from mec_embed.forward import default_forward
 from mec_embed.frequency import counts_for_tables, parquet_columns
 from mec_embed.tables import EMBEDDINGS
@@ -134,6 +134,30 @@ def test_a_compressed_model_counts_as_the_model_before():
     model.shuffled.oov_row = 7
     found = FrequencyStats.from_columns(model, {"shuffled": [5, -1, 4000, 0]})["shuffled"]
     assert found.nonzero()[0].tolist() == [5, 7] and found[7] == 2
+
+
+def test_tables_are_compressed_one_after_the_other_with_counts_of_the_model_as_it_is():
+    model = nn.ModuleDict({name: nn.Embedding(3000, 8) for name in ("user", "item")})
+    model.forward = lambda ids: model["user"](ids) + model["item"](ids)
+    batches = [torch.randint(3000, (500,))]
+    for name in ("user", "item"):
+        stats = FrequencyStats.from_batches(model, batches)
+        other = {"user": "item", "item": "user"}[name]
+        shape = {"num_subvectors": 2, "codebook_size": 16, "epochs": 0}
+        config = CompressionConfig(**shape, include=(name,), exclude=(other,))
+        report = compress(model, stats, config, progress=False)
+        assert not any("name no table" in note for note in report.notes)
+    assert set(FrequencyStats.from_batches(model, batches)) == {"user", "item"}
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+def test_narrow_ids_of_a_table_with_a_row_for_unknown_ones(dtype):
+    model = nn.ModuleDict({"user": nn.Embedding(100_000, 2)})
+    config = CompressionConfig(num_subvectors=1, codebook_size=4, epochs=0)
+    compress(model, None, config, progress=False)
+    model["user"].oov_row = 70_000
+    found = FrequencyStats.from_columns(model, {"user": np.array([1, -1], dtype=dtype)})["user"]
+    assert found.nonzero()[0].tolist() == [1, 70_000]
 
 
 def test_batches_that_the_model_does_not_take_are_told():

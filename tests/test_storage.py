@@ -573,15 +573,35 @@ def test_tensors_that_the_file_cannot_hold_are_named(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_an_optimizer_follows_a_second_load_once(tmp_path: Path) -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Embedding(3000, 8) for _ in range(3)))
+
+    model = made()
+    compress(model, None, CompressionConfig(ratio=20, epochs=0), progress=False)
+    assert model[0].codebook_set is model[1].codebook_set
+    save(model, tmp_path / "model.safetensors")
+    again = made()
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+    for _ in range(2):
+        load(again, tmp_path / "model.safetensors", optimizer=optimizer)
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in again.parameters())
+
+
 def test_conjugated_tensors_keep_their_values(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(2000, 8))
-    model.register_buffer("phase", torch.tensor([1 + 2j, 3 - 1j]).conj())
+    value = torch.tensor([1 + 2j, 3 - 1j])
+    model.register_buffer("phase", value.conj())
+    model.register_buffer("value", value)
     compress(model, None, CompressionConfig(ratio=6, epochs=0), progress=False)
     save(model, tmp_path / "model.safetensors")
     fresh = nn.Sequential(nn.Embedding(2000, 8))
-    fresh.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    for name in ("phase", "value"):
+        fresh.register_buffer(name, torch.zeros(2, dtype=torch.complex64))
     load(fresh, tmp_path / "model.safetensors")
-    assert fresh.phase.tolist() == [1 - 2j, 3 + 1j]
+    assert fresh.phase.tolist() == [1 - 2j, 3 + 1j] and torch.equal(fresh.value, value)
 
 
 # --- models that do not fit ---------------------------------------------------------------------
