@@ -72,9 +72,9 @@ def _counts(base: Base) -> dict[str, np.ndarray]:
     }
 
 
-def _apart(base: Base, ratio: float, part: str, instead: Any) -> nn.Module | None:
-    """With a function of the planner that always answers ``instead``."""
-    with mock.patch.object(budget, part, lambda *arguments: instead):
+def _apart(base: Base, ratio: float) -> nn.Module | None:
+    """First-order tables have codes of their own."""
+    with mock.patch.object(budget, "_partners", lambda *arguments: {}):
         return ours(base, ratio)
 
 
@@ -87,8 +87,8 @@ ABLATION: dict[str, Method] = {
     "product codes": partial(ours, codes="product"),
     "uniform weights": partial(ours, popularity="none"),
     "square-root weights": partial(ours, popularity="sqrt"),
-    "no shared codes": partial(_apart, part="_partners", instead={}),
-    "no shared codebooks": partial(_apart, part="sharings", instead=[None]),
+    "no shared codes": _apart,
+    "no shared codebooks": partial(ours, share_codebooks=False),
     "no tiers": partial(ours, tiers=False),
     "log weights": partial(ours, popularity="log"),
     "no MEC epochs": partial(ours, epochs=0),
