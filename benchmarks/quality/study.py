@@ -99,13 +99,14 @@ def _parse() -> argparse.Namespace:
         option = f"--{stage.replace(' ', '-')}"
         stages.add_argument(option, dest="stage", action="store_const", const=stage, help=text)
     parser.set_defaults(stage=TUNED)
-    parser.add_argument("--quick", action="store_true", help="one seed, 25x and 100x")
+    parser.add_argument("--quick", action="store_true", help="one seed, 25x, fewer methods")
     parser.add_argument("--fuxictr-root", type=Path, help="folder of Criteo_x1, Avazu_x1, ...")
     parser.add_argument("--bases", type=Path, default=Path("benchmarks/bases"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.csv"))
     options = parser.parse_args()
     if options.quick:
-        options.ratios, options.seeds = [25.0, 100.0], 1
+        options.ratios, options.seeds = [25.0], 1
+        options.methods = [name for name in options.methods if name not in ONE_SIZE]
     return options
 
 
