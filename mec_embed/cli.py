@@ -425,14 +425,12 @@ def _config(options: argparse.Namespace) -> CompressionConfig:
         "codebook_dtype",
         "nonfinite",
         "popularity",
+        "tiers",
+        "share_codebooks",
         "epochs",
         "seed",
     )
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.no_tiers:
-        given["tiers"] = False
-    if options.no_shared_codebooks:
-        given["share_codebooks"] = False
     for name in ("include", "exclude"):
         if getattr(options, name):
             given[name] = tuple(getattr(options, name))
@@ -607,10 +605,18 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--popularity", choices=("sqrt", "linear", "log", "none"), help="weight of a row's count"
     )
     learning.add_argument(
-        "--no-tiers", action="store_true", help="the same bits for all rows of a table"
+        "--no-tiers",
+        dest="tiers",
+        action="store_const",
+        const=False,
+        help="the same bits for all rows of a table",
     )
     learning.add_argument(
-        "--no-shared-codebooks", action="store_true", help="codebooks of its own for each table"
+        "--no-shared-codebooks",
+        dest="share_codebooks",
+        action="store_const",
+        const=False,
+        help="codebooks of its own for each table",
     )
     learning.add_argument("--epochs", type=int, metavar="N", help="of the MEC objective")
     learning.add_argument("--seed", type=int, metavar="N")

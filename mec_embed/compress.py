@@ -39,10 +39,10 @@ from .tables import (
     check_finite,
     check_model,
     find_modules,
+    find_replacements,
     find_tables,
     with_shards,
 )
-from .tiers import find_replacements
 from .unsharding import Standing, unsharded
 from .warm import Earlier
 

@@ -380,8 +380,7 @@ class Loss:
                 f"{self.inside.index(0)} logits, expected the same of all; pass forward= or wrap "
                 "one of them"
             )
-        outside = (output - output.clamp(0, 1)).abs().mean()
-        if within and min(self.inside) > _SURE and float(outside) > _FAR_OUTSIDE:
+        if within and min(self.inside) > _SURE and _outside(output) > _FAR_OUTSIDE:
             raise ValueError(
                 "the teacher returns probabilities and the model logits, expected the same of "
                 "both; pass forward= or wrap one of them"
@@ -396,6 +395,11 @@ class Loss:
             return target
         logits = target.logit(1e-7) if self.probabilities else target
         return (logits / self.temperature).sigmoid()
+
+
+def _outside(values: Tensor) -> float:
+    """Mean distance from 0 to 1."""
+    return float((values - values.clamp(0, 1)).abs().mean())
 
 
 def _score_of(found: Any) -> float:

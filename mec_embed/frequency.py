@@ -16,7 +16,7 @@ from .forward import Forward, check_batches, default_forward, eager, eval_mode
 from .modules import check_gathered
 from .ranks import Ranks
 from .shards import is_dtensor
-from .tiers import find_lookups
+from .tables import find_lookups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -364,7 +364,7 @@ class IdCounter:
         if not np.issubdtype(ids.dtype, np.integer):
             raise TypeError(f"table {name or qualified!r}: ids must be integers, got {ids.dtype}")
         unknown = getattr(module, "oov_row", None)  # of a compressed table
-        if unknown is not None and np.issubdtype(ids.dtype, np.integer):
+        if unknown is not None:
             ids = np.where((ids < 0) | (ids >= rows), unknown, ids.astype(np.int64))
         low, high = ids.min(), ids.max()
         if low < 0 or high >= rows:

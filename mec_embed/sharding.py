@@ -31,8 +31,8 @@ from .ranks import Ranks
 from .regularization import count_rows
 from .shards import check_sums
 from .swap import replace_modules
-from .tables import Alias, check_model, find_modules
-from .tiers import TieredTable, TierMap, find_replacements
+from .tables import Alias, check_model, find_modules, find_replacements
+from .tiers import TieredTable, TierMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -188,7 +188,7 @@ def _reason(
         return "its name has an empty part, as that of no module does"
     if parents[name] > 1:
         return "its module holds more than a weight"
-    keys = [key, *(other for other, first in shared.items() if first == key)]
+    keys = _keys_of(key, shared)
     for other in keys[1:]:
         if not other.endswith(".weight") or parents[other.removesuffix(".weight")] > 1:
             return f"it is one tensor with {other!r}, which is no table"
@@ -258,8 +258,13 @@ class Skeleton:
 
 def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
     """All names of the module of a table: other keys of the same tensor are other names."""
-    others = [key for key, first in checkpoint.shared.items() if first == f"{name}.weight"]
-    return [name, *(key.removesuffix(".weight") for key in others if key.endswith(".weight"))]
+    keys = _keys_of(f"{name}.weight", checkpoint.shared)
+    return [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
+
+
+def _keys_of(key: str, shared: Mapping[str, str]) -> list[str]:
+    """All keys of the tensor that is stored under one."""
+    return [key, *(other for other, first in shared.items() if first == key)]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> Alias:

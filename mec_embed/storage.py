@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .config import CompressionConfig
 from .layout import CodeLayout, dtype_from_name, dtype_name
 from .modules import (
     CodebookSet,
@@ -33,15 +34,15 @@ from .modules import (
 )
 from .shards import is_dtensor
 from .swap import Optimizers, Replacement, all_optimizers, check_held, replace_modules
-from .tables import Alias, check_model, plain_model, reasons_to_stay
-from .tiers import (
-    MOST_RUNS,
-    TieredEmbedding,
-    TieredEmbeddingBag,
-    TierMap,
+from .tables import (
+    Alias,
+    check_model,
     find_lookups,
     find_replacements,
+    plain_model,
+    reasons_to_stay,
 )
+from .tiers import MOST_RUNS, TieredEmbedding, TieredEmbeddingBag, TierMap
 
 #: Version 2 has tables in tiers; a file without them is written as version 1.
 FORMAT_VERSION = 2
@@ -459,7 +460,7 @@ def _build_modules(
         for alias in aliases
     }
     replacements: list[Replacement] = []
-    builder, reasons = _Builder(), reasons_to_stay(model)
+    builder, reasons = _Builder(), reasons_to_stay(model, CompressionConfig(min_rows=1))
     for entry in manifest["tables"]:
         names = _check_entry(entry)["names"]
         if names[0] not in places:

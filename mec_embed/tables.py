@@ -224,6 +224,21 @@ def find_modules(
         yield module, tuple(places[key])
 
 
+def find_lookups(model: nn.Module) -> list[tuple[Any, tuple[Alias, ...]]]:
+    """Every table that ids are looked up in, dense or replaced, with all places that hold it."""
+    return [*find_modules(model, EMBEDDINGS), *find_replacements(model)]
+
+
+def find_replacements(model: nn.Module) -> Iterator[tuple[DecodedTable, tuple[Alias, ...]]]:
+    """Every replacement of a table once, with all places that hold it; tiers are parts of one.
+
+    So is what a table whose codes are in parts holds of them.
+    """
+    for module, aliases in find_modules(model, (DecodedTable,)):
+        if not isinstance(aliases[0].parent, DecodedTable):
+            yield module, aliases
+
+
 def plain_model(model: Any) -> Any:
     """What ``torch.compile`` wrapped as a whole."""
     return model._orig_mod if _is_compiled(model) else model
@@ -276,8 +291,7 @@ def find_tables(
     check_model(model)
     shards = shards or {}
     tables, skipped = [], []
-    holders = _storage_holders(model)
-    elsewhere = _held_elsewhere(model)
+    reasons = reasons_to_stay(model, config)
     counted: set[int] = set()
     for module, aliases in find_modules(model, EMBEDDINGS):
         weight = getattr(module, "weight", None)
@@ -289,7 +303,7 @@ def find_tables(
                 f"table {aliases[0].name!r} is on the meta device and holds no values; load the "
                 "trained weights before compressing"
             )
-        reason = _reason_to_skip(module, aliases, holders, config) or elsewhere.get(id(module))
+        reason = reasons.get(id(module))
         if reason:
             table = untouched(module, aliases, reason)
             # Tied tables are one tensor: its bytes count with the first.
@@ -308,12 +322,12 @@ def find_tables(
     return with_shards(tables, ranks), skipped
 
 
-def reasons_to_stay(model: nn.Module) -> dict[int, str]:
-    """``id`` of each table that must stay as it is, whatever is to be compressed -> why."""
-    every, holders = CompressionConfig(min_rows=1), _storage_holders(model)
+def reasons_to_stay(model: nn.Module, config: CompressionConfig) -> dict[int, str]:
+    """``id`` of each dense table that stays as it is -> why."""
+    holders = _storage_holders(model)
     found = _held_elsewhere(model)
     for module, aliases in find_modules(model, EMBEDDINGS):
-        reason = _reason_to_skip(module, aliases, holders, every)
+        reason = _reason_to_skip(module, aliases, holders, config)
         if reason:
             found[id(module)] = reason
     return found
@@ -348,11 +362,7 @@ def untouched(module: nn.Module, aliases: tuple[Alias, ...], reason: str) -> Ski
 
 
 def _nothing_matched(model: nn.Module, skipped: list[SkippedTable]) -> str:
-    done = [
-        aliases[0].name
-        for _, aliases in find_modules(model, (DecodedTable,))
-        if not isinstance(aliases[0].parent, DecodedTable)
-    ]
+    done = [aliases[0].name for _, aliases in find_replacements(model)]
     if done:
         return (
             f"no table to compress: {', '.join(done)} are compressed already; call "

@@ -7,11 +7,10 @@ all that holds for codes, codebooks and their training holds for tiers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .modules import (
@@ -24,7 +23,6 @@ from .modules import (
     padding_row,
 )
 from .ops.reference import BLOCK_ROWS, count_ones
-from .tables import EMBEDDINGS, Alias, find_modules
 
 #: Runs of popular and unpopular rows in turn, up to which these are listed one by one.
 MOST_RUNS = 16
@@ -317,18 +315,3 @@ class TieredEmbeddingBag(DecodedBags, TieredTable):
         super().__init__(tier_map, head, tail, **options)
         self.mode = known_mode(mode, self.name)
         self.include_last_offset = include_last_offset
-
-
-def find_lookups(model: nn.Module) -> list[tuple[Any, tuple[Alias, ...]]]:
-    """Every table that ids are looked up in, dense or replaced, with all places that hold it."""
-    return [*find_modules(model, EMBEDDINGS), *find_replacements(model)]
-
-
-def find_replacements(model: nn.Module) -> Iterator[tuple[DecodedTable, tuple[Alias, ...]]]:
-    """Every replacement of a table once, with all places that hold it; tiers are parts of one.
-
-    So is what a table whose codes are in parts holds of them.
-    """
-    for module, aliases in find_modules(model, (DecodedTable,)):
-        if not isinstance(aliases[0].parent, DecodedTable):
-            yield module, aliases

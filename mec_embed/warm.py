@@ -17,8 +17,8 @@ from .budget import Assignment, Choice, Field, Group, joint_fisher
 from .config import CompressionConfig
 from .modules import DecodedTable, check_gathered
 from .shards import check_sums
-from .tables import SkippedTable, Table, untouched
-from .tiers import TieredTable, find_replacements
+from .tables import SkippedTable, Table, find_replacements, untouched
+from .tiers import TieredTable
 
 
 class Earlier:

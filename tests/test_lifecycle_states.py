@@ -31,7 +31,7 @@ from mec_embed import (
 )
 from mec_embed.modules import DecodedTable
 from mec_embed.reader import Reader
-from mec_embed.tiers import find_replacements
+from mec_embed.tables import find_replacements
 
 #: Ids that all tables have.
 IDS = torch.arange(60).view(20, 3) % 20

@@ -26,7 +26,8 @@ import mec_embed
 from mec_embed import CodeLayout, TieredEmbedding, load, save
 from mec_embed.ops import reference
 from mec_embed.reader import Reader
-from mec_embed.tiers import TierMap, find_replacements
+from mec_embed.tables import find_replacements
+from mec_embed.tiers import TierMap
 
 VECTORS = Path(__file__).parent / "vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.npz"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mec_embed import CompressionConfig, compress, extend, load, plan, save
 from mec_embed.learning import fit
 from mec_embed.packing import unpack
-from mec_embed.tiers import find_replacements
+from mec_embed.tables import find_replacements
 
 
 def _drifted(dense: nn.Module, amount: float, frequency: dict[str, np.ndarray]) -> Any:

@@ -30,7 +30,7 @@ from examples.ctr.settings import SETTINGS, Settings
 from examples.ctr.training import evaluate, iterate_batches, train_with
 from mec_embed import CompressionConfig, CompressionReport, FrequencyStats, compress
 from mec_embed.packing import unpack
-from mec_embed.tiers import find_replacements
+from mec_embed.tables import find_replacements
 
 COLUMNS = (
     "data", "ratio", "seed", "night", "how", "moved", "weighted_error", "auc", "dense_auc",
