@@ -127,8 +127,8 @@ static int floats_stay(const Job *job, const Table *table) {
 }
 
 /* What it costs to prepare a codeword, in parts of 1/320 of what a codeword of an id then gains, as
- * measured: of whole numbers a look at its scale; widening is less of two codebooks, which find_few
- * reads, and where codewords are converted. Below 0: they are too many. */
+ * measured: of whole numbers a look at its scale; widening is less of two codebooks, and where
+ * codewords are converted. Below 0: they are too many. */
 static int64_t widening_cost(const Job *job, const Table *table) {
     if (floats_stay(job, table)) return 0;
     if (seem_whole(table)) return table->width % LANES ? 116 : 16;

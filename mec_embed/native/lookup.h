@@ -116,10 +116,11 @@ INLINE void expect_row(const Table *table, int64_t row) {
 INLINE void expect_ids(const Plan *plan, const Ids *ids, int64_t from, int64_t to) {
     const Table *table = plan->table;
     const int64_t bits = table->bits * table->books;
-    if (plan->tiers == 1 && bits)
+    if (plan->tiers == 1 && bits) {
+        UNROLL(4)
         for (int64_t i = from; i < to; i++)
             PREFETCH((uintptr_t)table->codes + ((uintptr_t)id_at(ids, i) * bits >> 3));
-    else if (plan->tiers == 1)
+    } else if (plan->tiers == 1)
         for (int64_t i = from; i < to && is_far(table); i++) expect_row(table, id_at(ids, i));
     else if (!plan->runs)
         for (int64_t i = from; i < to; i++) {
@@ -472,17 +473,30 @@ INLINE void add_codes(Sums *sums, const int8_t *one, const int8_t *other, uint32
                 eights_of(eights, v));
 }
 
-/* Add `eights` times 8 columns, a constant, of the codewords of some rows. */
-INLINE void sum_bytes(const Whole *all, const uint32_t *word, int64_t rows, int eights, Sums *sums) {
-    const int64_t books = all->books, count = rows * books;
-    for (int64_t k = 0, m = 0; k + 1 < count; k += 2) {
-        add_codes(sums, all->words + word[k], all->words + word[k + 1], all->factors[m], eights);
-        m += 2;
-        m -= rows == 1 || m < books ? 0 : books; /* one row, a constant, asks less */
-    }
-    if (count % 2) {
-        const int8_t *last = all->words + word[count - 1];
-        add_codes(sums, last, last, all->factors[books - 1] & 0xff00ff, eights);
+/* One codeword; `factors` of two of its codebook, or more. */
+INLINE void add_code(Sums *sums, const int8_t *one, uint32_t factors, int eights) {
+    add_codes(sums, one, one, factors & 0xff00ff, eights);
+}
+
+/* Add `eights` times 8 columns, a constant, of the codewords of a row, which are `pitch` words apart. */
+INLINE void sum_bytes(const Whole *all, const uint32_t *word, int64_t pitch, int eights, Sums *sums) {
+    int64_t m = 0;
+    UNROLL(2)
+    for (; m + 1 < all->books; m += 2, word += 2 * pitch)
+        add_codes(sums, all->words + word[0], all->words + word[pitch], all->factors[m], eights);
+    if (m < all->books) add_code(sums, all->words + word[0], all->factors[m], eights);
+}
+
+/* The same of the codewords of `rows` rows, one codebook after the other. */
+INLINE void sum_rows_of_bytes(const Whole *all, const uint32_t *word, int64_t pitch, int64_t rows,
+                              int eights, Sums *sums) {
+    for (int64_t m = 0; m < all->books; m++, word += pitch) {
+        const uint32_t factors = (all->factors[m] & 0xff) * 0x1010101u;
+        int64_t i = 0;
+        UNROLL(2)
+        for (; i + 1 < rows; i += 2)
+            add_codes(sums, all->words + word[i], all->words + word[i + 1], factors, eights);
+        if (i < rows) add_code(sums, all->words + word[i], factors, eights);
     }
 }
 
@@ -725,15 +739,17 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
 #define MOST_LINES 8  /* of a block */
 #define FLOAT_LINES 4 /* of one that has floats */
 #define FAR_CODES (512 << 10) /* bytes of codes that are worth asking for */
-#define MOST_ROWS 4 /* made side by side */
+#define MOST_ROWS 4 /* made side by side, of one line and less; of three and more LONG_ROWS */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
 #if VECTOR == 64
+#define LONG_ROWS 2
 typedef float Line __attribute__((vector_size(LINE)));
 
 INLINE void add_line(Line *total, Line line) { *total += line; }
 #else
+#define LONG_ROWS 1
 typedef struct {
     Floats half[2];
 } Line;
@@ -745,11 +761,16 @@ INLINE void add_line(Line *total, Line line) {
 
 typedef struct {
     Line sums[ROUND * MOST_LINES];  /* of a block of columns, where they do not go to the output */
-    int64_t row[2][ROUND + 1];      /* by tier; -1: zeros */
-    int32_t at[2][ROUND + 1];       /* their numbers within the round */
+    const int64_t *rows[2];         /* by tier; -1: zeros */
+    int64_t row[2][ROUND + LANES];  /* where they stand, if not with the ids */
+    int32_t at[2][ROUND + LANES];   /* their numbers within the round */
     int64_t count[2];               /* how many */
-    uint32_t word[ROUND_WORDS + LANES]; /* where their codewords are in a block of columns */
+    /* Where their codewords are in a block of columns, by tier, by codebook (pitch_of). */
+    uint32_t word[ROUND_WORDS + 2 * LANES * MOST_CODEBOOKS];
 } Round;
+
+/* Of a round, or of a tier of it: words from one codebook to the next. */
+INLINE int64_t pitch_of(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 /* Vector by vector: GCC takes what holds several through memory. */
 INLINE Floats half_line_at(const char *word, int64_t at) {
@@ -814,6 +835,22 @@ INLINE int list_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
         round->row[0][i] = id == zero_id ? -1 : id;
         round->at[0][i] = (int32_t)i;
     }
+    for (int64_t i = count; i < pitch_of(count); i++) round->row[0][i] = round->row[0][count - 1];
+    round->rows[0] = round->row[0];
+    round->count[0] = count;
+    return fits;
+}
+
+/* As list_ids, of ids that are the list: whole eights of int64, none of which reads as zeros. */
+INLINE int use_ids(const Job *job, int64_t first, int64_t count, Round *round) {
+    const int64_t *ids = (const int64_t *)job->ids.from + first;
+    const uint64_t rows = (uint64_t)job->plan->rows;
+    int fits = 1;
+    for (int64_t i = 0; i < count; i++) {
+        fits &= (uint64_t)ids[i] < rows; /* ids below 0 are large without their sign */
+        round->at[0][i] = (int32_t)i;
+    }
+    round->rows[0] = ids;
     round->count[0] = count;
     return fits;
 }
@@ -850,13 +887,21 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
     }
     round->count[0] = popular;
     round->count[1] = count - popular;
+    for (int t = 0; t < 2; t++) {
+        int64_t *const row = round->row[t], listed = round->count[t];
+        for (int64_t i = listed; listed && i < pitch_of(listed); i++) row[i] = row[listed - 1];
+        round->rows[t] = row;
+    }
     return fits;
 }
 
 INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round) {
     const Ids *ids = &job->ids, wide = {ids->from, 1, 1};
     if (job->plan->tiers == 2) return sort_ids(job, ids, first, count, round);
-    if (ids->wide && ids->stride == 1) ids = &wide; /* constants, for the compiler */
+    if (ids->wide && ids->stride == 1) {
+        if (count % LANES == 0 && job->zero_id < 0) return use_ids(job, first, count, round);
+        ids = &wide; /* constants, for the compiler */
+    }
     return list_ids(job, ids, first, count, round);
 }
 
@@ -866,41 +911,73 @@ INLINE uint32_t spare_codes(const Table *table) {
 }
 
 /* Where the codewords of rows are in a block of columns whose codewords take `stride` bytes; 0
- * where there is no such codeword. Up to 8 codes are read at once. `whole`: those are all. */
+ * where there is no such codeword. As many codes of a row as one load holds are read at once. After
+ * the last row its like stand up to the pitch. */
 #if VECTOR >= 32
-typedef uint64_t Streams __attribute__((vector_size(64)));
+/* 64 bits of the codes of each of eight rows. */
+#define STREAMS (VECTOR / 8) /* in one vector */
+typedef uint64_t Stream __attribute__((vector_size(VECTOR)));
+typedef struct {
+    Stream part[LANES / STREAMS];
+} Streams;
 
-INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
-                      int whole, uint32_t *word) {
-    const int64_t bits = table->bits, books = table->books, size = table->size;
-    const uint8_t *codes = ADDRESS(table->codes);
-    const int64_t most = MOST_BITS / bits < LANES ? MOST_BITS / bits : LANES;
-    const int64_t once = whole ? books : most;
-    const int64_t rest = books - (books - 1) / once * once; /* codes of the last load */
-    const uint32_t spare = spare_codes(table);
-    const Streams none = {0};
-    Streams shift;
-    Words some, last, book, over = {0};
-    for (int64_t k = 0; k < LANES; k++) {
-        shift[k] = (uint64_t)(k < once ? k * bits : 0);
-        some[k] = k < once ? ((uint32_t)1 << bits) - 1 : 0;
-        last[k] = k < rest ? some[k] : 0;
-        book[k] = (uint32_t)(k * size * stride);
+/* Where the loads of codes from number `from` on begin: bytes, and bits after them. In a loop of its own:
+ * GCC would take addresses out of vectors one by one. */
+INLINE void find_loads(const Table *table, const int64_t *row, int64_t count, int64_t from,
+                       int64_t *byte, int64_t *bit) {
+    const int64_t bits = table->bits, all = bits * table->books;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t at = (row[i] < 0 ? 0 : row[i]) * all + from * bits;
+        byte[i] = at >> 3;
+        bit[i] = at & 7;
     }
-    for (int64_t i = 0; i < count; i++, word += books) {
-        int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
-        Words base = book;
-        for (int64_t m = 0; m < books; m += once, bit += once * bits) {
-            const Streams stream = (none + (load64(codes + (bit >> 3)) >> (bit & 7))) >> shift;
-            const Words code = __builtin_convertvector(stream, Words) &
-                               (whole || m + once >= books ? last : some);
-            const Words found = base + code * (uint32_t)stride;
-            over |= code + spare;
-            memcpy(word + m, &found, sizeof found); /* what is too much is written again */
-            base += (uint32_t)(once * size * stride);
+}
+
+INLINE Streams load_streams(const uint8_t *codes, const int64_t *byte, const int64_t *bit) {
+    Streams all;
+    for (int p = 0; p < LANES / STREAMS; p++, byte += STREAMS, bit += STREAMS) {
+        Stream own, shift;
+        for (int k = 0; k < STREAMS; k++) own[k] = load64(codes + byte[k]);
+        memcpy(&shift, bit, sizeof shift);
+        all.part[p] = own >> shift;
+    }
+    return all;
+}
+
+/* The next code of each, which the streams then begin after. */
+INLINE Words next_codes(Streams *all, int64_t bits, uint32_t mask) {
+#if VECTOR == 64
+    const Words codes = __builtin_convertvector(all->part[0], Words);
+#else
+    /* GCC takes three times as many instructions. */
+    const __m256 halves = _mm256_shuffle_ps((__m256)all->part[0], (__m256)all->part[1], 0x88);
+    const Words codes = (Words)_mm256_permute4x64_epi64((__m256i)halves, 0xd8);
+#endif
+    for (int p = 0; p < LANES / STREAMS; p++) all->part[p] >>= (uint64_t)bits;
+    return codes & mask;
+}
+
+/* Eight rows side by side. */
+OUTLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                       uint32_t *word) {
+    const int64_t bits = table->bits, books = table->books, size = table->size;
+    const int64_t once = MOST_BITS / bits, pitch = pitch_of(count);
+    const uint8_t *codes = ADDRESS(table->codes);
+    const uint32_t mask = ((uint32_t)1 << bits) - 1, spare = spare_codes(table);
+    int64_t byte[ROUND], bit[ROUND];
+    Words over = {0};
+    for (int64_t from = 0; from < books; from += once) {
+        const int64_t last = from + once < books ? from + once : books;
+        find_loads(table, row, pitch, from, byte, bit);
+        for (int64_t i = 0; i < count; i += LANES) {
+            Streams streams = load_streams(codes, byte + i, bit + i);
+            for (int64_t m = from; m < last; m++) {
+                const Words code = next_codes(&streams, bits, mask);
+                const Words found = (code + (uint32_t)(m * size)) * (uint32_t)stride;
+                over |= code + spare;
+                memcpy(word + m * pitch + i, &found, sizeof found);
+            }
         }
-        if (row[i] < 0)
-            for (int64_t m = 0; m < books; m++) word[m] = (uint32_t)(books * size * stride);
     }
     uint32_t wrong = 0;
     for (int64_t k = 0; k < LANES; k++) wrong |= over[k];
@@ -908,15 +985,15 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
 }
 
 #else
-/* Without shifts of each lane by its own number, one by one. */
-INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
-                      int whole, uint32_t *word) {
-    const int64_t bits = table->bits, books = table->books, size = table->size;
-    const uint8_t *codes = ADDRESS(table->codes);
-    const int64_t once = whole ? books : MOST_BITS / bits;
+/* Without shifts of each lane by its own number, one by one; `books` may be a constant. */
+INLINE int find_some(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                     int64_t books, uint32_t *word) {
+    const int64_t bits = table->bits, size = table->size, pitch = pitch_of(count);
+    const int64_t once = books <= 3 ? books : MOST_BITS / bits; /* three always fit */
     const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    const uint8_t *codes = ADDRESS(table->codes);
     uint64_t over = 0;
-    for (int64_t i = 0; i < count; i++, word += books) {
+    for (int64_t i = 0; i < count; i++) {
         int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
         for (int64_t from = 0; from < books; from += once, bit += once * bits) {
             const int64_t to = from + once < books ? from + once : books;
@@ -924,41 +1001,38 @@ INLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int
             for (int64_t m = from; m < to; m++, stream >>= bits) {
                 const int64_t code = (int64_t)(stream & mask);
                 over |= (uint64_t)code + spare_codes(table);
-                word[m] = (uint32_t)((row[i] < 0 ? books * size : m * size + code) * stride);
+                word[m * pitch + i] = (uint32_t)((m * size + code) * stride);
             }
         }
     }
     return !(over >> bits);
 }
-#endif
 
-/* As find_codes, of few codebooks; their number is a constant. */
-INLINE int find_few(const Table *table, const int64_t *row, int64_t count, int64_t stride,
-                    int books, uint32_t *word) {
-    const int64_t bits = table->bits, size = table->size;
-    const uint64_t mask = ((uint64_t)1 << bits) - 1;
-    const uint8_t *codes = ADDRESS(table->codes);
-    uint64_t over = 0;
-    for (int64_t i = 0; i < count; i++, word += books) {
-        const int64_t bit = (row[i] < 0 ? 0 : row[i]) * bits * books;
-        uint64_t stream = load64(codes + (bit >> 3)) >> (bit & 7);
-        for (int m = 0; m < books; m++, stream >>= bits) {
-            const int64_t code = (int64_t)(stream & mask);
-            over |= (uint64_t)code + spare_codes(table);
-            word[m] = (uint32_t)((row[i] < 0 ? books * size : m * size + code) * stride);
-        }
-    }
-    return !(over >> bits);
+OUTLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                       uint32_t *word) {
+    if (table->books == 1) return find_some(table, row, count, stride, 1, word);
+    if (table->books == 2) return find_some(table, row, count, stride, 2, word);
+    if (table->books == 3) return find_some(table, row, count, stride, 3, word);
+    return find_some(table, row, count, stride, table->books, word);
 }
+#endif
 
 /* As find_codes, of a table whose rows are its codewords. */
 INLINE int find_only(const Table *table, const int64_t *row, int64_t count, int64_t stride,
                      uint32_t *word) {
     for (int64_t i = 0; i < count; i++) {
         if (row[i] >= table->size) return 0;
-        word[i] = (uint32_t)((row[i] < 0 ? table->size : row[i]) * stride);
+        word[i] = (uint32_t)(row[i] * stride);
     }
     return 1;
+}
+
+/* Where the codewords of rows of zeros would be. */
+INLINE void forget_zeros(const Table *table, const int64_t *row, int64_t count, int64_t stride,
+                         uint32_t *word) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t m = 0; row[i] < 0 && m < table->books; m++)
+            word[m * pitch_of(count) + i] = (uint32_t)(table->books * table->size * stride);
 }
 
 /* The codewords of `count` ids from number `first` on; 0 where there are none. */
@@ -967,20 +1041,13 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
     int fits = list_round(job, first, count, round);
     for (int64_t t = 0; t < job->plan->tiers && fits; t++) {
         const Table *table = job->plan->table + t;
-        const int64_t found = round->count[t], *row = round->row[t], stride = job->step[t];
-        if (!table->bits)
-            fits = find_only(table, row, found, stride, word);
-        else if (table->books == 1)
-            fits = find_few(table, row, found, stride, 1, word);
-        else if (table->books == 2)
-            fits = find_few(table, row, found, stride, 2, word);
-        else if (table->books == 3 && read_at_once(table))
-            fits = find_few(table, row, found, stride, 3, word);
-        else if (read_at_once(table) && table->books <= LANES)
-            fits = find_codes(table, row, found, stride, 1, word);
+        const int64_t found = round->count[t], stride = job->step[t];
+        if (table->bits)
+            fits = !found || find_codes(table, round->rows[t], found, stride, word);
         else
-            fits = find_codes(table, row, found, stride, 0, word);
-        word += found * table->books;
+            fits = find_only(table, round->rows[t], found, stride, word);
+        if (job->zero_id >= 0) forget_zeros(table, round->rows[t], found, stride, word);
+        word += pitch_of(found) * table->books;
     }
     return fits;
 }
@@ -990,26 +1057,21 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
 INLINE void sum_round(const uint32_t *word, const int32_t *at, int64_t count, int64_t books,
                       uint32_t none, const char *words, int lines, int half, float *out,
                       int64_t stride) {
-    for (int64_t i = 0; i < count; i++, word += books) {
+    const int64_t pitch = pitch_of(count);
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t *next = word + i;
         Line total[MOST_LINES];
         Floats rest;
-        if (word[0] == none) {
+        if (*next == none) {
             memset(out + at[i] * stride, 0, (lines * LINE_LANES + half * LANES) * sizeof(float));
             continue;
         }
-        for (int v = 0; v < lines; v++) total[v] = line_at(words + word[0], v);
-        if (half) rest = half_line_at(words + word[0], lines);
-        int64_t m = 1;
-        if (books % 2 == 0) {
-            for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[1], v));
-            if (half) add_floats(&rest, half_line_at(words + word[1], lines));
-            m = 2;
-        }
-        for (; m < books; m += 2) {
-            for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[m], v));
-            if (half) add_floats(&rest, half_line_at(words + word[m], lines));
-            for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + word[m + 1], v));
-            if (half) add_floats(&rest, half_line_at(words + word[m + 1], lines));
+        for (int v = 0; v < lines; v++) total[v] = line_at(words + *next, v);
+        if (half) rest = half_line_at(words + *next, lines);
+        for (int64_t m = 1; m < books; m++) {
+            next += pitch;
+            for (int v = 0; v < lines; v++) add_line(&total[v], line_at(words + *next, v));
+            if (half) add_floats(&rest, half_line_at(words + *next, lines));
         }
         put_lines(total, &rest, lines, half, out + at[i] * stride);
     }
@@ -1039,19 +1101,26 @@ INLINE void sum_round_of_bytes(const Job *job, int64_t tier, const uint32_t *wor
                                int64_t count, const char *words, int eights, float *out,
                                int64_t stride) {
     const Whole all = whole_at(job, tier, words);
-    for (int64_t i = 0; i < count; i++, word += all.books) {
+    const int64_t pitch = pitch_of(count);
+    for (int64_t i = 0; i < count; i++) {
         Sums sums[MOST_EIGHTS / SUMS_EIGHTS];
         clear_sums(sums, eights);
-        if (word[0] != all.none) sum_bytes(&all, word, 1, eights, sums);
+        if (word[i] != all.none) sum_bytes(&all, word + i, pitch, eights, sums);
         put_bytes(sums, eights, job->unit[tier], 0, out + at[i] * stride);
     }
 }
 
 /* As add_rows: as many rows at a time as fit 16 bits, but those of zeros. */
-INLINE void add_rows_of_bytes(const Job *job, const uint32_t *word, int64_t count, const char *words,
-                              int64_t width, int eights, int fresh, float *out) {
+INLINE void add_rows_of_bytes(const Job *job, const uint32_t *word, int64_t pitch, int64_t count,
+                              const char *words, int64_t width, int eights, int fresh, float *out) {
     const Whole all = whole_at(job, 0, words);
-    const int64_t books = all.books;
+    if (fresh && width == eights * LANES && count <= job->together && job->zero_id < 0) {
+        Sums sums[MOST_EIGHTS / SUMS_EIGHTS];
+        clear_sums(sums, eights);
+        sum_rows_of_bytes(&all, word, pitch, count, eights, sums);
+        put_bytes(sums, eights, job->unit[0], 0, out);
+        return;
+    }
     float sum[MOST_EIGHTS * LANES];
     memset(sum, 0, eights * LANES * sizeof(float));
     if (!fresh) memcpy(sum, out, width * sizeof(float));
@@ -1060,8 +1129,9 @@ INLINE void add_rows_of_bytes(const Job *job, const uint32_t *word, int64_t coun
         clear_sums(sums, eights);
         to = i + job->together < count ? i + job->together : count;
         for (int64_t stop; i < to; i = stop + 1) {
-            for (stop = i; stop < to && word[stop * books] != all.none;) stop++;
-            sum_bytes(&all, word + i * books, stop - i, eights, sums);
+            stop = job->zero_id < 0 ? to : i;
+            while (stop < to && word[stop] != all.none) stop++;
+            sum_rows_of_bytes(&all, word + i, pitch, stop - i, eights, sums);
         }
         put_bytes(sums, eights, job->unit[0], 1, sum);
     }
@@ -1093,7 +1163,7 @@ INLINE void sum_columns(const Job *job, const Round *round, int64_t column, int 
         else
             sum_round(word, round->at[t], count, books, none_of(job, t), words, lines, half, out,
                       stride);
-        word += round->count[t] * books;
+        word += pitch_of(count) * books;
     }
 }
 
@@ -1172,21 +1242,23 @@ INLINE void add_to_bag(const Job *job, int64_t first, int64_t last, const Line *
 
 /* Add the next `rows` rows, each the sum of `books` codewords, to a bag. An addition waits for the
  * one before: of narrow blocks of columns, several rows are made side by side. */
-INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char *words, int lines,
-                      int half, Line *total, Floats *rest) {
+INLINE void add_words(const uint32_t *word, int64_t pitch, int64_t books, int rows,
+                      const char *words, int lines, int half, Line *total, Floats *rest) {
     Line row[MOST_ROWS][FLOAT_LINES];
     Floats last[MOST_ROWS];
     for (int r = 0; r < rows; r++) {
-        const char *at = words + word[r * books];
+        const char *at = words + word[r];
         for (int v = 0; v < lines; v++) row[r][v] = line_at(at, v);
         if (half) last[r] = half_line_at(at, lines);
     }
-    for (int64_t m = 1; m < books; m++)
+    for (int64_t m = 1; m < books; m++) {
+        word += pitch;
         for (int r = 0; r < rows; r++) {
-            const char *at = words + word[r * books + m];
+            const char *at = words + word[r];
             for (int v = 0; v < lines; v++) add_line(&row[r][v], line_at(at, v));
             if (half) add_floats(&last[r], half_line_at(at, lines));
         }
+    }
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < lines; v++) add_line(&total[v], row[r][v]);
         if (half) add_floats(rest, last[r]);
@@ -1194,9 +1266,9 @@ INLINE void add_words(const uint32_t *word, int64_t books, int rows, const char 
 }
 
 /* Add `count` rows to some columns of a bag, or put their sum there where it is `fresh`. */
-INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const char *words,
-                     int64_t width, int lines, int half, int fresh, float *out) {
-    const int once = lines > 2 ? 1 : lines > 1 ? 2 : MOST_ROWS;
+INLINE void add_rows(const uint32_t *word, int64_t pitch, int64_t count, int64_t books,
+                     const char *words, int64_t width, int lines, int half, int fresh, float *out) {
+    const int once = lines > 2 ? LONG_ROWS : lines > 1 ? 2 : MOST_ROWS;
     Line total[FLOAT_LINES];
     Floats rest;
     float all[FLOAT_LINES * LINE_LANES];
@@ -1205,10 +1277,10 @@ INLINE void add_rows(const uint32_t *word, int64_t count, int64_t books, const c
     if (!fresh) memcpy(all, out, width * sizeof(float));
     for (int v = 0; v < lines; v++) memcpy(&total[v], all + v * LINE_LANES, sizeof *total);
     if (half) memcpy(&rest, all + lines * LINE_LANES, sizeof rest);
-    for (; count >= once; count -= once, word += once * books)
-        add_words(word, books, once, words, lines, half, total, &rest);
-    for (; count > 0; count--, word += books)
-        add_words(word, books, 1, words, lines, half, total, &rest);
+    for (; count >= once; count -= once, word += once)
+        add_words(word, pitch, books, once, words, lines, half, total, &rest);
+    for (; count > 0; count--, word++)
+        add_words(word, pitch, books, 1, words, lines, half, total, &rest);
     put_lines(total, &rest, lines, half, all);
     memcpy(out, all, width * sizeof(float));
 }
@@ -1250,20 +1322,20 @@ INLINE int64_t add_codewords(const Job *job, const Round *round, int64_t first, 
                              int64_t bag, int64_t column, int lines, int half) {
     const int64_t dim = job->plan->dim, most = lines * LINE_LANES + half * LANES;
     const int64_t width = dim - column < most ? dim - column : most;
-    const int64_t books = job->plan->table->books;
+    const int64_t books = job->plan->table->books, pitch = pitch_of(last - first);
     const char *words = words_at(job, 0, column);
     for (int64_t i = first, stop; i < last; i = stop) {
         while (offset_at(job, bag + 1) <= i) bag++;
         stop = offset_at(job, bag + 1) < last ? offset_at(job, bag + 1) : last;
-        const uint32_t *word = round->word + (i - first) * books;
+        const uint32_t *word = round->word + (i - first);
         const int fresh = offset_at(job, bag) == i;
         float *out = job->out + bag * dim + column;
         if (lines > FLOAT_LINES || job->unit[0])
-            add_rows_of_bytes(job, word, stop - i, words, width, 2 * lines + half, fresh, out);
+            add_rows_of_bytes(job, word, pitch, stop - i, words, width, 2 * lines + half, fresh, out);
         else if (width == most)
-            add_rows(word, stop - i, books, words, most, lines, half, fresh, out);
+            add_rows(word, pitch, stop - i, books, words, most, lines, half, fresh, out);
         else
-            add_rows(word, stop - i, books, words, width, lines, half, fresh, out);
+            add_rows(word, pitch, stop - i, books, words, width, lines, half, fresh, out);
     }
     return bag;
 }

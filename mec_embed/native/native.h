@@ -36,6 +36,9 @@
 
 #if defined(__GNUC__)
 #define INLINE TARGET static inline __attribute__((always_inline))
+#define OUTLINE TARGET static __attribute__((noinline))
+#define TEXT_OF(what) #what
+#define UNROLL(n) _Pragma(TEXT_OF(GCC unroll n))
 #define PREFETCH(address) __builtin_prefetch((const void *)(uintptr_t)(address))
 #else
 #define INLINE static inline
