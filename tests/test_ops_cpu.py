@@ -723,6 +723,52 @@ def test_ids_of_bags_out_of_range_are_named(bad: int, wide: bool, count: int) ->
             bag(ids)
 
 
+_OFFSETS = torch.tensor([0, 3, 3, 40])
+_BAGS = {
+    "a matrix": (torch.arange(60).view(12, 5), None),
+    "a matrix on its side": (torch.arange(60).view(5, 12).t(), None),
+    "every other column": (torch.arange(60).view(5, 12)[:, ::2], None),
+    "every other id": (torch.arange(120)[::2], _OFFSETS),
+    "offsets that are apart": (torch.arange(60), torch.stack([_OFFSETS, _OFFSETS], 1)[:, 0]),
+    "narrow offsets": (torch.arange(60), _OFFSETS.int()),
+    "narrow ids": (torch.arange(60).int(), _OFFSETS),
+    "offsets that are a parameter": (
+        torch.arange(60),
+        torch.nn.Parameter(_OFFSETS, requires_grad=False),
+    ),
+    "no bags": (torch.zeros(0, 5, dtype=torch.int64), None),
+    "no ids": (torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("bags", _BAGS.values(), ids=list(_BAGS))
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 7])
+def test_bags_have_a_short_cut_however_they_are_in_memory(
+    bags: tuple[Tensor, Tensor | None], mode: str, padding_idx: int | None
+) -> None:
+    ids, offsets = bags
+    layout = CodeLayout("additive", 300, 40, 3, 16, torch.int8)
+    bag = _bag(layout, mode=mode, padding_idx=padding_idx)
+    with torch.no_grad():
+        found = bag._fast.bags(bag, ids, offsets, None)
+        expected = bag._reduce(ids, offsets, None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_last_offset_is_where_ids_end(apart: bool) -> None:
+    layout = CodeLayout("additive", 300, 16, 2, 16)
+    bag = _bag(layout, mode="sum", include_last_offset=True, name="tags")
+    ids, offsets = torch.arange(60), torch.tensor([0, 3, 59])
+    if apart:
+        offsets = torch.stack([offsets, offsets], 1)[:, 0]
+    with torch.no_grad():
+        assert bag._fast.bags(bag, ids, offsets, None) is None
+        assert bag._fast.bags(bag, ids[:59], offsets, None) is not None
+        assert bag._fast.bags(bag, ids[:0], offsets[:0], None) is None
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(

@@ -204,13 +204,88 @@ PyObject *rows_on_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     return rows || PyErr_Occurred() ? rows : PyLong_FromLong(state);
 }
 
-/* plan or None, places, codebooks, ids -> True, or as may_read */
-PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+/* Whether a tensor is one block of ids in memory. */
+static int is_block(PyObject *ids) {
+    return id_bytes(ids) > 0 &&
+           is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL)) == 1;
+}
+
+/* The sizes of a tensor of `axes` axes; 0 where it has others. */
+static int sizes_of(PyObject *tensor, Py_ssize_t axes, long long *sizes) {
+    PyObject *shape = PyObject_GetAttr(tensor, names.shape);
+    if (!shape) return 0;
+    const int fits = PyTuple_Size(shape) == axes;
+    for (Py_ssize_t i = 0; fits && i < axes; i++)
+        sizes[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+    Py_DECREF(shape);
+    return fits && !PyErr_Occurred();
+}
+
+/* Bags whose tensors are read as they are, as read_bags (lookup.c) takes them; 0 where they are not. */
+static int read_plain_bags(PyObject *ids, PyObject *offsets, int last_is_end, long long *v) {
+    long long sizes[2];
+    if (!is_block(ids)) return 0;
+    v[0] = address_of(ids);
+    v[1] = id_bytes(ids);
+    if (offsets == Py_None) {
+        if (!sizes_of(ids, 2, sizes)) return 0;
+        v[2] = sizes[0] * sizes[1];
+        v[4] = v[5] = 0;
+        v[6] = sizes[0];
+        v[7] = sizes[1];
+        return !PyErr_Occurred();
+    }
+    if ((PyObject *)Py_TYPE(offsets) != torch.tensor || attribute(offsets, names.is_cpu) != 1 ||
+        !is_block(offsets) || !sizes_of(ids, 1, sizes) || !sizes_of(offsets, 1, sizes + 1))
+        return 0;
+    const long long bags = sizes[1] - last_is_end;
+    v[2] = sizes[0];
+    v[4] = address_of(offsets);
+    v[5] = id_bytes(offsets);
+    v[6] = bags;
+    v[7] = 0;
+    if (PyErr_Occurred() || bags < 1) return 0;
+    if (!last_is_end) return 1;
+    const void *const end = (const char *)ADDRESS(v[4]) + bags * v[5];
+    return v[2] == (v[5] == 8 ? *(const int64_t *)end : *(const int32_t *)end);
+}
+
+static PyObject *make_bags(int64_t bags, int64_t dim) {
+    PyObject *rows = PyLong_FromLongLong(bags), *columns = PyLong_FromLongLong(dim), *out = NULL;
+    if (rows && columns) out = PyObject_CallFunctionObjArgs(torch.new_empty, rows, columns, NULL);
+    Py_XDECREF(rows);
+    Py_XDECREF(columns);
+    return out;
+}
+
+static int64_t threads_for(int64_t count, int64_t dim) {
+    return MAY_SHARE(count, dim) ? as_integer(PyObject_CallNoArgs(torch.threads)) : 1;
+}
+
+/* plan or None, places, codebooks, ids, offsets or None, weights or None, id left out, mode as read_bags
+ * takes it, whether the last offset is the end -> the bags, or as may_read; True where the plan serves,
+ * but there are weights, tensors cannot be read as they are, or are refused */
+PyObject *fast_bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Plan plan;
     PyObject *answer;
-    if (read_integers(args + 4, given - 4, 0, NULL)) return NULL;
+    long long v[10], options[3];
+    if (read_integers(args + 6, given - 6, 3, options)) return NULL;
     if (!may_read(args, &plan, &answer)) return answer;
-    Py_RETURN_TRUE;
+    v[3] = options[0];
+    v[8] = 0;
+    v[9] = options[1];
+    if (args[5] != Py_None || !read_plain_bags(args[3], args[4], (int)options[2], v)) {
+        if (PyErr_Occurred()) return NULL;
+        Py_RETURN_TRUE;
+    }
+    PyObject *out = make_bags(v[6], plan.dim);
+    if (!out) return NULL;
+    const int64_t to = address_of(out), threads = threads_for(v[2], plan.dim);
+    const int broken = PyErr_Occurred() != NULL;
+    if (!broken && !reduce_ids(&plan, v, to, (int)threads)) return out;
+    Py_DECREF(out);
+    if (broken) return NULL;
+    Py_RETURN_NONE;
 }
 
 /* plan or None, places, codebooks, ids, zero id -> the rows, or as may_read */
@@ -228,9 +303,7 @@ PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     PyObject *out = make_output(torch.new_empty, ids, plan.dim, &count);
     if (!out) return NULL;
     const int64_t from = address_of(ids), to = address_of(out);
-    const int64_t threads = MAY_SHARE(count, plan.dim)
-                                ? as_integer(PyObject_CallNoArgs(torch.threads))
-                                : 1;
+    const int64_t threads = threads_for(count, plan.dim);
     const int broken = PyErr_Occurred() != NULL;
     if (!broken &&
         !decode_ids(&plan, from, bytes, stride, count, zero_id, to, (int)threads))

@@ -381,20 +381,25 @@ static Job read_bags(const Plan *plan, const long long *v) {
     return job;
 }
 
+int64_t reduce_ids(Plan *plan, const long long *v, int64_t out, int threads) {
+    Job job = read_bags(plan, v);
+    job.out = ADDRESS(out);
+    const int64_t each = job.bags ? job.count / job.bags + 1 : 1, step = CHUNK / each + 1;
+    if (job.count <= CHUNK) return run_job(parts()->bags, &job, plan, job.bags, step, 1);
+    int64_t failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = run_job(parts()->bags, &job, plan, job.bags, step, threads);
+    Py_END_ALLOW_THREADS
+    return failed;
+}
+
 /* plan, what read_bags takes, out, threads
  * -> 0, or 1 where an id is no row, its codes are damaged, or offsets do not fit */
 PyObject *bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long v[12];
     Plan plan;
     if (read_integers(args + 1, given - 1, 12, v) || read_plan(args[0], &plan)) return NULL;
-    Job job = read_bags(&plan, v);
-    job.out = ADDRESS(v[10]);
-    const int64_t each = job.bags ? job.count / job.bags + 1 : 1;
-    int64_t failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = run_job(parts()->bags, &job, &plan, job.bags, CHUNK / each + 1, (int)v[11]);
-    Py_END_ALLOW_THREADS
-    return PyLong_FromLongLong(failed);
+    return PyLong_FromLongLong(reduce_ids(&plan, v, v[10], (int)v[11]));
 }
 
 /* plan, ids, bytes an id, count, id without gradient, grad, out (zeroed), threads -> as rows */

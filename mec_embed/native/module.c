@@ -59,7 +59,7 @@ static PyMethodDef methods[] = {
     CALL(share_threads, "Tell where torch's OpenMP runtime is; once."),
     CALL(set_up, "Tell what torch offers; once."),
     CALL(fast_rows, "Rows of a module, where nothing watches."),
-    CALL(check, "Whether a module's plan serves, and nothing watches."),
+    CALL(fast_bags, "Bags of a module, where nothing watches."),
     CALL(rows_on_gpu, "Rows of a module on a GPU, where nothing watches."),
     CALL(set_up_gpu, "Tell how to launch kernels on a GPU; once."),
     CALL(launch, "Launch a kernel on a GPU."),

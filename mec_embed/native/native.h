@@ -105,11 +105,14 @@ int read_plan(PyObject *packed, Plan *plan);
 int64_t decode_ids(Plan *plan, int64_t ids, int bytes, int64_t stride, int64_t count,
                    int64_t zero_id, int64_t out, int threads);
 
+/* Bags of ids, given as read_bags (lookup.c) takes them; as decode_ids, and 1 where offsets do not fit. */
+int64_t reduce_ids(Plan *plan, const long long *bags, int64_t out, int threads);
+
 /* What Python calls; the comment at each says what it takes. */
 PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *set_up(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *fast_rows(PyObject *self, PyObject *const *args, Py_ssize_t given);
-PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t given);
+PyObject *fast_bags(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *rows_on_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *set_up_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given);
 PyObject *launch(PyObject *self, PyObject *const *args, Py_ssize_t given);

@@ -28,7 +28,7 @@ THREAD_WORK = 1 << 15
 _KINDS = {torch.float32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 #: Dtypes of ids.
 ID_DTYPES = (torch.int32, torch.int64)
-_MODES = {"sum": 0, "mean": 1, "max": 2}
+MODES = {"sum": 0, "mean": 1, "max": 2}
 #: ``Table`` and ``Plan`` of the kernel: all fields are int64.
 _TABLE_FIELDS = 11
 _NO_TABLE = (0,) * _TABLE_FIELDS
@@ -395,7 +395,7 @@ class _Bags(NamedTuple):
             self.bags,
             self.length,
             0 if weights is None else weights.data_ptr(),
-            _MODES[self.mode],
+            MODES[self.mode],
         )
 
 

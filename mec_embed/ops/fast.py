@@ -158,6 +158,16 @@ _Packed = tuple[bytes | None, Places, tuple[Tensor, ...], torch.dtype | None]
 _NOTHING_PACKED: _Packed = None, (), (), None
 
 
+def _are_plain(offsets: Tensor | None, weights: Tensor | None) -> bool:
+    """Whether the kernel may read what bags are given beside ids, and no gradient is to flow."""
+    others = [tensor for tensor in (offsets, weights) if tensor is not None]
+    if not all(type(one) in PLAIN and one.is_cpu for one in others):
+        return False
+    if weights is None:
+        return True
+    return not (is_virtual(weights) or (weights.requires_grad and torch.is_grad_enabled()))
+
+
 class FastPath:
     """The plan of one module, packed anew where its tensors are others than before.
 
@@ -227,29 +237,18 @@ class FastPath:
         """Bags (bags, dim), or None where the operators must serve."""
         if _compiling() or cpu.kernel is None:
             return None
-        others = [tensor for tensor in (offsets, weights) if tensor is not None]
-        if not all(type(one) in PLAIN and one.is_cpu for one in others):
-            return None
-        if weights is not None and (
-            is_virtual(weights) or (weights.requires_grad and torch.is_grad_enabled())
-        ):
-            return None
         plan, places, codebooks, dtype = self._packed
-        ready = cpu.kernel.check(plan, places, codebooks, input)
-        if ready is False:
+        padding_idx = -1 if module.padding_idx is None else module.padding_idx
+        last_is_end = module.include_last_offset
+        options = padding_idx, cpu.MODES[module.mode], last_is_end
+        out = cpu.kernel.fast_bags(plan, places, codebooks, input, offsets, weights, *options)
+        if out is False:
             return self.bags(module, input, offsets, weights) if self._renew(module) else None
-        if ready is None or plan is None:
-            return None
-        out = cpu.reduce_bags(
-            plan,
-            input,
-            offsets,
-            weights,
-            module.embedding_dim,
-            -1 if module.padding_idx is None else module.padding_idx,
-            module.mode,
-            module.include_last_offset,
-        )
+        if out is True:  # then there is a plan
+            if plan is None or not _are_plain(offsets, weights):
+                return None
+            tensors = input, offsets, weights, module.embedding_dim
+            out = cpu.reduce_bags(plan, *tensors, padding_idx, module.mode, last_is_end)
         return out if out is None or dtype is None else out.to(dtype)
 
     def _renew(self, module: Any) -> bool:
