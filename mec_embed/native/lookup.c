@@ -258,14 +258,16 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
 }
 
 /* Run a job with the codewords of each id, by rounds where they pay for each share of the threads that
- * have one. Where it does not, threads take small parts; a part that is the only one, as when others
- * hold the threads, may still be large enough. */
+ * have one: even shares, but for whole rounds. Where they do not, threads take small parts; a part that
+ * is the only one, as when others hold the threads, may still be large enough. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
                          int threads) {
     if (!total || !should_widen(job, job->count)) return run_parts(part, job, total, step, threads);
     const Widening all = {part, job, plan, total};
     const int64_t pieces = (total + step - 1) / step, shares = threads < pieces ? threads : pieces;
-    if (should_widen(job, job->count / shares)) step = (pieces + shares - 1) / shares * step;
+    const int64_t of_step = step * ROUND / CHUNK, round = of_step ? of_step : 1;
+    const int64_t rounds = (total + round - 1) / round;
+    if (should_widen(job, job->count / shares)) step = (rounds + shares - 1) / shares * round;
     return run_parts(widening_part, &all, total, step, threads);
 }
 
