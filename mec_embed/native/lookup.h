@@ -72,15 +72,14 @@ INLINE int in_runs(const Plan *plan, int64_t id, int64_t *place) {
 }
 
 INLINE int in_bitmap(const Plan *plan, int64_t id, int64_t *place) {
-    const int64_t block = id / BLOCK_ROWS, within = id % BLOCK_ROWS;
-    uint64_t half[2];
-    memcpy(half, (const uint8_t *)ADDRESS(plan->bitmap) + block * (BLOCK_ROWS / 8), sizeof half);
-    const uint64_t own = half[within >> 6];
-    int64_t rank = ((const int32_t *)ADDRESS(plan->before))[block];
-    rank += __builtin_popcountll(half[0]) & -(within >> 6); /* no branch to guess */
-    rank += __builtin_popcountll(own & (((uint64_t)1 << (within & 63)) - 1));
-    const int popular = own >> (within & 63) & 1;
-    *place = rank + ((id - 2 * rank) & (popular - 1)); /* or id - rank, and no branch to guess */
+    const uint8_t *words = ADDRESS(plan->bitmap);
+    const int64_t at = id / 64, within = id % 64; /* two words have one count */
+    const uint64_t own = load64(words + at * 8), before = load64(words + (at & ~(int64_t)1) * 8);
+    int64_t rank = ((const int32_t *)ADDRESS(plan->before))[id / BLOCK_ROWS];
+    rank += __builtin_popcountll(before) & -(at & 1); /* no branch to guess */
+    rank += __builtin_popcountll(own & (((uint64_t)1 << within) - 1));
+    const int popular = own >> within & 1;
+    *place = rank + ((id - 2 * rank) & (int64_t)(popular - 1)); /* or id - rank, and no branch to guess */
     return popular;
 }
 
@@ -857,12 +856,13 @@ INLINE int use_ids(const Job *job, int64_t first, int64_t count, Round *round) {
 
 /* As list_ids, in a list for each tier. */
 INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
-    const Plan *plan = job->plan;
+    const Plan plan = *job->plan; /* nothing that is written here can change it */
+    const int64_t zero_id = job->zero_id;
     int64_t rows[2], only[2], bits[2], popular = 0;
     uintptr_t codes[2];
     int fits = 1;
     for (int t = 0; t < 2; t++) {
-        const Table *table = plan->table + t;
+        const Table *table = plan.table + t;
         rows[t] = table->rows;
         bits[t] = table->bits * table->books;
         codes[t] = (uintptr_t)table->codes;
@@ -871,14 +871,14 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
     /* Which tier an id is of cannot be foreseen: no branches. */
     for (int64_t i = 0; i < count; i++) {
         const int64_t id = id_at(ids, first + i);
-        if (id < 0 || id >= plan->rows) return 0;
+        if (id < 0 || id >= plan.rows) return 0;
         int64_t row;
-        const int one = is_popular(plan, id, &row), tier = !one;
+        const int one = is_popular(&plan, id, &row), tier = !one;
         row &= only[tier];
         PREFETCH(codes[tier] + (uintptr_t)(row * bits[tier] >> 3)); /* only a hint, see expect_row */
         /* Else the map contradicts the tables; rows below 0 are large without their sign. */
         fits &= (uint64_t)row < (uint64_t)rows[tier];
-        row |= -(int64_t)(id == job->zero_id);
+        row |= -(int64_t)(id == zero_id);
         /* Into both lists, of which one goes on. */
         const int64_t other = i - popular;
         round->row[0][popular] = round->row[1][other] = row;
@@ -897,7 +897,9 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
 
 INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round) {
     const Ids *ids = &job->ids, wide = {ids->from, 1, 1};
-    if (job->plan->tiers == 2) return sort_ids(job, ids, first, count, round);
+    if (job->plan->tiers == 2)
+        return ids->wide && ids->stride == 1 ? sort_ids(job, &wide, first, count, round)
+                                             : sort_ids(job, ids, first, count, round);
     if (ids->wide && ids->stride == 1) {
         if (count % LANES == 0 && job->zero_id < 0) return use_ids(job, first, count, round);
         ids = &wide; /* constants, for the compiler */
