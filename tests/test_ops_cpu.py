@@ -756,6 +756,37 @@ def test_bags_have_a_short_cut_however_they_are_in_memory(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("books", [3, 16, 64, 128])
+@pytest.mark.parametrize("padded", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 3, 20])
+def test_rows_of_zeros_stand_anywhere_in_bags(books: int, padded: float, length: int) -> None:
+    """Between them are runs of one row, of two, of none."""
+    layout = CodeLayout("additive", 300, 40, books, 16, torch.int8)
+    bag = _bag(layout, mode="sum", padding_idx=7)
+    ids = torch.randint(300, (90, length))
+    ids[torch.rand(ids.shape) < padded] = 7
+    with torch.no_grad():
+        found = bag._fast.bags(bag, ids, None, None)
+        expected = bag._reduce(ids, None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [5, 64, 1000])
+def test_a_table_of_one_row_is_read_by_the_kernel(count: int) -> None:
+    table = _table(CodeLayout("shared", 300, 16, 1, 1), requires_grad=False)
+    ids = torch.randint(300, (count,))
+    found = table._fast.rows(table, ids)
+    assert found is not None
+    assert torch.equal(found, table.weight[ids])
+
+
+def test_nested_ids_are_refused_by_the_operators() -> None:
+    bag = _bag(CodeLayout("additive", 300, 16, 2, 16), mode="sum")
+    ids = torch.nested.nested_tensor([torch.arange(3), torch.arange(4)])
+    with torch.no_grad():
+        assert bag._fast.bags(bag, ids, torch.tensor([0, 3]), None) is None
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_last_offset_is_where_ids_end(apart: bool) -> None:
     layout = CodeLayout("additive", 300, 16, 2, 16)

@@ -213,7 +213,10 @@ static int is_block(PyObject *ids) {
 /* The sizes of a tensor of `axes` axes; 0 where it has others. */
 static int sizes_of(PyObject *tensor, Py_ssize_t axes, long long *sizes) {
     PyObject *shape = PyObject_GetAttr(tensor, names.shape);
-    if (!shape) return 0;
+    if (!shape) {
+        PyErr_Clear(); /* a nested tensor has none: the operators say so */
+        return 0;
+    }
     const int fits = PyTuple_Size(shape) == axes;
     for (Py_ssize_t i = 0; fits && i < axes; i++)
         sizes[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));

@@ -106,6 +106,7 @@ static int whole_numbers(const Table *table, Numbers *all) {
         sum += LARGEST << shift;
     }
     all->together = INT16_MAX / sum;
+    if (all->together > 1) all->together &= ~(int64_t)1; /* rows are added in pairs */
     return all->least = all->together ? least : 0;
 }
 
@@ -258,7 +259,7 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
 }
 
 /* Run a job with the codewords of each id, by rounds where they pay for each share of the threads that
- * have one: even shares, but for whole rounds. Where they do not, threads take small parts; a part that
+ * have one: even shares, but for what a round takes at most. Where they do not, threads take small parts; a part that
  * is the only one, as when others hold the threads, may still be large enough. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
                          int threads) {
@@ -387,7 +388,8 @@ int64_t reduce_ids(Plan *plan, const long long *v, int64_t out, int threads) {
     Job job = read_bags(plan, v);
     job.out = ADDRESS(out);
     const int64_t each = job.bags ? job.count / job.bags + 1 : 1, step = CHUNK / each + 1;
-    if (job.count <= CHUNK) return run_job(parts()->bags, &job, plan, job.bags, step, 1);
+    if (job.count <= CHUNK && job.bags <= CHUNK)
+        return run_job(parts()->bags, &job, plan, job.bags, step, 1);
     int64_t failed;
     Py_BEGIN_ALLOW_THREADS
     failed = run_job(parts()->bags, &job, plan, job.bags, step, threads);

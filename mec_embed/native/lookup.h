@@ -486,9 +486,11 @@ INLINE void sum_bytes(const Whole *all, const uint32_t *word, int64_t pitch, int
     if (m < all->books) add_code(sums, all->words + word[0], all->factors[m], eights);
 }
 
-/* The same of the codewords of `rows` rows, one codebook after the other. */
+/* The same of the codewords of `rows` rows, one codebook after the other; of one row, in pairs of them. */
 INLINE void sum_rows_of_bytes(const Whole *all, const uint32_t *word, int64_t pitch, int64_t rows,
                               int eights, Sums *sums) {
+    if (rows == 1) sum_bytes(all, word, pitch, eights, sums);
+    if (rows < 2) return;
     for (int64_t m = 0; m < all->books; m++, word += pitch) {
         const uint32_t factors = (all->factors[m] & 0xff) * 0x1010101u;
         int64_t i = 0;
@@ -738,7 +740,7 @@ INLINE int reduce_bags(const Job *job, int64_t begin, int64_t end, int kind, flo
 #define MOST_LINES 8  /* of a block */
 #define FLOAT_LINES 4 /* of one that has floats */
 #define FAR_CODES (512 << 10) /* bytes of codes that are worth asking for */
-#define MOST_ROWS 4 /* made side by side, of one line and less; of three and more LONG_ROWS */
+#define MOST_ROWS 4 /* made side by side, of one line and less; of two 2, of more LONG_ROWS */
 #define ROUND 128
 #define ROUND_WORDS 2048
 
@@ -760,8 +762,7 @@ INLINE void add_line(Line *total, Line line) {
 
 typedef struct {
     Line sums[ROUND * MOST_LINES];  /* of a block of columns, where they do not go to the output */
-    const int64_t *rows[2];         /* by tier; -1: zeros */
-    int64_t row[2][ROUND + LANES];  /* where they stand, if not with the ids */
+    int64_t row[2][ROUND + LANES];  /* by tier; -1: zeros; up to the pitch the last once more */
     int32_t at[2][ROUND + LANES];   /* their numbers within the round */
     int64_t count[2];               /* how many */
     /* Where their codewords are in a block of columns, by tier, by codebook (pitch_of). */
@@ -824,33 +825,26 @@ INLINE int64_t ids_of_round(const Plan *plan) {
     return books * ROUND > ROUND_WORDS ? ROUND_WORDS / books : ROUND;
 }
 
+/* Rows are read eight at a time: after the last one of a list stands the same, whose codes are wanted. */
+INLINE void fill_pitch(Round *round, int tier) {
+    const int64_t count = round->count[tier];
+    int64_t *row = round->row[tier];
+    for (int64_t i = count; count && i < pitch_of(count); i++) row[i] = row[count - 1];
+}
+
 /* The rows of `count` ids from number `first` on; 0 where an id is none. */
 INLINE int list_ids(const Job *job, const Ids *ids, int64_t first, int64_t count, Round *round) {
     const int64_t rows = job->plan->rows, zero_id = job->zero_id;
+    const int64_t only = job->plan->table->one_row ? 0 : -1;
     int fits = 1;
     for (int64_t i = 0; i < count; i++) {
         const int64_t id = id_at(ids, first + i);
         fits &= id >= 0 && id < rows;
-        round->row[0][i] = id == zero_id ? -1 : id;
+        round->row[0][i] = id == zero_id ? -1 : id & only;
         round->at[0][i] = (int32_t)i;
     }
-    for (int64_t i = count; i < pitch_of(count); i++) round->row[0][i] = round->row[0][count - 1];
-    round->rows[0] = round->row[0];
     round->count[0] = count;
-    return fits;
-}
-
-/* As list_ids, of ids that are the list: whole eights of int64, none of which reads as zeros. */
-INLINE int use_ids(const Job *job, int64_t first, int64_t count, Round *round) {
-    const int64_t *ids = (const int64_t *)job->ids.from + first;
-    const uint64_t rows = (uint64_t)job->plan->rows;
-    int fits = 1;
-    for (int64_t i = 0; i < count; i++) {
-        fits &= (uint64_t)ids[i] < rows; /* ids below 0 are large without their sign */
-        round->at[0][i] = (int32_t)i;
-    }
-    round->rows[0] = ids;
-    round->count[0] = count;
+    fill_pitch(round, 0);
     return fits;
 }
 
@@ -887,11 +881,7 @@ INLINE int sort_ids(const Job *job, const Ids *ids, int64_t first, int64_t count
     }
     round->count[0] = popular;
     round->count[1] = count - popular;
-    for (int t = 0; t < 2; t++) {
-        int64_t *const row = round->row[t], listed = round->count[t];
-        for (int64_t i = listed; listed && i < pitch_of(listed); i++) row[i] = row[listed - 1];
-        round->rows[t] = row;
-    }
+    for (int t = 0; t < 2; t++) fill_pitch(round, t);
     return fits;
 }
 
@@ -900,10 +890,7 @@ INLINE int list_round(const Job *job, int64_t first, int64_t count, Round *round
     if (job->plan->tiers == 2)
         return ids->wide && ids->stride == 1 ? sort_ids(job, &wide, first, count, round)
                                              : sort_ids(job, ids, first, count, round);
-    if (ids->wide && ids->stride == 1) {
-        if (count % LANES == 0 && job->zero_id < 0) return use_ids(job, first, count, round);
-        ids = &wide; /* constants, for the compiler */
-    }
+    if (ids->wide && ids->stride == 1) ids = &wide; /* constants, for the compiler */
     return list_ids(job, ids, first, count, round);
 }
 
@@ -912,9 +899,6 @@ INLINE uint32_t spare_codes(const Table *table) {
     return (uint32_t)(((int64_t)1 << table->bits) - table->size);
 }
 
-/* Where the codewords of rows are in a block of columns whose codewords take `stride` bytes; 0
- * where there is no such codeword. As many codes of a row as one load holds are read at once. After
- * the last row its like stand up to the pitch. */
 #if VECTOR >= 32
 /* 64 bits of the codes of each of eight rows. */
 #define STREAMS (VECTOR / 8) /* in one vector */
@@ -959,7 +943,9 @@ INLINE Words next_codes(Streams *all, int64_t bits, uint32_t mask) {
     return codes & mask;
 }
 
-/* Eight rows side by side. */
+/* Where the codewords of rows are in a block of columns whose codewords take `stride` bytes; 0 where there
+ * is no such codeword. As many codes of a row as one load holds are read at once, of eight rows side by
+ * side: those of a list, up to its pitch. */
 OUTLINE int find_codes(const Table *table, const int64_t *row, int64_t count, int64_t stride,
                        uint32_t *word) {
     const int64_t bits = table->bits, books = table->books, size = table->size;
@@ -987,7 +973,8 @@ OUTLINE int find_codes(const Table *table, const int64_t *row, int64_t count, in
 }
 
 #else
-/* Without shifts of each lane by its own number, one by one; `books` may be a constant. */
+/* As find_codes below, row by row: vectors here have no shifts of each lane by a number of its own.
+ * `books` may be a constant. */
 INLINE int find_some(const Table *table, const int64_t *row, int64_t count, int64_t stride,
                      int64_t books, uint32_t *word) {
     const int64_t bits = table->bits, size = table->size, pitch = pitch_of(count);
@@ -1032,9 +1019,12 @@ INLINE int find_only(const Table *table, const int64_t *row, int64_t count, int6
 /* Where the codewords of rows of zeros would be. */
 INLINE void forget_zeros(const Table *table, const int64_t *row, int64_t count, int64_t stride,
                          uint32_t *word) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t m = 0; row[i] < 0 && m < table->books; m++)
-            word[m * pitch_of(count) + i] = (uint32_t)(table->books * table->size * stride);
+    const uint32_t none = (uint32_t)(table->books * table->size * stride);
+    int any = 0;
+    for (int64_t i = 0; i < count; i++) any |= row[i] < 0;
+    /* Which ids these are cannot be foreseen: no branches. */
+    for (int64_t m = 0; any && m < table->books; m++, word += pitch_of(count))
+        for (int64_t i = 0; i < count; i++) word[i] = row[i] < 0 ? none : word[i];
 }
 
 /* The codewords of `count` ids from number `first` on; 0 where there are none. */
@@ -1045,10 +1035,10 @@ INLINE int find_round(const Job *job, int64_t first, int64_t count, Round *round
         const Table *table = job->plan->table + t;
         const int64_t found = round->count[t], stride = job->step[t];
         if (table->bits)
-            fits = !found || find_codes(table, round->rows[t], found, stride, word);
+            fits = !found || find_codes(table, round->row[t], found, stride, word);
         else
-            fits = find_only(table, round->rows[t], found, stride, word);
-        if (job->zero_id >= 0) forget_zeros(table, round->rows[t], found, stride, word);
+            fits = find_only(table, round->row[t], found, stride, word);
+        if (job->zero_id >= 0) forget_zeros(table, round->row[t], found, stride, word);
         word += pitch_of(found) * table->books;
     }
     return fits;
@@ -1116,6 +1106,7 @@ INLINE void sum_round_of_bytes(const Job *job, int64_t tier, const uint32_t *wor
 INLINE void add_rows_of_bytes(const Job *job, const uint32_t *word, int64_t pitch, int64_t count,
                               const char *words, int64_t width, int eights, int fresh, float *out) {
     const Whole all = whole_at(job, 0, words);
+    /* A whole bag that fits: to the output at once. */
     if (fresh && width == eights * LANES && count <= job->together && job->zero_id < 0) {
         Sums sums[MOST_EIGHTS / SUMS_EIGHTS];
         clear_sums(sums, eights);
@@ -1197,8 +1188,8 @@ INLINE int64_t halves_of(const Job *job, int64_t column) {
     return left < 2 * job->lines ? left : 2 * job->lines;
 }
 
-/* Ask for the map, or the codes, of a later round. Of one or two codebooks find_few reads those of
- * many ids side by side without that. */
+/* Ask for the map, or the codes, of a later round. Of one or two codebooks asking costs more
+ * than it brings: find_codes waits for those of many ids together. */
 INLINE void expect_round(const Job *job, int64_t from, int64_t count, int64_t end) {
     const Table *table = job->plan->table;
     const int far = table->books > 2 && table->rows * table->bits * table->books > 8 * FAR_CODES;
