@@ -115,9 +115,14 @@ static int is_plain(PyObject *ids, PyObject *is_there) {
     return 1;
 }
 
+/* Whether a tensor is one block in memory; -1 with an exception set. */
+static int is_block(PyObject *tensor) {
+    return is_set(PyObject_CallMethodObjArgs(tensor, names.is_contiguous, NULL));
+}
+
 /* A column of a batch (B, F), as most models look up, is no contiguous tensor. */
 int64_t spacing(PyObject *ids) {
-    const int contiguous = is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL));
+    const int contiguous = is_block(ids);
     if (contiguous) return contiguous;
     PyObject *strides = PyObject_CallMethodObjArgs(ids, names.stride, NULL);
     if (!strides) return -1;
@@ -204,12 +209,6 @@ PyObject *rows_on_gpu(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     return rows || PyErr_Occurred() ? rows : PyLong_FromLong(state);
 }
 
-/* Whether a tensor is one block of ids in memory. */
-static int is_block(PyObject *ids) {
-    return id_bytes(ids) > 0 &&
-           is_set(PyObject_CallMethodObjArgs(ids, names.is_contiguous, NULL)) == 1;
-}
-
 /* The sizes of a tensor of `axes` axes; 0 where it has others. */
 static int sizes_of(PyObject *tensor, Py_ssize_t axes, long long *sizes) {
     PyObject *shape = PyObject_GetAttr(tensor, names.shape);
@@ -224,12 +223,13 @@ static int sizes_of(PyObject *tensor, Py_ssize_t axes, long long *sizes) {
     return fits && !PyErr_Occurred();
 }
 
-/* Bags whose tensors are read as they are, as read_bags (lookup.c) takes them; 0 where they are not. */
-static int read_plain_bags(PyObject *ids, PyObject *offsets, int last_is_end, long long *v) {
+/* Bags whose tensors are read as they are, as read_bags (lookup.c) takes them, of ids of `bytes` each; 0
+ * where they are not. */
+static int read_plain_bags(PyObject *ids, int bytes, PyObject *offsets, int last_is_end, long long *v) {
     long long sizes[2];
-    if (!is_block(ids)) return 0;
+    if (is_block(ids) != 1) return 0;
     v[0] = address_of(ids);
-    v[1] = id_bytes(ids);
+    v[1] = bytes;
     if (offsets == Py_None) {
         if (!sizes_of(ids, 2, sizes)) return 0;
         v[2] = sizes[0] * sizes[1];
@@ -239,12 +239,12 @@ static int read_plain_bags(PyObject *ids, PyObject *offsets, int last_is_end, lo
         return !PyErr_Occurred();
     }
     if ((PyObject *)Py_TYPE(offsets) != torch.tensor || attribute(offsets, names.is_cpu) != 1 ||
-        !is_block(offsets) || !sizes_of(ids, 1, sizes) || !sizes_of(offsets, 1, sizes + 1))
+        (v[5] = id_bytes(offsets)) <= 0 || is_block(offsets) != 1 || !sizes_of(ids, 1, sizes) ||
+        !sizes_of(offsets, 1, sizes + 1))
         return 0;
     const long long bags = sizes[1] - last_is_end;
     v[2] = sizes[0];
     v[4] = address_of(offsets);
-    v[5] = id_bytes(offsets);
     v[6] = bags;
     v[7] = 0;
     if (PyErr_Occurred() || bags < 1) return 0;
@@ -273,11 +273,12 @@ PyObject *fast_bags(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     PyObject *answer;
     long long v[10], options[3];
     if (read_integers(args + 6, given - 6, 3, options)) return NULL;
-    if (!may_read(args, &plan, &answer)) return answer;
+    const int bytes = may_read(args, &plan, &answer);
+    if (!bytes) return answer;
     v[3] = options[0];
     v[8] = 0;
     v[9] = options[1];
-    if (args[5] != Py_None || !read_plain_bags(args[3], args[4], (int)options[2], v)) {
+    if (args[5] != Py_None || !read_plain_bags(args[3], bytes, args[4], (int)options[2], v)) {
         if (PyErr_Occurred()) return NULL;
         Py_RETURN_TRUE;
     }

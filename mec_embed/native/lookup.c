@@ -259,8 +259,8 @@ static int64_t widening_part(const void *what, int64_t begin, int64_t end) {
 }
 
 /* Run a job with the codewords of each id, by rounds where they pay for each share of the threads that
- * have one: even shares, but for what a round takes at most. Where they do not, threads take small parts; a part that
- * is the only one, as when others hold the threads, may still be large enough. */
+ * have one: even shares, but for what a round takes at most. Where they do not, threads take small
+ * parts; a part that is the only one, as when others hold the threads, may still be large enough. */
 static int64_t run_words(Part part, const Job *job, const Plan *plan, int64_t total, int64_t step,
                          int threads) {
     if (!total || !should_widen(job, job->count)) return run_parts(part, job, total, step, threads);

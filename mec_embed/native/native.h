@@ -42,6 +42,8 @@
 #define PREFETCH(address) __builtin_prefetch((const void *)(uintptr_t)(address))
 #else
 #define INLINE static inline
+#define OUTLINE static
+#define UNROLL(n)
 #define PREFETCH(address)
 #endif
 
